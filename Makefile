@@ -1,0 +1,84 @@
+# make run     the quickstart, executed into build/project.html
+# make test    everything that can be tested on this machine
+# `make help` lists the rest. Nothing needs an activated environment.
+
+PYTHON ?= python3
+PORT ?= 5000
+NOTEBOOKS ?= $(shell git ls-files '*.ipynb' ':!benchmarks')
+
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+
+INSTALLED := .venv/installed.txt
+DEVELOPMENT := .venv/development.txt
+UV := $(BIN)/uv
+
+# Python keeps its compiled files, which halves every later start, even where the machine's setting says not to.
+unexport PYTHONDONTWRITEBYTECODE
+# An environment of another project that is active must not be taken for ours.
+unexport VIRTUAL_ENV
+unexport PYTHONPATH
+
+.PHONY: run test ui notebooks screenshots benchmark lock lint browser clean help
+.DELETE_ON_ERROR:
+
+run: $(INSTALLED) ## execute project.ipynb into build/project.html
+	@mkdir -p build
+	$(BIN)/python -m jupyter nbconvert --execute --to html --output-dir build --log-level WARN \
+		--KernelManager.transport_encryption=auto project.ipynb
+	@echo "The executed notebook: build/project.html. Open it in a browser."
+	@echo "The runs and the model versions in the MLflow interface: make ui"
+
+test: $(INSTALLED) ## run all tests that this machine has the parts for
+	$(BIN)/python -m pytest
+
+ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
+	$(BIN)/python tools/interface.py --port $(PORT)
+
+notebooks: $(INSTALLED) ## execute the committed notebooks in a fresh store and write their outputs
+	$(BIN)/python tools/notebooks.py $(NOTEBOOKS)
+
+screenshots: browser ## take the pictures in docs/images
+	$(BIN)/python -m pytest tests/test_interface.py --pictures docs/images
+
+benchmark: $(INSTALLED) ## measure the notebook against its peers
+	$(BIN)/python benchmarks/quickstart.py
+
+# One resolution: the whole first, then each part held to it.
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+lock: $(INSTALLED) ## compile the locks from pyproject.toml (UPGRADE=1 to renew what is not pinned there)
+	$(COMPILE) --group development --generate-hashes --output-file requirements-dev.txt
+	$(COMPILE) --group test --generate-hashes --constraint requirements-dev.txt --output-file requirements.txt
+	$(COMPILE) --group model --constraint requirements.txt --output-file model_requirements.txt
+
+lint: $(DEVELOPMENT) ## check code and notebooks with ruff
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+browser: $(DEVELOPMENT) ## install what the tests of the interface need: a browser and its driver
+	$(BIN)/python tests/browser.py
+
+clean: ## remove the environment, the store and what was built
+	rm -rf .venv build mlflow.db mlruns .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+# pip, which every Python has, installs uv with its hash verified; uv installs the rest the same way, faster.
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and \
+		f'This project needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	@sed -n '/^uv==/,/^    # via/p' requirements.txt > .venv/uv.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
+	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.txt
+	@touch $@
+
+$(DEVELOPMENT): requirements-dev.txt $(INSTALLED)
+	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements-dev.txt
+	@touch $@
