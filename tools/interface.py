@@ -1,0 +1,87 @@
+"""Start the MLflow interface on the quickstart's store and print the links that open its newest comparison.
+
+Usage: python tools/interface.py [--port 5000]
+
+The store is the one that MLFLOW_TRACKING_URI names, else the SQLite file beside the notebook. The server
+listens on this machine only, until Ctrl+C. Where MLFLOW_TRACKING_URI is a server already, only the links are printed.
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+MODEL = "tracking_quick_start"
+FOLDER = Path(__file__).resolve().parent.parent
+
+
+def links(server: str) -> list[str]:
+    """Return the addresses, below ``server``, of the registered model and of its two newest versions compared.
+
+    Raises:
+        SystemExit: the store has no registered model of this name.
+    """
+    client = mlflow.MlflowClient()
+    try:
+        client.get_registered_model(MODEL)
+    except MlflowException as error:
+        sys.exit(f"No model {MODEL} in the store: {error.message}\nMake one first: make run")
+    newest = sorted(client.search_model_versions(f"name = '{MODEL}'"), key=lambda version: int(version.version))[-2:]
+    runs = {str(version.version): version.run_id for version in newest}
+    experiments = sorted({client.get_run(run).info.experiment_id for run in runs.values()})
+    pages = {
+        "compare-model-versions": {"name": MODEL, "runs": runs},
+        "compare-runs": {"runs": list(runs.values()), "experiments": experiments},
+        f"models/{MODEL}": {},
+    }
+    return [
+        f"{server}/#/{page}?"
+        + "".join(f"{key}={quote(json.dumps(value))}&" for key, value in query.items())
+        + "workflowType=machine_learning"
+        for page, query in pages.items()
+    ]
+
+
+def main() -> None:
+    """Check the store and the port, print the links, and become the server."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=5000)
+    port = parser.parse_args().port
+    database = FOLDER / "mlflow.db"
+    store = os.environ.get("MLFLOW_TRACKING_URI")
+    if not store and not database.exists():
+        sys.exit(f"There is no store at {database} yet. Make one first: make run")
+    store = store or f"sqlite:///{database.as_posix()}"
+    mlflow.set_tracking_uri(store)
+    if store.startswith("http"):
+        print("The MLflow interface is at", *links(store.rstrip("/")), sep="\n  ")
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            sys.exit(f"Port {port} is taken (5000 on macOS: by AirPlay). Take another: make ui PORT={port + 1}")
+    print("The MLflow interface will be up in some seconds; Ctrl+C stops it.")
+    print(*links(f"http://127.0.0.1:{port}"), sep="\n  ", flush=True)
+    server = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        store,
+        "--workers",
+        "1",
+    ]
+    os.execv(sys.executable, [*server, "--host", "127.0.0.1", "--port", str(port)])
+
+
+if __name__ == "__main__":
+    main()
