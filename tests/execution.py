@@ -1,0 +1,162 @@
+"""Execute the quickstart, or start MLflow's server, as a user does: in a process of its own, in a temporary folder."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import psutil
+from nbval.plugin import coalesce_streams
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT_FILES = ["project.ipynb", "model_requirements.txt"]
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    """Return this process's environment variables for a child that leaves nothing outside ``folder``.
+
+    The store is the default one unless ``variables`` name another. MLflow's usage telemetry is off, and so is the
+    notebook's step that builds an environment, which takes longer than all others together.
+    """
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "JPY_"))}
+    isolated = {
+        "TMPDIR": str(temporary),
+        "TEMP": str(temporary),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    return inherited | isolated | {"REBUILD_ENVIRONMENT": "off"} | variables
+
+
+def copy_project(folder: Path) -> Path:
+    """Copy what the quickstart consists of to ``folder``, made if need be, and return the notebook's path there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PROJECT_FILES:
+        shutil.copy(ROOT / name, folder)
+    return folder / "project.ipynb"
+
+
+def execute(
+    notebook: Path,
+    folder: Path,
+    *,
+    prefix: tuple[str, ...] = (),
+    working_directory: Path | None = None,
+    transport: str = "tcp",
+    limit: float = 300,
+    **variables: str,
+) -> subprocess.CompletedProcess:
+    """Execute ``notebook`` headless with nbconvert; the executed copy becomes ``folder / "executed.ipynb"``.
+
+    Args:
+        notebook: what to execute; the file stays as it is.
+        folder: where the copy and all temporary files go.
+        prefix: a command to run nbconvert under.
+        working_directory: where nbconvert is started; by default ``folder``.
+        transport: how nbconvert talks to the kernel, "tcp" or "ipc".
+        limit: seconds after which it counts as hanging.
+        variables: environment variables to add.
+
+    Returns:
+        The finished process; its ``returncode`` is not 0 if a cell failed, with the traceback in ``stderr``.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than ``limit``.
+    """
+    command = [*prefix, sys.executable, "-m", "jupyter", "nbconvert", "--execute", "--to", "notebook"]
+    command += ["--output", str(folder / "executed.ipynb"), f"--KernelManager.transport={transport}"]
+    return subprocess.run(
+        [*command, str(notebook)],
+        cwd=working_directory or folder,
+        env=environment(folder, **variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=limit,
+    )
+
+
+def executed(folder: Path) -> nbformat.NotebookNode:
+    """Return the notebook that ``execute`` left in ``folder``."""
+    notebook = nbformat.read(folder / "executed.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = coalesce_streams(cell.outputs)
+    return notebook
+
+
+def text_outputs(notebook: nbformat.NotebookNode) -> list[str]:
+    """Return all text that the notebook's cells printed or showed, an item per output."""
+    texts = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            texts.append(output.get("text") or data.get("text/markdown") or data.get("text/plain") or "")
+    return texts
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(command: list[str], address: str, log: Path, **options) -> Iterator[None]:
+    """Run a server from when ``address`` answers to the end of the block; then it and all its children are gone.
+
+    Raises:
+        RuntimeError: the server ended before it answered, or did not answer within two minutes; with what it printed.
+    """
+    with log.open("w") as output:
+        server = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
+                    break
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"No answer from {address}:\n{log.read_text()}")
+                time.sleep(0.2)
+            yield
+        finally:
+            processes = [server, *server.children(recursive=True)] if server.is_running() else [server]
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(processes)
+
+
+@contextlib.contextmanager
+def tracking_server(folder: Path) -> Iterator[str]:
+    """Run a real MLflow tracking server with an empty store in ``folder`` and give its address."""
+    address = f"http://127.0.0.1:{free_port()}"
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        address.rpartition(":")[2],
+    ]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{(folder / 'server.db').as_posix()}",
+        "--workers",
+        "1",
+    ]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    with running(command, f"{address}/health", folder / "server.log", cwd=folder, env=environment(folder)):
+        yield address
