@@ -1,0 +1,147 @@
+"""The locks: what they promise, that they agree, and that what is installed and logged is what they say."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+from execution import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+LOCKS = ["model_requirements.txt", "requirements.txt", "requirements-dev.txt"]
+UV = [sys.executable, "-m", "uv"]
+
+
+def requirements(lock: str) -> list[Requirement]:
+    """Return the requirements that the lock names, without hashes and comments."""
+    lines = re.sub(r" \\\n", " ", (ROOT / lock).read_text(encoding="utf-8")).splitlines()
+    return [
+        Requirement(re.sub(r"\s+--hash=.*", "", line))
+        for line in lines
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+
+
+def versions(lock: str, *, here: bool = False) -> dict[str, str]:
+    """Return the version of each package in the lock; with ``here``, of those that this platform needs."""
+    return {
+        canonicalize_name(requirement.name): str(requirement.specifier).removeprefix("==")
+        for requirement in requirements(lock)
+        if not here or requirement.marker is None or requirement.marker.evaluate()
+    }
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_line_names_one_exact_version(lock):
+    assert requirements(lock)
+    for requirement in requirements(lock):
+        assert re.fullmatch(r"==[\w.!+]+", str(requirement.specifier)), requirement
+        assert requirement.url is None
+    assert len(versions(lock)) == len(requirements(lock))
+
+
+@pytest.mark.parametrize("lock", LOCKS[1:])
+def test_every_package_to_install_has_a_hash(lock):
+    text = (ROOT / lock).read_text(encoding="utf-8")
+    blocks = re.findall(r"^[^\s#].*(?:\n    --hash.*)*", text, flags=re.MULTILINE)
+    assert len(blocks) == len(requirements(lock))
+    assert [block for block in blocks if "--hash=sha256:" not in block] == []
+
+
+def test_model_lock_has_no_hashes_which_mlflow_would_misread():
+    assert "--hash" not in (ROOT / LOCKS[0]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_no_lock_names_a_registry(lock):
+    text = (ROOT / lock).read_text(encoding="utf-8")
+    assert "://" not in text
+    assert "index-url" not in text
+
+
+@pytest.mark.parametrize(("part", "whole"), [(LOCKS[0], LOCKS[1]), (LOCKS[1], LOCKS[2])])
+def test_a_smaller_lock_is_part_of_the_larger(part, whole):
+    assert versions(part).items() <= versions(whole).items()
+
+
+def test_no_test_or_notebook_tool_is_in_the_model_lock():
+    names = set(versions(LOCKS[0]))
+    assert "mlflow-skinny" in names
+    assert names.isdisjoint({"mlflow", "pytest", "nbval", "ipykernel", "nbconvert", "matplotlib", "uv", "rich"})
+
+
+def test_no_browser_driver_is_in_the_basic_lock():
+    assert "playwright" not in versions(LOCKS[1])
+    assert "playwright" in versions(LOCKS[2])
+
+
+def test_direct_versions_stand_only_in_pyproject():
+    files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split()
+    pinned = re.compile(r"\b(mlflow|scikit-learn|pandas|numpy|pytest|nbval|nbconvert|ipykernel)==\d")
+    found = {
+        name for name in files if not name.endswith(".ipynb") and pinned.search((ROOT / name).read_text("latin-1"))
+    }
+    assert found == {"pyproject.toml", *LOCKS}
+
+
+@pytest.fixture
+def compile_again(tmp_path, lacking):
+    """Return a function that compiles the locks again in a folder of its own and names those that differ.
+
+    It takes a text to replace in pyproject.toml, and what by.
+    """
+
+    def compile_again(old: str = "", new: str = "") -> list[str]:
+        for name in ["pyproject.toml", *LOCKS]:
+            shutil.copy(ROOT / name, tmp_path)
+        text = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
+        assert old in text
+        (tmp_path / "pyproject.toml").write_text(text.replace(old, new), encoding="utf-8")
+        command = ["make", "-C", tmp_path, "-f", ROOT / "Makefile", "lock", "INSTALLED=", f"UV={sys.executable} -m uv"]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if re.search("error sending request|dns error", process.stderr):
+            lacking("a package index", "connect this machine to one")
+        assert process.returncode == 0, process.stderr
+        return [name for name in LOCKS if (tmp_path / name).read_bytes() != (ROOT / name).read_bytes()]
+
+    return compile_again
+
+
+def test_locks_are_what_pyproject_compiles_to(compile_again):
+    assert compile_again() == [], "stale: make lock"
+
+
+def test_a_changed_pin_without_a_new_lock_is_noticed(compile_again):
+    assert compile_again("skops==0.16.0", "skops==0.15.0") == LOCKS
+
+
+def test_installed_environment_is_the_lock():
+    # given all that is installed, with the development lock on top or without
+    installed = {canonicalize_name(found.name): found.version for found in distributions()}
+    # then every package of the lock is there at its version, and nothing that no lock names
+    assert versions(LOCKS[1], here=True).items() <= installed.items()
+    assert installed.items() <= versions(LOCKS[2], here=True).items()
+
+
+def installed_size(folder: Path, *requirement: str) -> int:
+    """Return the size in bytes of a new environment in ``folder`` with what uv installs for ``requirement``."""
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    subprocess.run([*UV, "venv", "--quiet", "--python", sys.executable, folder], check=True)
+    command = [*UV, "pip", "install", "--quiet", "--link-mode=copy", "--python", python, *requirement]
+    subprocess.run(command, check=True)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def test_model_environment_is_about_half_of_one_with_full_mlflow(tmp_path):
+    # given the model's lock, and the same with mlflow in place of mlflow-skinny, both at the locked versions
+    mlflow = f"mlflow=={versions(LOCKS[1])['mlflow']}"
+    model = ["--requirement", str(ROOT / LOCKS[0])]
+    small = installed_size(tmp_path / "small", *model)
+    full = installed_size(tmp_path / "full", *model, mlflow, "--constraint", str(ROOT / LOCKS[1]))
+    # then
+    print(f"{small / 1e6:.0f} MB of {full / 1e6:.0f} MB: {small / full:.2f}")
+    assert small / full <= 0.55
