@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import quote
@@ -60,7 +61,7 @@ def main() -> None:
     store = store or f"sqlite:///{database.as_posix()}"
     mlflow.set_tracking_uri(store)
     if store.startswith("http"):
-        print("The MLflow interface is at", *links(store.rstrip("/")), sep="\n  ")
+        print("The MLflow interface is up:", *links(store.rstrip("/")), sep="\n  ")
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -68,8 +69,8 @@ def main() -> None:
             probe.bind(("127.0.0.1", port))
         except OSError:
             sys.exit(f"Port {port} is taken (5000 on macOS: by AirPlay). Take another: make ui PORT={port + 1}")
-    print("The MLflow interface will be up in some seconds; Ctrl+C stops it.")
-    print(*links(f"http://127.0.0.1:{port}"), sep="\n  ", flush=True)
+    addresses = links(f"http://127.0.0.1:{port}")
+    print("The MLflow interface will be up in some seconds; Ctrl+C stops it.", *addresses, sep="\n  ", flush=True)
     server = [
         sys.executable,
         "-m",
@@ -80,7 +81,10 @@ def main() -> None:
         "--workers",
         "1",
     ]
-    os.execv(sys.executable, [*server, "--host", "127.0.0.1", "--port", str(port)])
+    server += ["--host", "127.0.0.1", "--port", str(port)]
+    if os.name == "nt":  # no exec there that keeps the terminal
+        sys.exit(subprocess.call(server))
+    os.execv(sys.executable, server)
 
 
 if __name__ == "__main__":

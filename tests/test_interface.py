@@ -1,0 +1,156 @@
+"""The MLflow interface on the notebook's store, looked at in a real browser.
+
+With ``--pictures FOLDER`` the pages that the tests have checked are saved there; `make screenshots` does it.
+"""
+
+import re
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+from browser import installed_browser, open_page, picture
+from execution import ROOT, copy_project, environment, execute, executed, free_port, running, text_outputs
+
+MODE = "workflowType=machine_learning"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Give a folder in which the quickstart has been executed. No test here writes to its store."""
+    folder = tmp_path_factory.mktemp("interface")
+    process = execute(copy_project(folder), folder)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interface(folder):
+    """Give the address of the interface, started as `make ui` does, on the store in ``folder``."""
+    port = str(free_port())
+    command = [sys.executable, str(ROOT / "tools/interface.py"), "--port", port]
+    variables = environment(folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
+    with running(command, f"http://127.0.0.1:{port}/health", folder / "server.log", env=variables):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def links(folder, interface):
+    """Give the notebook's own links by their text, leading to the running interface."""
+    (markdown,) = [text for text in text_outputs(executed(folder)) if "compare-runs" in text]
+    found = dict(re.findall(r"\[([^]]+)]\(([^)]+)\)", markdown))
+    return {text: link.replace("http://127.0.0.1:5000", interface) for text, link in found.items()}
+
+
+@pytest.fixture
+def page(lacking):
+    """Give an empty page of a real browser."""
+    if find_spec("playwright") is None:
+        lacking("Playwright, which drives the browser,", "make browser")
+    browser = installed_browser()
+    if browser is None:
+        lacking("Chromium", "make browser (on Debian: apt-get install chromium)")
+    with open_page(browser) as page:
+        yield page
+
+
+@pytest.fixture
+def pictures(request):
+    """Give the folder for pictures, or None where none are asked for."""
+    return request.config.getoption("--pictures")
+
+
+def test_links_in_the_notebook_are_those_that_make_ui_prints(folder, links):
+    printed = [line.strip() for line in (folder / "server.log").read_text().splitlines() if "/#/" in line]
+    assert sorted(printed) == sorted(links.values())
+
+
+def test_versions_are_compared_by_the_notebooks_link(page, links, pictures):
+    # when
+    page.goto(links["the two versions"])
+    # then both versions stand side by side, with the parameters and metrics that differ
+    page.get_by_text("Comparing 2 Versions").wait_for()
+    page.get_by_text("log_loss").first.wait_for()
+    text = page.inner_text("body")
+    assert re.search(r"Model Version:\s+1\s+2", text)
+    assert re.search(r"Run Name:\s+lbfgs\s+newton-cg, regularised", text)
+    assert re.search(r"\bC\s+1\.0\s+0\.01", text)
+    assert re.search(r'solver\s+"lbfgs"\s+"newton-cg"', text)
+    assert "max_iter" not in text  # the same in both
+    assert re.search(r"accuracy\s+0\.933\s+0\.8", text)
+    assert "Model training" in text
+    page.set_viewport_size({"width": 1280, "height": 890})
+    picture(page, pictures, "comparison.png")
+
+
+def test_runs_are_compared_by_the_notebooks_link(page, links):
+    page.goto(links["the two runs"])
+    page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
+    page.get_by_text("f1_macro").first.wait_for()
+    text = page.inner_text("body")
+    assert re.search(r"Run Name:\s+lbfgs\s+newton-cg, regularised", text)
+    assert re.search(r"accuracy\s+f1_macro\s+log_loss\s+0\.933\s+0\.8\s+0\.933\s+0\.792\s+0\.174\s+0\.685", text)
+
+
+def test_runs_are_listed_with_names_metrics_and_versions(page, interface, pictures):
+    # when the list of runs is opened, and metrics and parameters are ticked in its columns
+    page.goto(f"{interface}/#/experiments/1/runs?{MODE}")
+    page.get_by_text("2 matching runs").wait_for()
+    page.get_by_role("button", name="Columns").click()
+    page.get_by_text("Source", exact=True).last.click()
+    page.get_by_text("Dataset", exact=True).last.click()
+    page.get_by_text("Metrics (3)").click()
+    page.get_by_text("Parameters (5)").click()
+    page.keyboard.press("Escape")
+    # then both runs show theirs
+    page.get_by_text("0.7916666666666666").wait_for()
+    text = page.inner_text("body")
+    for expected in ["lbfgs", "newton-cg, regularised", "0.9333333333333333", "v1", "v2", "each with its exact"]:
+        assert expected in text
+    page.set_viewport_size({"width": 1500, "height": 460})
+    picture(page, pictures, "runs.png")
+
+
+def test_registered_model_has_two_versions_and_the_alias(page, links, pictures):
+    page.goto(links["the registered model"])
+    page.get_by_text("@ champion").wait_for()
+    text = page.inner_text("body")
+    assert "Version 1" in text
+    assert "Version 2" in text
+    row = page.get_by_role("row").filter(has_text="champion")
+    assert "Version 1" in row.inner_text()
+    page.set_viewport_size({"width": 1280, "height": 560})
+    picture(page, pictures, "registered_model.png")
+
+
+def test_logged_model_shows_input_example_and_requirements(page, interface, pictures):
+    # given the page of the model, reached from its version
+    page.goto(f"{interface}/#/models/tracking_quick_start/versions/1?{MODE}")
+    model = page.get_by_role("link", name="logistic_regression").get_attribute("href")
+    # when its artifacts are opened
+    page.goto(f"{interface}/{model}/artifacts?{MODE}")
+    page.get_by_text("input_example.json", exact=True).click()
+    # then the example and the pins can be read
+    page.get_by_text("sepal length (cm)").first.wait_for()
+    page.get_by_text("requirements.txt", exact=True).click()
+    page.get_by_text("scikit-learn==").wait_for()
+    assert "mlflow-skinny==" in page.inner_text("body")
+    picture(page, pictures, "requirements.png")
+
+
+def test_taken_port_is_refused_with_the_remedy(folder):
+
+    # given a port on which something listens
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        # when the interface is started there
+        command = [sys.executable, str(ROOT / "tools/interface.py"), "--port", str(port)]
+        variables = environment(folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
+        process = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    # then
+    assert process.returncode == 1
+    assert f"Port {port} is taken" in process.stderr
+    assert f"make ui PORT={port + 1}" in process.stderr
