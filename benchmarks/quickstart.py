@@ -1,0 +1,115 @@
+"""Measure the quickstart against named peers and print each as a ratio, taken in one run.
+
+Usage: python benchmarks/quickstart.py [--rounds 5] [--bytecode cold|warm|both]
+
+The peers:
+
+- official: the steps of MLflow's own tracking quickstart (https://mlflow.org/docs/latest/ml/tracking/quickstart) as a
+  notebook, `official_quickstart.ipynb`: one model, registered and reloaded, whose requirements MLflow infers.
+- plain script: the code of project.ipynb, run by Python without notebook, kernel or nbconvert.
+
+Every run is headless, a whole process, in an empty folder with an empty store; nbconvert runs the notebooks. A round
+runs each candidate once, in turn, so that all meet the same noise; the ratio is formed within each round, and its median
+over the rounds is the figure. The first round is not counted.
+
+Bytecode matters: Python compiles each module that it has no compiled file for. `cold` never keeps compiled files, as in
+a container that sets PYTHONDONTWRITEBYTECODE; `warm` keeps them, as from the second run on a laptop. Both are set by
+environment variables for every candidate alike, so what is in .venv does not count. The environment that the last step
+of the quickstart builds is new each time, and therefore always cold.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFICIAL = ROOT / "benchmarks" / "official_quickstart.ipynb"
+PROJECT = ROOT / "project.ipynb"
+NBCONVERT = ["-m", "jupyter", "nbconvert", "--execute", "--to", "html", "--log-level", "ERROR"]
+CANDIDATES = {
+    "official": (OFFICIAL, [*NBCONVERT, "official_quickstart.ipynb"], "off"),
+    "project": (PROJECT, [*NBCONVERT, "project.ipynb"], "off"),
+    "project, environment rebuilt": (PROJECT, [*NBCONVERT, "project.ipynb"], "on"),
+    "plain script": (PROJECT, ["project.py"], "off"),
+}
+RATIOS = [
+    ("project", "official", 0.65),
+    ("project, environment rebuilt", "official", 1.0),
+    ("project", "plain script", 1.35),
+]
+
+
+def seconds(candidate: str, bytecode: dict[str, str]) -> float:
+    """Return the wall-clock seconds that one run of ``candidate`` takes, in a folder of its own.
+
+    Raises:
+        RuntimeError: the run failed; with what it printed.
+    """
+    source, arguments, rebuild = CANDIDATES[candidate]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
+    variables = inherited | bytecode | {"REBUILD_ENVIRONMENT": rebuild}
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(source, folder)
+        shutil.copy(ROOT / "model_requirements.txt", folder)
+        if arguments == ["project.py"]:
+            convert = [
+                sys.executable,
+                "-m",
+                "jupyter",
+                "nbconvert",
+                "--to",
+                "script",
+                "--log-level",
+                "ERROR",
+                source.name,
+            ]
+            subprocess.run(convert, cwd=folder, check=True)
+        start = time.perf_counter()
+        process = subprocess.run(
+            [sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True
+        )
+        elapsed = time.perf_counter() - start
+    if process.returncode != 0:
+        raise RuntimeError(f"{candidate}:\n{process.stdout}\n{process.stderr}")
+    return elapsed
+
+
+def measure(rounds: int, bytecode: dict[str, str]) -> None:
+    """Run all candidates in ``rounds`` counted rounds and print the seconds and the ratios."""
+    taken = [{name: seconds(name, bytecode) for name in CANDIDATES} for _ in range(rounds + 1)][1:]
+    for name in CANDIDATES:
+        values = [one[name] for one in taken]
+        print(f"  {name:30} {statistics.median(values):6.2f} s  ({min(values):.2f} to {max(values):.2f})")
+    for name, peer, bound in RATIOS:
+        values = [one[name] / one[peer] for one in taken]
+        print(
+            f"  {name} / {peer}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}), "
+            f"bound {bound:.2f}"
+        )
+
+
+def main() -> None:
+    """Measure in the states of bytecode that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bytecode", choices=["cold", "warm", "both"], default="both")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cold, tempfile.TemporaryDirectory() as warm:
+        states = {
+            "cold": {"PYTHONPYCACHEPREFIX": cold, "PYTHONDONTWRITEBYTECODE": "1"},
+            "warm": {"PYTHONPYCACHEPREFIX": warm},
+        }
+        for name, bytecode in states.items():
+            if options.bytecode in (name, "both"):
+                print(f"{name} bytecode, {options.rounds} rounds")
+                measure(options.rounds, bytecode)
+
+
+if __name__ == "__main__":
+    main()
