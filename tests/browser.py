@@ -26,7 +26,8 @@ STILL = r"""
     for (const pattern of changing)
       walker.currentNode.nodeValue = walker.currentNode.nodeValue.replace(pattern, "\u2014");
   for (const button of document.querySelectorAll("[data-assistant-ui]")) button.remove();
-  for (const dot of document.querySelectorAll("[style*='background-color']")) dot.style.backgroundColor = "steelblue";
+  for (const dot of document.querySelectorAll("[style*='background-color']"))
+    if (dot.offsetWidth < 20) dot.style.backgroundColor = "steelblue";
   document.activeElement.blur();
 }
 """
