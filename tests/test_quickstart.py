@@ -432,6 +432,20 @@ def test_database_of_a_newer_mlflow_is_refused_and_unchanged(tmp_path):
     assert (tmp_path / "mlflow.db").read_bytes() == before
 
 
+def test_moved_store_is_refused_and_unchanged(tmp_path):
+    # given a folder that was moved after an execution
+    assert execute(copy_project(tmp_path / "here"), tmp_path).returncode == 0
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    before = snapshot(there)
+    # when the notebook is executed in its new place
+    process = execute(there / "project.ipynb", tmp_path)
+    # then the error says where the models were, and nothing was written in either place
+    assert process.returncode != 0
+    assert f"its models are in {(tmp_path / 'here').as_uri()}/mlruns, so it was moved" in process.stderr
+    assert snapshot(there) == before
+    assert not (tmp_path / "here").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="read-only mounts are made with Linux's unshare")
 def test_read_only_folder_is_refused(tmp_path, lacking):
     # given a folder that nobody can write to, not even root

@@ -1,0 +1,24 @@
+"""What the benchmarks compare is comparable."""
+
+import ast
+import re
+from collections import Counter
+
+import nbformat
+from execution import ROOT
+
+
+def mlflow_calls(source: str) -> Counter[str]:
+    """Count the calls in ``source`` of functions that are reached through ``mlflow``, by their dotted names."""
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return Counter(call for call in calls if re.fullmatch(r"mlflow(\.\w+)+", call))
+
+
+def test_plain_script_makes_the_notebooks_mlflow_calls():
+    # given the calls in the notebook, less the one that builds an environment, which the benchmark leaves out
+    notebook = nbformat.read(ROOT / "project.ipynb", as_version=4)
+    calls = mlflow_calls("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code"))
+    assert calls.pop("mlflow.models.predict") == 1
+    # then the script has the same, as often
+    assert mlflow_calls((ROOT / "benchmarks/plain_script.py").read_text()) == calls
+    assert calls["mlflow.sklearn.log_model"] == 1
