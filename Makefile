@@ -27,7 +27,7 @@ unexport PYTHONPATH
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
 	@mkdir -p build
-	$(BIN)/python -m jupyter nbconvert --execute --to html --output-dir build --log-level WARN \
+	$(BIN)/python -m nbconvert --execute --to html --output-dir build --log-level WARN \
 		--KernelManager.transport_encryption=auto project.ipynb
 	@echo "The executed notebook: build/project.html. Open it in a browser."
 	@echo "The runs and the model versions in the MLflow interface: make ui"

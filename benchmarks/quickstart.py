@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFICIAL = ROOT / "benchmarks" / "official_quickstart.ipynb"
 PLAIN = ROOT / "benchmarks" / "plain_script.py"
 PROJECT = ROOT / "project.ipynb"
-NBCONVERT = ["-m", "jupyter", "nbconvert", "--execute", "--to", "html", "--log-level", "ERROR"]
+NBCONVERT = ["-m", "nbconvert", "--execute", "--to", "html", "--log-level", "ERROR"]
 CANDIDATES = {
     "official": (OFFICIAL, [*NBCONVERT, "official_quickstart.ipynb"], "off"),
     "project": (PROJECT, [*NBCONVERT, "project.ipynb"], "off"),

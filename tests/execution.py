@@ -50,6 +50,7 @@ def execute(
     *,
     prefix: tuple[str, ...] = (),
     working_directory: Path | None = None,
+    python: Path | str = sys.executable,
     transport: str = "tcp",
     limit: float = 300,
     **variables: str,
@@ -61,6 +62,7 @@ def execute(
         folder: where the copy and all temporary files go.
         prefix: a command to run nbconvert under.
         working_directory: where nbconvert is started; by default ``folder``.
+        python: what runs nbconvert and the kernel.
         transport: how nbconvert talks to the kernel, "tcp" or "ipc".
         limit: seconds after which it counts as hanging.
         variables: environment variables to add.
@@ -71,7 +73,7 @@ def execute(
     Raises:
         subprocess.TimeoutExpired: it took longer than ``limit``.
     """
-    command = [*prefix, sys.executable, "-m", "jupyter", "nbconvert", "--execute", "--to", "notebook"]
+    command = [*prefix, str(python), "-m", "nbconvert", "--execute", "--to", "notebook"]
     command += ["--output", str(folder / "executed.ipynb"), f"--KernelManager.transport={transport}"]
     return subprocess.run(
         [*command, str(notebook)],

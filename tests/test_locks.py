@@ -101,7 +101,16 @@ def compile_again(tmp_path, lacking):
         text = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
         assert old in text
         (tmp_path / "pyproject.toml").write_text(text.replace(old, new), encoding="utf-8")
-        command = ["make", "-C", tmp_path, "-f", ROOT / "Makefile", "lock", "INSTALLED=", f"UV={sys.executable} -m uv"]
+        command = [
+            "make",
+            "-C",
+            tmp_path,
+            "-f",
+            ROOT / "Makefile",
+            "lock",
+            "INSTALLED=",
+            f"UV='{sys.executable}' -m uv",
+        ]
         process = subprocess.run(command, capture_output=True, text=True)
         if re.search("error sending request|dns error", process.stderr):
             lacking("a package index", "connect this machine to one")
