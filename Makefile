@@ -33,7 +33,7 @@ run: $(INSTALLED) ## execute project.ipynb into build/project.html
 	@echo "The runs and the model versions in the MLflow interface: make ui"
 
 test: $(INSTALLED) ## run all tests that this machine has the parts for
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
 	$(BIN)/python tools/interface.py --port $(PORT)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import nbformat
 import psutil
-from nbval.plugin import coalesce_streams
+from nbval.plugin import coalesce_streams, get_sanitize_patterns
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT_FILES = ["project.ipynb", "model_requirements.txt"]
+MODEL = "tracking_quick_start"
+NOT_REBUILT = ["NOT CHECKED: rebuild_environment is off, so no environment was rebuilt.\n"]
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
@@ -104,6 +107,37 @@ def text_outputs(notebook: nbformat.NotebookNode) -> list[str]:
             data = output.get("data", {})
             texts.append(output.get("text") or data.get("text/markdown") or data.get("text/plain") or "")
     return texts
+
+
+def differing_outputs(folder: Path) -> list[str]:
+    """Return the text outputs of the execution in ``folder`` that differ from the committed notebook's, in order.
+
+    Raises:
+        ValueError: there are more or fewer outputs than the committed notebook has.
+    """
+    committed = text_outputs(nbformat.read(ROOT / "project.ipynb", as_version=4))
+    fresh = text_outputs(executed(folder))
+    for pattern, replacement in get_sanitize_patterns((ROOT / "tests/sanitize.cfg").read_text(encoding="utf-8")):
+        fresh = [re.sub(pattern, replacement, text) for text in fresh]
+    return [new for new, old in zip(fresh, committed, strict=True) if new != old]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git in ``folder`` and return what it prints."""
+    command = ["git", "-C", folder, "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit_all(folder: Path) -> None:
+    """Make ``folder`` a git repository with one commit of everything in it."""
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message=Start")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Return the content of each file below ``folder`` by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def free_port() -> int:

@@ -1,0 +1,226 @@
+"""What one execution of the quickstart prints, and what it leaves in the store."""
+
+import re
+import subprocess
+import sys
+
+import mlflow
+import nbformat
+import pytest
+from execution import (
+    MODEL,
+    NOT_REBUILT,
+    ROOT,
+    commit_all,
+    copy_project,
+    differing_outputs,
+    environment,
+    execute,
+    executed,
+    git,
+    text_outputs,
+)
+from nbval.plugin import get_sanitize_patterns
+
+CONFIGURATIONS = {
+    "lbfgs": {"solver": "lbfgs", "max_iter": "1000", "random_state": "8888", "C": "1.0"},
+    "newton-cg, regularised": {
+        "solver": "newton-cg",
+        "max_iter": "1000",
+        "random_state": "1000",
+        "warm_start": "True",
+        "C": "0.01",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Give a folder in which the quickstart has been executed once. No test here writes to its store.
+
+    The path has a space and a letter beyond ASCII, and nbconvert was started from another folder.
+    """
+    folder = tmp_path_factory.mktemp("a folder of Zoë")
+    notebook = copy_project(folder)
+    commit_all(folder)
+    process = execute(notebook, folder, working_directory=tmp_path_factory.mktemp("elsewhere"))
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture
+def client(folder):
+    return mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+
+
+@pytest.fixture
+def runs(client):
+    """Give the runs of the execution by name."""
+    experiment = client.get_experiment_by_name(MODEL)
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+@pytest.fixture
+def versions(client):
+    """Give the registered versions by the name of the run that made them."""
+    found = [client.get_model_version(MODEL, str(number)) for number in (1, 2)]
+    return {client.get_run(version.run_id).info.run_name: version for version in found}
+
+
+@pytest.fixture
+def model_files(folder):
+    """Give the folders of the logged models' files."""
+    return sorted(path.parent for path in (folder / "mlruns").rglob("MLmodel"))
+
+
+def test_stored_outputs_are_reproduced_elsewhere(folder):
+    # when the notebook has been executed in another folder, with the step off that builds an environment
+    # then only that step prints something else
+    assert differing_outputs(folder) == NOT_REBUILT
+
+
+def test_comparison_of_stored_outputs_can_fail(tmp_path):
+    # given a copy of the notebook with one stored number changed
+    notebook = nbformat.read(copy_project(tmp_path), as_version=4)
+    notebook.cells = notebook.cells[: next(i for i, cell in enumerate(notebook.cells) if "MlflowClient" in cell.source)]
+    text = nbformat.writes(notebook)
+    assert text.count("<td>0.8000</td>") == 1
+    (tmp_path / "project.ipynb").write_text(text.replace("<td>0.8000</td>", "<td>0.8001</td>"), encoding="utf-8")
+    # when nbval compares it
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider"]
+    sanitize = f"--nbval-sanitize-with={ROOT / 'tests/sanitize.cfg'}"
+    process = subprocess.run(
+        [*command, sanitize, "project.ipynb"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    # then just the changed cell fails
+    assert process.returncode == 1, process.stdout
+    assert "1 failed" in process.stdout
+    assert "0.8001" in process.stdout
+
+
+def test_every_sanitize_rule_is_read_and_matches(folder):
+    # given the rules as nbval reads them
+    text = (ROOT / "tests/sanitize.cfg").read_text(encoding="utf-8")
+    rules = get_sanitize_patterns(text)
+    # then none is lost to the file's form
+    assert len(rules) == len(re.findall("^ *regex", text, flags=re.MULTILINE)) == 2
+    # and each changes something that the notebook printed
+    outputs = "\n".join(text_outputs(executed(folder)))
+    for pattern, _ in rules:
+        assert re.search(pattern, outputs), pattern
+
+
+def test_committed_notebook_is_in_its_stable_form():
+    notebook = nbformat.read(ROOT / "project.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    before = nbformat.writes(notebook)
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import notebooks
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+    notebooks.stable(notebook)
+    assert nbformat.writes(notebook) == before
+
+
+def test_table_shows_actual_beside_predicted_values(folder):
+    cell = next(cell for cell in executed(folder).cells if "predict data" in cell.source)
+    columns = re.findall("<th>([a-z ()]+)</th>", cell.outputs[0].data["text/html"])
+    assert columns[-2:] == ["actual data", "predict data"]
+    assert len(columns) == 6
+
+
+def test_experiment_has_description_and_tags(client):
+    tags = client.get_experiment_by_name(MODEL).tags
+    assert "LogisticRegression" in tags["mlflow.note.content"]
+    assert tags["dataset"] == "iris"
+
+
+def test_both_runs_finished_under_their_names(runs):
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(CONFIGURATIONS, "FINISHED")
+
+
+def test_parameters_are_those_of_the_configurations(runs):
+    assert {name: run.data.params for name, run in runs.items()} == CONFIGURATIONS
+
+
+def test_metrics_are_three_and_differ(runs):
+    first, second = (run.data.metrics for run in runs.values())
+    assert set(first) == set(second) == {"accuracy", "f1_macro", "log_loss"}
+    assert all(first[name] != second[name] for name in first)
+
+
+def test_runs_are_tagged_with_configuration_source_and_commit(folder, runs):
+    head = git(folder, "rev-parse", "HEAD")
+    for name, run in runs.items():
+        assert run.data.tags["configuration"] == name
+        assert run.data.tags["mlflow.source.name"] == "project.ipynb"
+        assert run.data.tags["mlflow.source.git.commit"].removesuffix("-dirty") == head
+
+
+def test_both_datasets_are_inputs_of_each_run(runs):
+    for run in runs.values():
+        inputs = {
+            data.dataset.name: {tag.value for tag in data.tags if tag.key == "mlflow.data.context"}
+            for data in run.inputs.dataset_inputs
+        }
+        assert inputs == {"iris_train": {"training"}, "iris_test": {"evaluation"}}
+
+
+def test_versions_lead_back_to_run_and_data(client, runs, versions):
+    assert {name: int(version.version) for name, version in versions.items()} == {
+        "lbfgs": 1,
+        "newton-cg, regularised": 2,
+    }
+    for name, version in versions.items():
+        assert version.run_id == runs[name].info.run_id
+        model = client.get_logged_model(version.source.removeprefix("models:/"))
+        assert model.source_run_id == version.run_id
+        measured = model.metrics
+        assert {metric.key: metric.value for metric in measured} == runs[name].data.metrics
+        assert {metric.dataset_name for metric in measured} == {"iris_test"}
+
+
+def test_champion_is_the_version_with_the_highest_accuracy(client, runs, versions):
+    best = max(runs, key=lambda name: runs[name].data.metrics["accuracy"])
+    assert client.get_model_version_by_alias(MODEL, "champion").version == versions[best].version
+
+
+def test_logged_model_has_signature_example_and_pins_and_nothing_pickled(model_files):
+    assert len(model_files) == 2
+    for files in model_files:
+        assert {path.name for path in files.iterdir()} == {
+            "MLmodel",
+            "conda.yaml",
+            "input_example.json",
+            "model.skops",
+            "python_env.yaml",
+            "registered_model_meta",
+            "requirements.txt",
+            "serving_input_example.json",
+        }
+        model = mlflow.models.Model.load(files)
+        assert model.flavors["sklearn"]["serialization_format"] == "skops"
+        assert model.flavors["sklearn"]["skops_trusted_types"] is None
+        assert model.signature.inputs.input_names()[0] == "sepal length (cm)"
+        assert model.signature.outputs.input_names() == ["species"]
+        assert model.load_input_example(files).shape == (3, 4)
+
+
+def test_loading_prints_no_warning(folder, model_files):
+    # given a logged model, when a new process loads it
+    code = "import sys, mlflow; print(type(mlflow.pyfunc.load_model(sys.argv[1])).__name__)"
+    process = subprocess.run(
+        [sys.executable, "-c", code, model_files[0]],
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+    )
+    # then MLflow finds no difference between its requirements and this environment
+    assert process.stdout == "PyFuncModel\n"
+    assert process.stderr == ""
