@@ -27,7 +27,7 @@ unexport PYTHONPATH
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
 	@mkdir -p build
-	$(BIN)/python -m nbconvert --execute --to html --output-dir build --log-level WARN \
+	$(BIN)/python -m nbconvert --execute --to html --output-dir build --log-level ERROR \
 		--KernelManager.transport_encryption=auto project.ipynb
 	@echo "The executed notebook: build/project.html. Open it in a browser."
 	@echo "The runs and the model versions in the MLflow interface: make ui"
@@ -62,8 +62,8 @@ lint: $(DEVELOPMENT) ## check code and notebooks with ruff
 browser: $(DEVELOPMENT) ## install what the tests of the interface need: a browser and its driver
 	$(BIN)/python tests/browser.py
 
-clean: ## remove the environment, the store and what was built
-	rm -rf .venv build mlflow.db mlruns .pytest_cache .ruff_cache
+clean: ## remove the environment and what was built; the store (mlflow.db, mlruns) stays
+	rm -rf .venv build .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:

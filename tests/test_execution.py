@@ -85,12 +85,13 @@ def test_kernel_started_elsewhere_by_jupyter_uses_the_store_beside_the_notebook(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="making a link takes a right on Windows that users lack")
 def test_environment_is_rebuilt_where_the_project_has_a_space_in_its_path(tmp_path):
-    # given the Python environment under a path with a space
+    # given the Python environment under a path with a space, and no Python of its version on PATH
     project = tmp_path / "my project"
     notebook = copy_project(project)
     (project / "venv").symlink_to(sys.prefix)
     # when the whole notebook is executed with it
-    process = execute(notebook, tmp_path, python=project / "venv/bin/python", REBUILD_ENVIRONMENT="on")
+    python = project / "venv/bin/python"
+    process = execute(notebook, tmp_path, python=python, REBUILD_ENVIRONMENT="on", PATH="/usr/bin:/bin")
     # then it prints what is stored, to the last line
     assert process.returncode == 0, process.stderr
     assert differing_outputs(tmp_path) == []

@@ -21,6 +21,8 @@ from execution import (
     text_outputs,
 )
 from nbval.plugin import get_sanitize_patterns
+from sklearn.datasets import load_iris
+from sklearn.ensemble import RandomForestClassifier
 
 CONFIGURATIONS = {
     "lbfgs": {"solver": "lbfgs", "max_iter": "1000", "random_state": "8888", "C": "1.0"},
@@ -50,7 +52,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def client(folder):
-    return mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    return mlflow.MlflowClient(f"sqlite:///{folder.as_posix()}/mlflow.db")
 
 
 @pytest.fixture
@@ -224,3 +226,18 @@ def test_loading_prints_no_warning(folder, model_files):
     # then MLflow finds no difference between its requirements and this environment
     assert process.stdout == "PyFuncModel\n"
     assert process.stderr == ""
+
+
+def test_tree_ensembles_need_one_reviewed_type_as_the_readme_says(tmp_path):
+    # given a forest, which skops does not trust as it is
+    features, target = load_iris(return_X_y=True)
+    forest = RandomForestClassifier(n_estimators=2, random_state=0).fit(features, target)
+    pins = str(ROOT / "model_requirements.txt")
+    with pytest.raises(mlflow.MlflowException, match="untrusted"):
+        mlflow.sklearn.save_model(forest, tmp_path / "refused", pip_requirements=pins)
+    # when the type is named
+    trusted = ["sklearn.tree._tree.Tree"]
+    mlflow.sklearn.save_model(forest, tmp_path / "forest", pip_requirements=pins, skops_trusted_types=trusted)
+    # then the forest is saved, and reloads
+    reloaded = mlflow.sklearn.load_model(str(tmp_path / "forest"))
+    assert (reloaded.predict(features) == forest.predict(features)).all()

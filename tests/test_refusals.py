@@ -34,22 +34,63 @@ def test_unreadable_requirements_are_refused(tmp_path):
     assert refused(execute(notebook, tmp_path), tmp_path, "model_requirements.txt", "make lock")
 
 
-@pytest.mark.parametrize("text", ["", "scikit-learn\n", "scikit-learn>=1.9\n"])
-def test_requirements_without_versions_are_refused(tmp_path, text):
+LOOSE = {
+    "empty": "",
+    "no version": "mlflow-skinny==3.17.2\nscikit-learn\n",
+    "range": "mlflow-skinny==3.17.2\nscikit-learn>=1.9\n",
+    "wildcard": "mlflow-skinny==3.17.2\nscikit-learn==1.*\n",
+    "address": "mlflow-skinny==3.17.2\nscikit-learn @ https://user:hunter2@example.org/x==1.whl\n",
+    "option": "mlflow-skinny==3.17.2\n--index-url https://user:hunter2@example.org/simple\n",
+    "no mlflow": "scikit-learn==1.9.1\n",
+}
+
+
+@pytest.mark.parametrize("text", LOOSE.values(), ids=LOOSE)
+def test_requirements_that_leave_a_version_open_are_refused(tmp_path, text):
     notebook = copy_project(tmp_path)
     (tmp_path / "model_requirements.txt").write_text(text)
-    assert refused(execute(notebook, tmp_path), tmp_path, "must pin every package", "make lock")
+    process = execute(notebook, tmp_path)
+    assert refused(process, tmp_path, "no exact version in the line of", "must pin every package", "make lock")
+    assert "hunter2" not in process.stderr
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://user:secret@127.0.0.1:9"])
-def test_unreachable_server_is_named_and_its_password_is_not(tmp_path, address):
+def test_temporary_folder_with_a_space_is_refused_where_an_environment_is_to_be_built(tmp_path):
+    notebook = copy_project(tmp_path)
+    (tmp_path / "a space").mkdir()
+    process = execute(notebook, tmp_path, TMPDIR=str(tmp_path / "a space"), REBUILD_ENVIRONMENT="on")
+    assert refused(process, tmp_path, "Set TMPDIR", "REBUILD_ENVIRONMENT=off")
+
+
+@pytest.mark.parametrize("name", ["50%20off", "why?"])
+def test_folder_whose_name_mlflow_would_misread_is_refused(tmp_path, name):
+    notebook = copy_project(tmp_path / name)
+    process = execute(notebook, tmp_path)
+    assert refused(process, tmp_path / name, "Cannot use the MLflow store", "rename the folder")
+    assert not (tmp_path / "why").exists()
+
+
+def test_deleted_experiment_is_named_with_the_remedy(tmp_path):
+    # given a store whose experiment was deleted
+    notebook = copy_project(tmp_path)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment(MODEL, (tmp_path / "mlruns").as_uri())
+    client.delete_experiment(experiment)
+    # when, then
+    process = execute(notebook, tmp_path)
+    assert process.returncode != 0
+    assert f"experiment {experiment} was deleted; restore it" in process.stderr
+    assert client.search_runs([experiment]) == []
+
+
+@pytest.mark.parametrize("user", ["", "user:p@hunter2@", "user:p/hunter2@"])
+def test_unreachable_server_is_named_and_its_password_is_not(tmp_path, user):
     # given a port on which nothing listens
     notebook = copy_project(tmp_path)
     # when the notebook is executed; the limit tells seconds from minutes of retries, also on a slow machine
-    process = execute(notebook, tmp_path, MLFLOW_TRACKING_URI=address, limit=60)
+    process = execute(notebook, tmp_path, MLFLOW_TRACKING_URI=f"http://{user}127.0.0.1:9", limit=60)
     # then the error names the server and the remedy
     assert refused(process, tmp_path, "http://127.0.0.1:9", "Start the server")
-    assert "secret" not in process.stderr
+    assert "hunter2" not in process.stderr
 
 
 def test_database_of_a_newer_mlflow_is_refused_and_unchanged(tmp_path):

@@ -9,6 +9,7 @@ listens on this machine only, until Ctrl+C. Where MLFLOW_TRACKING_URI is a serve
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,30 +17,34 @@ from pathlib import Path
 from urllib.parse import quote
 
 import mlflow
-from mlflow.exceptions import MlflowException
 
-MODEL = "tracking_quick_start"
 FOLDER = Path(__file__).resolve().parent.parent
+# A server that is down should be known within seconds, and not after minutes of retries.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 
 def links(server: str) -> list[str]:
-    """Return the addresses, below ``server``, of the registered model and of its two newest versions compared.
+    """Return the addresses, below ``server``, of the model registered last and of its two newest versions compared.
 
     Raises:
-        SystemExit: the store has no registered model of this name.
+        SystemExit: the store has no registered model.
     """
     client = mlflow.MlflowClient()
     try:
-        client.get_registered_model(MODEL)
-    except MlflowException as error:
-        sys.exit(f"No model {MODEL} in the store: {error.message}\nMake one first: make run")
-    newest = sorted(client.search_model_versions(f"name = '{MODEL}'"), key=lambda version: int(version.version))[-2:]
+        models = client.search_registered_models()
+    except Exception as error:
+        sys.exit(re.sub(r"//\S*@", "//", f"The store gives no answer: {error}\nCorrect or unset MLFLOW_TRACKING_URI."))
+    if not models:
+        sys.exit("No model is registered in this store yet. Make one first: make run")
+    name = max(models, key=lambda model: model.last_updated_timestamp).name
+    newest = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))[-2:]
     runs = {str(version.version): version.run_id for version in newest}
     experiments = sorted({client.get_run(run).info.experiment_id for run in runs.values()})
     pages = {
-        "compare-model-versions": {"name": MODEL, "runs": runs},
+        "compare-model-versions": {"name": name, "runs": runs},
         "compare-runs": {"runs": list(runs.values()), "experiments": experiments},
-        f"models/{MODEL}": {},
+        f"models/{name}": {},
     }
     return [
         f"{server}/#/{page}?"
@@ -54,14 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=5000)
     port = parser.parse_args().port
-    database = FOLDER / "mlflow.db"
-    store = os.environ.get("MLFLOW_TRACKING_URI")
-    if not store and not database.exists():
-        sys.exit(f"There is no store at {database} yet. Make one first: make run")
-    store = store or f"sqlite:///{database.as_posix()}"
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(FOLDER / 'mlflow.db').as_posix()}"
+    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
+        sys.exit(f"There is no store at {store} yet. Make one first: make run")
     mlflow.set_tracking_uri(store)
     if store.startswith("http"):
-        print("The MLflow interface is up:", *links(store.rstrip("/")), sep="\n  ")
+        address = re.sub(r"//\S*@", "//", store).rstrip("/")
+        print("The MLflow interface is up:", *links(address), sep="\n  ")
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
