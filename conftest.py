@@ -1,4 +1,4 @@
-"""What all tests share: nbval's settings, and how a part that this machine lacks is reported."""
+"""What all tests share: settings for nbval, and how a part that this machine lacks is reported."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def pytest_configure(config):
     # The notebooks are tests: each is executed in a store of its own, and every stored output compared.
     config.option.nbval = True
     config.option.nbval_current_env = True
-    config.option.nbval_sanitize_with = str(HERE / "sanitize.cfg")
+    config.option.nbval_sanitize_with = str(HERE / "tests" / "sanitize.cfg")
     config.stash[STORE] = tempfile.mkdtemp()
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(config.stash[STORE]).as_posix()}/mlflow.db"
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
