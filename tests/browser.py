@@ -67,6 +67,7 @@ def picture(page, folder: Path | None, name: str) -> None:
     if folder is not None:
         page.mouse.move(0, 0)
         page.evaluate(STILL)
+        page.wait_for_timeout(500)  # until the outline of what was clicked has faded
         folder.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=folder / name, animations="disabled")
 
