@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test ui notebooks screenshots benchmark lock lint browser clean help
+.PHONY: run test guides ui notebooks screenshots benchmark lock lint browser clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
@@ -34,6 +34,12 @@ run: $(INSTALLED) ## execute project.ipynb into build/project.html
 
 test: $(INSTALLED) ## run all tests that this machine has the parts for
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's store
+	@mkdir -p build
+	$(BIN)/python -m nbconvert --execute --to html --output-dir build --log-level ERROR \
+		--KernelManager.transport_encryption=auto guides/*.ipynb
+	@echo "The executed guides are in build/, their runs and models in the MLflow interface: make ui"
 
 ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
 	$(BIN)/python tools/interface.py --port $(PORT)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from nbval.plugin import IPyNbFile
 
 HERE = Path(__file__).parent
 
@@ -24,9 +25,16 @@ def pytest_configure(config):
     config.option.nbval_current_env = True
     config.option.nbval_sanitize_with = str(HERE / "tests" / "sanitize.cfg")
     config.stash[STORE] = tempfile.mkdtemp()
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(config.stash[STORE]).as_posix()}/mlflow.db"
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["REBUILD_ENVIRONMENT"] = "on"
+
+
+@pytest.hookimpl(tryfirst=True)  # the notebook's kernel starts after this
+def pytest_runtest_setup(item):
+    if isinstance(item.parent, IPyNbFile):
+        store = Path(item.config.stash[STORE]) / item.path.stem
+        store.mkdir(exist_ok=True)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store.as_posix()}/mlflow.db"
 
 
 def pytest_unconfigure(config):

@@ -1,4 +1,4 @@
-"""Execute the quickstart, or start MLflow's server, as a user does: in a process of its own, in a temporary folder."""
+"""Execute a notebook, or start MLflow's server, as a user does: in a process of its own, in a temporary folder."""
 
 import contextlib
 import os
@@ -17,7 +17,6 @@ import psutil
 from nbval.plugin import coalesce_streams, get_sanitize_patterns
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT_FILES = ["project.ipynb", "model_requirements.txt"]
 MODEL = "tracking_quick_start"
 NOT_REBUILT = ["NOT CHECKED: rebuild_environment is off, so no environment was rebuilt.\n"]
 
@@ -39,12 +38,12 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     return inherited | isolated | {"REBUILD_ENVIRONMENT": "off"} | variables
 
 
-def copy_project(folder: Path) -> Path:
-    """Copy what the quickstart consists of to ``folder``, made if need be, and return the notebook's path there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in PROJECT_FILES:
-        shutil.copy(ROOT / name, folder)
-    return folder / "project.ipynb"
+def copy_project(folder: Path, notebook: str = "project.ipynb") -> Path:
+    """Copy a notebook and its pins to ``folder``, made if need be, and return the notebook's path there."""
+    (folder / notebook).parent.mkdir(parents=True, exist_ok=True)
+    for name in (notebook, "model_requirements.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder / notebook
 
 
 def execute(
@@ -109,13 +108,13 @@ def text_outputs(notebook: nbformat.NotebookNode) -> list[str]:
     return texts
 
 
-def differing_outputs(folder: Path) -> list[str]:
+def differing_outputs(folder: Path, notebook: str = "project.ipynb") -> list[str]:
     """Return the text outputs of the execution in ``folder`` that differ from the committed notebook's, in order.
 
     Raises:
         ValueError: there are more or fewer outputs than the committed notebook has.
     """
-    committed = text_outputs(nbformat.read(ROOT / "project.ipynb", as_version=4))
+    committed = text_outputs(nbformat.read(ROOT / notebook, as_version=4))
     fresh = text_outputs(executed(folder))
     for pattern, replacement in get_sanitize_patterns((ROOT / "tests/sanitize.cfg").read_text(encoding="utf-8")):
         fresh = [re.sub(pattern, replacement, text) for text in fresh]
