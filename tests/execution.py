@@ -89,6 +89,39 @@ def execute(
     )
 
 
+def papermill(
+    notebook: Path, folder: Path, parameters: dict | None = None, *, limit: float = 300, **variables: str
+) -> subprocess.CompletedProcess:
+    """Execute ``notebook`` by papermill, started in ``folder``; the copy becomes ``folder / "executed.ipynb"``.
+
+    Args:
+        notebook: what to execute; the file stays as it is.
+        folder: the kernel's working directory, and where the copy and all temporary files go.
+        parameters: what to put in place of the defaults in the cell tagged ``parameters``.
+        limit: seconds after which it counts as hanging.
+        variables: environment variables to add.
+
+    Returns:
+        The finished process; its ``returncode`` is not 0 if a cell failed, with the traceback in ``stderr``.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than ``limit``.
+    """
+    command = [sys.executable, "-m", "papermill", str(notebook), "executed.ipynb", "--no-progress-bar"]
+    for name, value in (parameters or {}).items():
+        command += ["-p", name, str(value)]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(folder, **variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=limit,
+    )
+
+
 def executed(folder: Path) -> nbformat.NotebookNode:
     """Return the notebook that ``execute`` left in ``folder``."""
     notebook = nbformat.read(folder / "executed.ipynb", as_version=4)

@@ -116,20 +116,6 @@ def test_every_sanitize_rule_is_read_and_matches(folder):
         assert re.search(pattern, outputs), pattern
 
 
-def test_committed_notebook_is_in_its_stable_form():
-    notebook = nbformat.read(ROOT / "project.ipynb", as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    before = nbformat.writes(notebook)
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import notebooks
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    notebooks.stable(notebook)
-    assert nbformat.writes(notebook) == before
-
-
 def test_table_shows_actual_beside_predicted_values(folder):
     cell = next(cell for cell in executed(folder).cells if "predict data" in cell.source)
     columns = re.findall("<th>([a-z ()]+)</th>", cell.outputs[0].data["text/html"])

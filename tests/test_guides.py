@@ -1,0 +1,95 @@
+"""What holds for every guide: one form, one set-up, and the same outputs on a server, again, and by papermill."""
+
+import mlflow
+import nbformat
+import pytest
+from execution import (
+    ROOT,
+    copy_project,
+    differing_outputs,
+    git,
+    papermill,
+    tracking_server,
+)
+
+NOTEBOOKS = git(ROOT, "ls-files", "*.ipynb", ":!benchmarks").splitlines()
+GUIDES = [name for name in NOTEBOOKS if name.startswith("guides/")]
+
+
+def code_cells(notebook: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(ROOT / notebook, as_version=4).cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_notebook_is_in_its_stable_form(name, monkeypatch):
+    code = code_cells(name)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    before = nbformat.writes(notebook)
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import notebooks
+
+    notebooks.stable(notebook)
+    assert nbformat.writes(notebook) == before
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_has_one_title_and_twenty_to_thirty_cells(name):
+    cells = nbformat.read(ROOT / name, as_version=4).cells
+    titles = [
+        line for cell in cells if cell.cell_type == "markdown" for line in cell.source.split("\n") if line[:2] == "# "
+    ]
+    assert len(titles) == 1
+    assert 20 <= len(cells) <= 30
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_parameters_stand_in_one_tagged_cell(name):
+    tagged = [cell.metadata.get("tags", []) for cell in code_cells(name)]
+    assert sum("parameters" in tags for tags in tagged) == 1
+
+
+@pytest.mark.parametrize("start", ["os.environ", "tracking_uri = "])
+def test_shared_cells_are_the_same_in_every_guide(start):
+    # given the cell of each guide that begins so: the one that finds the pins, or the one that opens the store
+    found = [cell.source for name in GUIDES for cell in code_cells(name) if cell.source.startswith(start)]
+    # then there is one per guide, and they do not drift apart
+    assert len(found) == len(GUIDES)
+    assert len(set(found)) == 1
+
+
+@pytest.fixture(scope="module", params=GUIDES)
+def on_a_server(request, tmp_path_factory):
+    """Execute a guide twice on a tracking server, from folders that are not the guide's.
+
+    Give the guide's name, the two finished processes, the folders in which they left their copies, and for each the
+    registered versions afterwards, by name and number.
+    """
+    folder = tmp_path_factory.mktemp("server")
+    processes, folders, versions = [], [folder / "project/first", folder / "project/second"], []
+    notebook = copy_project(folder / "project", request.param)
+    with tracking_server(folder) as address:
+        client = mlflow.MlflowClient(address)
+        for work in folders:
+            work.mkdir()
+            processes.append(papermill(notebook, work, MLFLOW_TRACKING_URI=address))
+            versions.append(
+                {(version.name, str(version.version)): version for version in client.search_model_versions()}
+            )
+    return request.param, processes, folders, versions
+
+
+def test_tracking_server_and_papermill_give_the_stored_outputs(on_a_server):
+    name, processes, folders, _ = on_a_server
+    assert processes[0].returncode == 0, processes[0].stderr
+    assert differing_outputs(folders[0], name) == []
+
+
+def test_second_execution_adds_versions_and_keeps_the_old(on_a_server):
+    _, processes, _, (before, after) = on_a_server
+    assert processes[1].returncode == 0, processes[1].stderr
+    assert len(before) > 0
+    assert len(after) == 2 * len(before)
+    for key, version in before.items():
+        assert after[key].source == version.source
+        assert after[key].run_id == version.run_id
