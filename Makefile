@@ -50,8 +50,9 @@ notebooks: $(INSTALLED) ## execute the committed notebooks in a fresh store and 
 screenshots: browser ## take the pictures in docs/images
 	$(BIN)/python -m pytest tests/test_interface.py --pictures docs/images
 
-benchmark: $(INSTALLED) ## measure the notebook against its peers
+benchmark: $(INSTALLED) ## measure the quickstart, and the search of guide 03, against their peers
 	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/python benchmarks/search.py
 
 # One resolution: the whole first, then each part held to it.
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
