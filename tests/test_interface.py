@@ -7,10 +7,9 @@ import re
 import socket
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
-from browser import installed_browser, open_page, picture
+from browser import picture
 from execution import ROOT, copy_project, environment, execute, executed, free_port, running, text_outputs
 
 MODE = "workflowType=machine_learning"
@@ -41,24 +40,6 @@ def links(folder, interface):
     (markdown,) = [text for text in text_outputs(executed(folder)) if "compare-runs" in text]
     found = dict(re.findall(r"\[([^]]+)]\(([^)]+)\)", markdown))
     return {text: link.replace("http://127.0.0.1:5000", interface) for text, link in found.items()}
-
-
-@pytest.fixture
-def page(lacking):
-    """Give an empty page of a real browser."""
-    if find_spec("playwright") is None:
-        lacking("Playwright, which drives the browser,", "make browser")
-    browser = installed_browser()
-    if browser is None:
-        lacking("Chromium", "make browser (on Debian: apt-get install chromium)")
-    with open_page(browser) as page:
-        yield page
-
-
-@pytest.fixture
-def pictures(request):
-    """Give the folder for pictures, or None where none are asked for."""
-    return request.config.getoption("--pictures")
 
 
 def test_links_in_the_notebook_are_those_that_make_ui_prints(folder, links):
