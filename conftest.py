@@ -1,5 +1,6 @@
-"""What all tests share: settings for nbval, and how a part that this machine lacks is reported."""
+"""What all tests share: settings for nbval, the data of guide 02, and how a part that a machine lacks is reported."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from nbval.plugin import IPyNbFile
+from serving import FILE, NAME, heart_disease_data, serving
 
 HERE = Path(__file__).parent
 
@@ -27,6 +29,12 @@ def pytest_configure(config):
     config.stash[STORE] = tempfile.mkdtemp()
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["REBUILD_ENVIRONMENT"] = "on"
+    # Wherever guide 02 is executed, it downloads the shared file from here; if there is none, from the public address.
+    config.stash[SERVER] = contextlib.ExitStack()
+    os.environ["HEART_DISEASE_CACHE"] = str(Path(config.stash[STORE]) / "cache")
+    if FILE.is_file() and "HEART_DISEASE_URL" not in os.environ:
+        address, _ = config.stash[SERVER].enter_context(serving(FILE.read_bytes()))
+        os.environ["HEART_DISEASE_URL"] = address
 
 
 @pytest.hookimpl(tryfirst=True)  # the notebook's kernel starts after this
@@ -35,13 +43,32 @@ def pytest_runtest_setup(item):
         store = Path(item.config.stash[STORE]) / item.path.stem
         store.mkdir(exist_ok=True)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store.as_posix()}/mlflow.db"
+        if item.path.name == "02_heart_disease.ipynb":
+            skip_without_heart_disease_data()
 
 
 def pytest_unconfigure(config):
+    config.stash[SERVER].close()
     shutil.rmtree(config.stash[STORE], ignore_errors=True)
 
 
 STORE = pytest.StashKey[str]()
+SERVER = pytest.StashKey[contextlib.ExitStack]()
+
+
+def skip_without_heart_disease_data():
+    """Skip the test where guide 02 cannot get its data. Also where `CI` is set: nobody can install the internet."""
+    if heart_disease_data() is None:
+        pytest.skip(
+            f"{NAME} is not in the folder shared/data/heart_disease beside the project, and cannot be downloaded"
+        )
+
+
+@pytest.fixture(scope="session")
+def heart_disease():
+    """Give the content of guide 02's data file, or skip the test where it cannot be had."""
+    skip_without_heart_disease_data()
+    return heart_disease_data()
 
 
 @pytest.fixture

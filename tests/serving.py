@@ -1,0 +1,57 @@
+"""Where the tests get the heart disease data of guide 02 from, and a server that gives it to the guide."""
+
+import contextlib
+import functools
+import os
+import threading
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from execution import ROOT
+
+NAME = "processed.cleveland.data"
+FILE = Path(os.environ.get("HEART_DISEASE_FILE") or ROOT.parent / "shared/data/heart_disease" / NAME)
+PUBLIC_ADDRESS = f"https://archive.ics.uci.edu/ml/machine-learning-databases/heart-disease/{NAME}"
+
+
+@functools.cache
+def heart_disease_data() -> bytes | None:
+    """Return the content of the shared file, or else of the address that guide 02 uses; None where neither is there."""
+    if FILE.is_file():
+        return FILE.read_bytes()
+    address = os.environ.get("HEART_DISEASE_URL") or PUBLIC_ADDRESS
+    with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10) as answer:
+        return answer.read()
+    return None
+
+
+@contextlib.contextmanager
+def serving(content: bytes, status: int = 200) -> Iterator[tuple[str, list[str]]]:
+    """Answer every request on the loopback interface with ``content`` until the end of the block.
+
+    Yields:
+        The address, and a list to which the path of each request is added.
+    """
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/{NAME}", requests
+        finally:
+            server.shutdown()
+            thread.join()
