@@ -65,6 +65,8 @@ def on_a_server(request, tmp_path_factory):
     Give the guide's name, the two finished processes, the folders in which they left their copies, and for each the
     registered versions afterwards, by name and number.
     """
+    if "heart_disease" in request.param:
+        request.getfixturevalue("heart_disease")
     folder = tmp_path_factory.mktemp("server")
     processes, folders, versions = [], [folder / "project/first", folder / "project/second"], []
     notebook = copy_project(folder / "project", request.param)
