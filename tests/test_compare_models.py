@@ -170,14 +170,17 @@ def pinned(text: str) -> list[str]:
 
 
 def test_tie_goes_to_the_simplest_and_is_named(tmp_path):
-    # given a table that all three models learn without a fault
+    # given a table that all three models learn without a fault, and a champion of an earlier comparison
     table = customers().assign(age=lambda rows: np.where(rows["left"] == "yes", 90, 10))
     table[["age", "left"]].to_csv(tmp_path / "easy.csv", index=False)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+    client.create_registered_model("SVC")
+    client.create_model_version("SVC", (tmp_path / "earlier").as_uri())
+    client.set_registered_model_alias("SVC", "champion", "1")
     # when
     process = papermill(copy_project(tmp_path, GUIDE), tmp_path, {"data": "easy.csv", "target": "left"})
     # then
     assert process.returncode == 0, process.stderr
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
     version = client.get_model_version_by_alias("LogisticRegression", "champion")
     assert version.description.endswith("Tied with SVC, RandomForestClassifier; the simplest of them was taken.")
     assert not client.get_registered_model("SVC").aliases
