@@ -48,7 +48,7 @@ notebooks: $(INSTALLED) ## execute the committed notebooks in a fresh store and 
 	$(BIN)/python tools/notebooks.py $(NOTEBOOKS)
 
 screenshots: browser ## take the pictures in docs/images
-	$(BIN)/python -m pytest tests/test_interface.py --pictures docs/images
+	$(BIN)/python -m pytest tests/test_interface.py tests/test_guides_interface.py --pictures docs/images
 
 benchmark: $(INSTALLED) ## measure the quickstart, and the search of guide 03, against their peers
 	$(BIN)/python benchmarks/quickstart.py

@@ -74,7 +74,7 @@ def on_a_server(request, tmp_path_factory):
         client = mlflow.MlflowClient(address)
         for work in folders:
             work.mkdir()
-            processes.append(papermill(notebook, work, MLFLOW_TRACKING_URI=address))
+            processes.append(papermill(notebook, work, MLFLOW_TRACKING_URI=address, REBUILD_ENVIRONMENT="on"))
             versions.append(
                 {(version.name, str(version.version)): version for version in client.search_model_versions()}
             )
@@ -87,10 +87,10 @@ def test_tracking_server_and_papermill_give_the_stored_outputs(on_a_server):
     assert differing_outputs(folders[0], name) == []
 
 
-def test_second_execution_adds_versions_and_keeps_the_old(on_a_server):
+def test_second_execution_works_and_keeps_the_versions(on_a_server):
     _, processes, _, (before, after) = on_a_server
     assert processes[1].returncode == 0, processes[1].stderr
-    assert 0 < len(before) < len(after)
+    assert before
     for key, version in before.items():
         assert after[key].source == version.source
         assert after[key].run_id == version.run_id
