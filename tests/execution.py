@@ -77,6 +77,8 @@ def execute(
     """
     command = [*prefix, str(python), "-m", "nbconvert", "--execute", "--to", "notebook"]
     command += ["--output", str(folder / "executed.ipynb"), f"--KernelManager.transport={transport}"]
+    # A kernel that is killed because it stops slowly cannot remove its temporary files.
+    command += ["--KernelManager.shutdown_wait_time=60"]
     return subprocess.run(
         [*command, str(notebook)],
         cwd=working_directory or folder,
