@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test guides ui notebooks screenshots benchmark lock lint browser clean help
+.PHONY: run test guides report ui notebooks screenshots benchmark lock lint browser clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
@@ -40,6 +40,13 @@ guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's stor
 	$(BIN)/python -m nbconvert --execute --to html --output-dir build --log-level ERROR \
 		--KernelManager.transport_encryption=auto guides/*.ipynb
 	@echo "The executed guides are in build/, their runs and models in the MLflow interface: make ui"
+
+report: $(INSTALLED) ## make the report of experiment iris_classification, from its runs, into build/
+	@mkdir -p build
+	$(BIN)/python -m nbconvert --execute --to html --no-input --output-dir build --output experiment_report \
+		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags release --log-level ERROR \
+		--KernelManager.transport_encryption=auto guides/04_release_and_report.ipynb
+	@echo "The report: build/experiment_report.html. Its text, table and charts as files: reports/iris_classification/"
 
 ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
 	$(BIN)/python tools/interface.py --port $(PORT)
