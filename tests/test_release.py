@@ -260,6 +260,19 @@ def test_version_whose_environment_cannot_be_built_is_not_promoted(
     assert state(client, project) == before
 
 
+def test_version_that_cannot_be_scored_is_not_promoted(client, project, cautious, better, tmp_path, register, execute):
+    # given a version whose model file is lost
+    files = Path(shutil.copytree(better[0], tmp_path / "files"))
+    (files / "model.skops").unlink()
+    name = register(cautious, (files, better[1]))
+    before = state(client, project)
+    # when
+    error, _ = execute(model_name=name, allow_unchecked=True)
+    # then
+    assert error.startswith("RuntimeError: Version 2 is not promoted: not worse failed (cannot be scored: ")
+    assert state(client, project) == before
+
+
 def test_unchecked_environment_stops_the_promotion(client, project, cautious, better, register, execute):
     name = register(cautious, better)
     before = state(client, project)
