@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -13,7 +11,7 @@ from urllib.request import url2pathname
 import mlflow
 import nbformat
 import pytest
-from execution import ROOT, commit_all, copy_project, environment, git, snapshot, text_outputs
+from execution import ROOT, commit_all, copy_project, environment, executed, git, papermill, snapshot, text_outputs
 from jupyter_client.manager import KernelManager
 from mlflow.entities import Dataset, DatasetInput
 from nbclient import NotebookClient
@@ -45,15 +43,7 @@ def project(tmp_path_factory):
     copy_project(project, GUIDE)
     shutil.copy(ROOT / ".gitignore", project)
     commit_all(project)
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", GUIDE, str(project.parent / "out.ipynb")]
-    process = subprocess.run(
-        [*command, "-p", "allow_unchecked", "True"],
-        cwd=project,
-        env=environment(project.parent),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = papermill(project / GUIDE, project, {"allow_unchecked": True})
     assert process.returncode == 0, process.stderr
     return project
 
@@ -168,7 +158,7 @@ def test_better_candidate_takes_production(project, client):
     assert [run.info.run_name for run in runs] == ["final_cautious", "final_best"]
     assert runs[0].data.metrics["test_accuracy"] < runs[1].data.metrics["test_accuracy"]
     # and the way back is shown
-    text = "\n".join(text_outputs(nbformat.read(project.parent / "out.ipynb", as_version=4)))
+    text = "\n".join(text_outputs(executed(project)))
     assert f'Back: client.set_registered_model_alias("{MODEL}", "production", "1")' in text
 
 
