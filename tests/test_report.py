@@ -140,7 +140,7 @@ def test_what_is_left_out_is_listed_with_the_reason(report):
 
 def test_runs_are_counted_by_kind(report):
     assert "Compared: 5 runs" in report
-    assert "Not meant to be compared: 3 final evaluations, 2 others." in report
+    assert "Not meant to be compared: final evaluations (3), searches, trials and others (2)." in report
 
 
 def test_deleted_run_appears_nowhere(report):
