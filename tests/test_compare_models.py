@@ -8,7 +8,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from execution import ROOT, copy_project, papermill
+from execution import ROOT, copy_project, papermill, refusal
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
@@ -212,17 +212,23 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_unusable_table_is_refused_before_anything_is_written(tmp_path, case):
+def test_unusable_table_is_refused_with_the_reason(tmp_path, monkeypatch, case):
     # given a table that cannot be used, or none
     content, message = REFUSED[case]
     if content is not None:
         text = content if isinstance(content, bytes) else content.to_csv(index=False).encode()
         (tmp_path / "my.csv").write_bytes(text)
-    # when the guide is executed on it
-    process = papermill(copy_project(tmp_path, GUIDE), tmp_path, {"data": "my.csv", "target": "left"})
-    # then it says what is wrong, and made no store
+    monkeypatch.chdir(tmp_path)
+    # then
+    told = refusal(GUIDE, data="my.csv", target="left")
+    assert told.startswith("Cannot use my.csv: ")
+    assert message in told
+
+
+def test_unusable_table_is_refused_before_anything_is_written(tmp_path):
+    notebook = copy_project(tmp_path, GUIDE)
+    process = papermill(notebook, tmp_path, {"data": "my.csv", "target": "left"})
     assert process.returncode != 0
-    assert "Cannot use my.csv: " in process.stderr
-    assert message in process.stderr
+    assert "ValueError: Cannot use my.csv: there is no such file" in process.stderr
     assert not (tmp_path / "mlflow.db").exists()
     assert not (tmp_path / "mlruns").exists()

@@ -78,7 +78,7 @@ def test_runs_are_listed_with_names_metrics_and_versions(page, interface, pictur
     # when the list of runs is opened, and metrics and parameters are ticked in its columns
     page.goto(f"{interface}/#/experiments/1/runs?{MODE}")
     page.get_by_text("2 matching runs").wait_for()
-    page.get_by_role("button", name="Columns").click()
+    page.get_by_role("button", name="Columns", exact=True).click()
     page.get_by_text("Metrics (3)").wait_for()
     page.get_by_text("Source", exact=True).last.click()
     page.get_by_text("Dataset", exact=True).last.click()

@@ -24,8 +24,9 @@ def make_report(project: Path) -> subprocess.CompletedProcess:
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, project)
     (project / "installed.txt").touch()
+    (project / ".venv").symlink_to(sys.prefix)
     return subprocess.run(
-        ["make", "report", f"BIN={Path(sys.executable).parent}", "INSTALLED=installed.txt"],
+        ["make", "report", "INSTALLED=installed.txt"],
         cwd=project,
         env=environment(project.parent),
         capture_output=True,

@@ -11,7 +11,7 @@ import mlflow
 import nbformat
 import psutil
 import pytest
-from execution import copy_project, environment, executed, papermill
+from execution import copy_project, environment, executed, papermill, refusal
 from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
@@ -286,9 +286,16 @@ def test_timeout_ends_the_search_and_a_person_sees_a_progress_bar(tmp_path):
     assert "application/vnd.jupyter.widget-view+json" in kinds
 
 
+IMPOSSIBLE = "sampler is tpe or grid; n_trials is at least 1, n_jobs not 0, timeout positive seconds"
+
+
 @pytest.mark.parametrize("parameters", [{"sampler": "best"}, {"n_trials": 0}, {"n_jobs": 0}, {"timeout": -1}], ids=str)
-def test_impossible_parameter_is_refused_before_anything_is_written(tmp_path, parameters):
-    process = papermill(copy_project(tmp_path, GUIDE), tmp_path, parameters)
+def test_impossible_parameter_is_refused(parameters):
+    assert refusal(GUIDE, **parameters).startswith(IMPOSSIBLE)
+
+
+def test_impossible_parameter_is_refused_before_anything_is_written(tmp_path):
+    process = papermill(copy_project(tmp_path, GUIDE), tmp_path, {"n_trials": 0})
     assert process.returncode != 0
-    assert "sampler is tpe or grid; n_trials is at least 1, n_jobs not 0, timeout positive seconds" in process.stderr
+    assert IMPOSSIBLE in process.stderr
     assert not (tmp_path / "mlflow.db").exists()
