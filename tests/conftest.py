@@ -1,9 +1,31 @@
-"""What the tests of the interface share: a page of a real browser, and where its pictures go."""
+"""What several test modules share. ``folder`` is a fixture of each: where it has executed its notebooks."""
 
+import sys
 from importlib.util import find_spec
 
+import mlflow
 import pytest
 from browser import installed_browser, open_page
+from execution import ROOT, environment, free_port, running
+
+
+@pytest.fixture
+def client(folder):
+    """Give a client of the store in ``folder``, which is also the one that addresses of models are looked up in."""
+    uri = f"sqlite:///{folder.as_posix()}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    yield mlflow.MlflowClient(uri)
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="module")
+def interface(folder):
+    """Give the address of the interface, started as `make ui` does, on the store in ``folder``."""
+    port = str(free_port())
+    command = [sys.executable, str(ROOT / "tools/interface.py"), "--port", port]
+    variables = environment(folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
+    with running(command, f"http://127.0.0.1:{port}/health", folder / "server.log", env=variables):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture

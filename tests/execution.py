@@ -46,6 +46,20 @@ def copy_project(folder: Path, notebook: str = "project.ipynb") -> Path:
     return folder / notebook
 
 
+def finished(command: list[str], folder: Path, variables: dict[str, str], limit: float) -> subprocess.CompletedProcess:
+    """Run ``command`` in ``folder`` with just these environment variables, for at most ``limit`` seconds."""
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=limit,
+    )
+
+
 def execute(
     notebook: Path,
     folder: Path,
@@ -79,16 +93,7 @@ def execute(
     command += ["--output", str(folder / "executed.ipynb"), f"--KernelManager.transport={transport}"]
     # A kernel that is killed because it stops slowly cannot remove its temporary files.
     command += ["--KernelManager.shutdown_wait_time=60"]
-    return subprocess.run(
-        [*command, str(notebook)],
-        cwd=working_directory or folder,
-        env=environment(folder, **variables),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=limit,
-    )
+    return finished([*command, str(notebook)], working_directory or folder, environment(folder, **variables), limit)
 
 
 def papermill(
@@ -112,16 +117,7 @@ def papermill(
     command = [sys.executable, "-m", "papermill", str(notebook), "executed.ipynb", "--no-progress-bar"]
     for name, value in (parameters or {}).items():
         command += ["-p", name, str(value)]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=environment(folder, **variables),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=limit,
-    )
+    return finished(command, folder, environment(folder, **variables), limit)
 
 
 def refusal(notebook: str, **parameters) -> str:

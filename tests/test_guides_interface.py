@@ -4,12 +4,11 @@ With ``--pictures FOLDER`` the pages that the tests have checked are saved there
 """
 
 import re
-import sys
 
 import mlflow
 import pytest
 from browser import picture
-from execution import ROOT, copy_project, environment, execute, executed, free_port, git, running, text_outputs
+from execution import ROOT, copy_project, execute, executed, git, text_outputs
 
 GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
 MODE = "workflowType=machine_learning"
@@ -25,21 +24,6 @@ def folder(tmp_path_factory, heart_disease):
         process = execute(copy_project(folder, name), copies, REBUILD_ENVIRONMENT="on")
         assert process.returncode == 0, process.stderr
     return folder
-
-
-@pytest.fixture(scope="module")
-def client(folder):
-    return mlflow.MlflowClient(f"sqlite:///{folder.as_posix()}/mlflow.db")
-
-
-@pytest.fixture(scope="module")
-def interface(folder):
-    """Give the address of the interface, started as `make ui` does, on the store in ``folder``."""
-    port = str(free_port())
-    command = [sys.executable, str(ROOT / "tools/interface.py"), "--port", port]
-    variables = environment(folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
-    with running(command, f"http://127.0.0.1:{port}/health", folder / "server.log", env=variables):
-        yield f"http://127.0.0.1:{port}"
 
 
 def page_of(client: mlflow.MlflowClient, experiment: str, run_name: str) -> str:

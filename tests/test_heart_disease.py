@@ -57,14 +57,6 @@ def folder(tmp_path_factory, served):
 
 
 @pytest.fixture
-def client(folder):
-    uri = f"sqlite:///{folder.as_posix()}/mlflow.db"
-    mlflow.set_tracking_uri(uri)
-    yield mlflow.MlflowClient(uri)
-    mlflow.set_tracking_uri(None)
-
-
-@pytest.fixture
 def runs(client):
     """Give the runs of the execution by name."""
     experiment = client.get_experiment_by_name("heart-disease-classification")

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from browser import picture
-from execution import ROOT, copy_project, environment, execute, executed, free_port, running, text_outputs
+from execution import ROOT, copy_project, environment, execute, executed, text_outputs
 
 MODE = "workflowType=machine_learning"
 
@@ -22,16 +22,6 @@ def folder(tmp_path_factory):
     process = execute(copy_project(folder), folder)
     assert process.returncode == 0, process.stderr
     return folder
-
-
-@pytest.fixture(scope="module")
-def interface(folder):
-    """Give the address of the interface, started as `make ui` does, on the store in ``folder``."""
-    port = str(free_port())
-    command = [sys.executable, str(ROOT / "tools/interface.py"), "--port", port]
-    variables = environment(folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
-    with running(command, f"http://127.0.0.1:{port}/health", folder / "server.log", env=variables):
-        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")

@@ -33,14 +33,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def client(folder):
-    uri = f"sqlite:///{folder.as_posix()}/mlflow.db"
-    mlflow.set_tracking_uri(uri)
-    yield mlflow.MlflowClient(uri)
-    mlflow.set_tracking_uri(None)
-
-
 def runs_by_name(client: mlflow.MlflowClient) -> dict:
     """Return the runs of the guide's experiment by their names; of several with one name, the newest."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
