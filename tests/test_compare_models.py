@@ -24,11 +24,12 @@ ESTIMATORS = {
 
 
 def customers(rows: int = 150) -> pd.DataFrame:
-    """Return a table with numbers, whole numbers, categories, truth values, gaps and two classes in column "left"."""
+    """Return a table with numbers, whole numbers, few and many categories, truth values, gaps, and classes "left"."""
     rng = np.random.default_rng(0)
     age, colour = rng.normal(40, 10, rows), rng.choice(["red", "green", "blue"], rows)
     table = pd.DataFrame({"age": age.round(1), "colour": colour, "visits": rng.integers(0, 9, rows)})
     table["member"] = rng.random(rows) < 0.5
+    table["city"] = [f"city {number}" for number in rng.integers(0, 30, rows)]
     table["left"] = np.where(age + 8 * (colour == "red") + rng.normal(0, 5, rows) > 42, "yes", "no")
     table.loc[rng.choice(rows, 15, replace=False), "age"] = np.nan
     table.loc[rng.choice(rows, 15, replace=False), "colour"] = None
@@ -75,7 +76,10 @@ def test_all_hyperparameters_are_logged(runs, name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_metrics_are_those_of_the_registered_model_on_the_rows_held_back(client, runs, rows_test, name):
     # given the registered version of that name
-    actual, predicted = rows_test["left"], mlflow.pyfunc.load_model(f"models:/{name}/1").predict(as_read(rows_test))
+    actual, predicted = (
+        rows_test["left"],
+        mlflow.pyfunc.load_model(f"models:/{name}/1").predict(rows_test.drop(columns="left")),
+    )
     # then the metrics of its run are what scikit-learn finds for it
     assert client.get_model_version(name, "1").run_id == runs[name].info.run_id
     macro = {"average": "macro"}
@@ -91,14 +95,18 @@ def test_metrics_are_those_of_the_registered_model_on_the_rows_held_back(client,
     assert 0.5 < logged["cv_accuracy_mean"] < 1
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_metrics_tell_on_which_rows_they_were_measured(client, runs, name):
+    model = client.get_logged_model(runs[name].outputs.model_outputs[0].model_id)
+    measured_on = {metric.key: metric.dataset_name for metric in model.metrics}
+    training = {key for key, dataset in measured_on.items() if dataset == "customers_train"}
+    assert training == {"cv_accuracy_mean", "cv_accuracy_std"}
+    assert set(measured_on.values()) == {"customers_train", "customers_test"}
+
+
 def logged_table(run, name: str) -> pd.DataFrame:
     """Return the CSV file ``name`` among the artifacts of ``run``, its first column as index."""
     return pd.read_csv(io.StringIO(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{name}")), index_col=0)
-
-
-def as_read(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the feature columns of ``rows`` as the guide reads them: numbers as floats, all else as text."""
-    return rows.drop(columns="left").astype({"visits": float, "member": str})
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -140,7 +148,7 @@ def test_best_in_cross_validation_is_champion_with_the_reason(client, runs):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_model_takes_raw_rows_with_gaps_and_categories_never_seen(client, name):
     # given a row with no age and a colour that was not in the table
-    rows = pd.DataFrame({"age": [np.nan], "colour": ["violet"], "visits": [3.0], "member": ["True"]})
+    rows = pd.DataFrame({"age": [np.nan], "colour": ["violet"], "visits": [3], "member": [True], "city": ["none"]})
     # then
     assert mlflow.pyfunc.load_model(f"models:/{name}/1").predict(rows)[0] in {"yes", "no"}
 
@@ -148,7 +156,9 @@ def test_model_takes_raw_rows_with_gaps_and_categories_never_seen(client, name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_version_carries_the_pins_and_only_the_reviewed_types(client, name):
     model = mlflow.models.get_model_info(f"models:/{name}/1")
-    reviewed = ["numpy.dtype"] + ["sklearn.tree._tree.Tree"] * (name == "RandomForestClassifier")
+    reviewed = ["numpy.dtype", "pandas._libs.missing.NAType"] + ["sklearn.tree._tree.Tree"] * (
+        name == "RandomForestClassifier"
+    )
     assert model.flavors["sklearn"]["skops_trusted_types"] == reviewed
     assert model.flavors["sklearn"]["serialization_format"] == "skops"
     assert model.saved_input_example_info is not None
@@ -186,17 +196,23 @@ REFUSED = {
     "empty": (b"", "the file is empty"),
     "an image": (b"\x89PNG\r\n\x1a\n\x00\x00\x00\xff" * 9, "this is not a CSV file"),
     "prose": (b"Dear all,\nthis is, as you see, a letter.\n", "more fields than its header"),
-    "no target": (customers().drop(columns="left"), "no column 'left'; the columns are: age, colour, visits, member"),
+    "no target": (
+        customers().drop(columns="left"),
+        "no column 'left'; the columns are: age, colour, visits, member, city",
+    ),
     "one class": (customers().assign(left="no"), "has one class only: no"),
     "rare class": (
         customers().assign(left=["yes"] * 4 + ["no"] * 146),
-        "class 'yes' of 'left' has 4 rows, too few for 5",
+        "class yes of 'left' has 4 rows, too few for 5",
     ),
     "target with gaps": (
         customers().assign(left=[None] * 7 + ["yes", "no", "no"] * 47 + ["no"] * 2),
         "missing in 7 of 150",
     ),
     "repeated names": (repeated_names(customers()).encode(), "more than once: age"),
+    "infinite values": (customers().replace({"visits": {0: np.inf}}), "infinite values: visits"),
+    "semicolons": (customers().to_csv(index=False, sep=";").encode(), "columns beside the target, separated by commas"),
+    "in another encoding": ("größe,left\n1,yes\n".encode("latin-1"), "this is not a CSV file in UTF-8"),
     "no rows": (customers().head(0), "there must be rows"),
     "target alone": (customers()[["left"]], "columns beside the target"),
     "absent": (None, "there is no such file (looked for "),
@@ -215,6 +231,13 @@ def test_unusable_table_is_refused_with_the_reason(tmp_path, monkeypatch, case):
     told = refusal(GUIDE, data="my.csv", target="left")
     assert told.startswith("Cannot use my.csv: ")
     assert message in told
+
+
+def test_share_that_has_no_room_for_the_classes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    customers().to_csv("my.csv", index=False)
+    told = refusal(GUIDE, data="my.csv", target="left", test_share=0.01)
+    assert "a test_share of 0.01 of 150 rows is too small for 2 classes" in told
 
 
 def test_unusable_table_is_refused_before_anything_is_written(tmp_path):

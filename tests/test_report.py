@@ -71,6 +71,7 @@ def write_deceiving_runs(store: Store) -> None:
     store.client.log_inputs(winner, [DatasetInput(Dataset("iris_train", "c0ffee00", "code", "{}"))])
     store.candidate("LogisticRegression_squared", 0.9)
     store.candidate("RandomForest_basic", 0.9 + 2e-16)
+    store.candidate(WINNER, 0.9)  # once more
     # not finished, failed, deleted, without the metric or with none that is a number
     store.candidate("RandomForest_squared", 0.99, status="RUNNING")
     store.candidate("LogisticRegression_subset", 0.98, status="FAILED")
@@ -140,7 +141,7 @@ def test_what_is_left_out_is_listed_with_the_reason(report):
 
 
 def test_runs_are_counted_by_kind(report):
-    assert "Compared: 5 runs" in report
+    assert "Compared: 6 runs" in report
     assert "Not meant to be compared: final evaluations (3), searches, trials and others (2)." in report
 
 
@@ -165,6 +166,7 @@ def test_table_and_summary_have_each_run_in_the_order_of_the_rule(report, projec
         (WINNER, "0.9000"),
         ("LogisticRegression_squared", "0.9000"),
         ("RandomForest_basic", "0.9000"),
+        (WINNER, "0.9000"),
         ("RandomForest_subset", "0.8000"),
         ("LogisticRegression_subset", "0.6000"),
     ]
