@@ -34,6 +34,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
         "TMPDIR": str(temporary),
         "TEMP": str(temporary),
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # processes for judging language models
     }
     return inherited | isolated | {"REBUILD_ENVIRONMENT": "off"} | variables
 

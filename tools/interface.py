@@ -22,6 +22,8 @@ FOLDER = Path(__file__).resolve().parent.parent
 # A server that is down should be known within seconds, and not after minutes of retries.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# The server's background jobs judge language models; without their six processes it is up sooner.
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
 
 def links(server: str) -> list[str]:
