@@ -16,9 +16,9 @@ NAME = "tracking_quick_start"
 
 mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
 if mlflow.get_experiment_by_name(NAME) is None:
-    mlflow.create_experiment(NAME, Path("mlruns").resolve().as_uri())
+    tags = {"mlflow.note.content": "Two configurations on Iris.", "dataset": "iris"}
+    mlflow.create_experiment(NAME, Path("mlruns").resolve().as_uri(), tags)
 mlflow.set_experiment(NAME)
-mlflow.set_experiment_tags({"mlflow.note.content": "Two configurations on Iris.", "dataset": "iris"})
 
 features, target = load_iris(return_X_y=True, as_frame=True)
 target = target.astype(str)

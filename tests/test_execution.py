@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -57,23 +56,6 @@ def test_tracking_server_gives_the_stored_outputs(tmp_path):
     # and nothing was written beside the notebook
     assert not (work / "mlflow.db").exists()
     assert not (work / "mlruns").exists()
-
-
-def test_executions_at_the_same_moment_on_a_server_lose_nothing(tmp_path):
-    # given a tracking server that is empty
-    notebook = copy_project(tmp_path / "project")
-    folders = [tmp_path / "project" / name for name in ("first", "second", "third")]
-    for folder in folders:
-        folder.mkdir()
-    with tracking_server(tmp_path) as address, ThreadPoolExecutor() as pool:
-        # when three notebooks are executed at once
-        started = [pool.submit(execute, notebook, folder, MLFLOW_TRACKING_URI=address) for folder in folders]
-        processes = [future.result() for future in started]
-        # then all end well, and each has two versions of its own, numbered without gap
-        assert [process.returncode for process in processes] == [0, 0, 0], processes
-        versions = mlflow.MlflowClient(address).search_model_versions(f"name = '{MODEL}'")
-        assert sorted(int(version.version) for version in versions) == [1, 2, 3, 4, 5, 6]
-        assert len({version.run_id for version in versions}) == 6
 
 
 def kernel_started_in(notebook: Path, folder: Path) -> Path:
