@@ -59,9 +59,7 @@ SERVER = pytest.StashKey[contextlib.ExitStack]()
 def skip_without_heart_disease_data():
     """Skip the test where guide 02 cannot get its data. Also where `CI` is set: nobody can install the internet."""
     if heart_disease_data() is None:
-        pytest.skip(
-            f"{NAME} is not in the folder shared/data/heart_disease beside the project, and cannot be downloaded"
-        )
+        pytest.skip(f"{NAME} cannot be downloaded; if you have a copy: export HEART_DISEASE_FILE=<its path>")
 
 
 @pytest.fixture(scope="session")
