@@ -14,6 +14,7 @@ endif
 
 INSTALLED := .venv/installed.txt
 DEVELOPMENT := .venv/development.txt
+SCALE := .venv/scale.txt
 UV := $(BIN)/uv
 
 # Python keeps its compiled files, which halves every later start, even where the machine's setting says not to.
@@ -22,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test guides report ui notebooks screenshots benchmark lock lint browser clean help
+.PHONY: run test guides report ui notebooks screenshots benchmark lock lint browser postgresql scale clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
@@ -65,7 +66,9 @@ benchmark: $(INSTALLED) ## measure the quickstart, and the search of guide 03, a
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
 	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 lock: $(INSTALLED) ## compile the locks from pyproject.toml (UPGRADE=1 to renew what is not pinned there)
-	$(COMPILE) --group development --generate-hashes --output-file requirements-dev.txt
+	$(COMPILE) --group scale --generate-hashes --output-file requirements-scale.txt
+	$(COMPILE) --group development --generate-hashes --constraint requirements-scale.txt --output-file requirements-dev.txt
+	$(COMPILE) --group server --generate-hashes --constraint requirements-scale.txt --output-file deploy/requirements.txt
 	$(COMPILE) --group test --generate-hashes --constraint requirements-dev.txt --output-file requirements.txt
 	$(COMPILE) --group model --constraint requirements.txt --output-file model_requirements.txt
 
@@ -75,6 +78,10 @@ lint: $(DEVELOPMENT) ## check code and notebooks with ruff
 
 browser: $(DEVELOPMENT) ## install what the tests of the interface need: a browser and its driver
 	$(BIN)/python tests/browser.py
+
+postgresql: $(DEVELOPMENT) ## install what the tests of the shared server need: PostgreSQL and its driver
+
+scale: $(SCALE) ## install what guide 06 needs beyond the rest: Spark, PostgreSQL and its driver; Java is yours to install
 
 clean: ## remove the environment and what was built; the store (mlflow.db, mlruns) stays
 	rm -rf .venv build .pytest_cache .ruff_cache
@@ -95,4 +102,8 @@ $(INSTALLED): requirements.txt
 
 $(DEVELOPMENT): requirements-dev.txt $(INSTALLED)
 	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements-dev.txt
+	@touch $@
+
+$(SCALE): requirements-scale.txt $(DEVELOPMENT)
+	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements-scale.txt
 	@touch $@

