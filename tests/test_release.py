@@ -23,6 +23,7 @@ GUIDE = "guides/04_release_and_report.ipynb"
 MODEL = "iris_classification_best_model"
 GOLDEN = ROOT / "tests" / "golden"
 MASKS = {
+    r"[0-9a-f]{64}": "FINGERPRINT",
     r"[0-9a-f]{40}": "COMMIT",
     r"[0-9a-f]{32}": "RUN-ID",
     r"\d{4}-\d\d-\d\dT[\d:+]+": "DATE",
