@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -11,6 +12,9 @@ from urllib.request import url2pathname
 import mlflow
 import nbformat
 import pytest
+import skops.io
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from execution import ROOT, commit_all, copy_project, environment, executed, git, papermill, snapshot, text_outputs
 from jupyter_client.manager import KernelManager
 from mlflow.entities import Dataset, DatasetInput
@@ -18,6 +22,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from sklearn.datasets import load_iris
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 GUIDE = "guides/04_release_and_report.ipynb"
 MODEL = "iris_classification_best_model"
@@ -208,7 +214,17 @@ def with_other_test_rows(client: mlflow.MlflowClient, files: Path) -> tuple[Path
     return files, run.info.run_id
 
 
-DEFECTS = ["signature", "input example", "exact pins", "same test set", "not worse"]
+def less_sure(better: tuple[Path, str], folder: Path) -> tuple[Path, str]:
+    """Return a copy of a version's files that answers the same, with probabilities nearer to each other."""
+    files = Path(shutil.copytree(better[0], folder / "files"))
+    pipeline = mlflow.sklearn.load_model(str(files))
+    pipeline[-1].coef_ /= 2
+    pipeline[-1].intercept_ /= 2
+    skops.io.dump(pipeline, files / "model.skops")
+    return files, better[1]
+
+
+DEFECTS = ["signature", "input example", "exact pins", "same test set", "not worse", "log loss"]
 
 
 @pytest.mark.parametrize("check", DEFECTS)
@@ -223,6 +239,8 @@ def test_version_with_one_defect_is_not_promoted(check, client, project, cautiou
         candidate = loosened(better, tmp_path, "narwhals>=2")
     elif check == "same test set":
         candidate = with_other_test_rows(client, better[0])
+    elif check == "log loss":
+        holder, candidate, check = better, less_sure(better, tmp_path), "not worse"
     else:
         holder, candidate = better, cautious
     name = register(holder, candidate)
@@ -248,6 +266,40 @@ def test_version_whose_environment_cannot_be_built_is_not_promoted(
     # then
     assert error.startswith("RuntimeError: Version 2 is not promoted: fresh environment failed (")
     assert "there-is-none" in output
+    assert state(client, project) == before
+
+
+ODDITY = """
+import sys
+
+def odd(features):
+    return features if "ipykernel" in sys.modules else -features
+"""
+
+
+def test_version_that_answers_differently_elsewhere_is_not_promoted(
+    client, project, better, tmp_path, register, execute, monkeypatch
+):
+    # given a model that is good in a notebook, and loads without error but answers otherwise where there is none
+    (tmp_path / "oddity.py").write_text(ODDITY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    from oddity import odd
+
+    good = mlflow.sklearn.load_model(str(better[0]))
+    files = tmp_path / "files"
+    signature = mlflow.models.Model.load(better[0]).signature
+    example = load_iris(as_frame=True).data.head(3)
+    options = {"signature": signature, "input_example": example, "code_paths": [str(tmp_path / "oddity.py")]}
+    options |= {"pip_requirements": str(ROOT / "model_requirements.txt"), "skops_trusted_types": ["oddity.odd"]}
+    mlflow.sklearn.save_model(make_pipeline(FunctionTransformer(odd), *good), files, **options)
+    name = register((files, better[1]), production=False)
+    before = state(client, project)
+    # when
+    error, output = execute(model_name=name, rebuild="on")
+    # then all other checks pass, and this one does not
+    assert error.startswith("RuntimeError: Version 1 is not promoted: fresh environment failed (not the same 30 ")
+    assert len(re.findall(r"^\w[\w ]+ +passed ", output, flags=re.MULTILINE)) == 5
     assert state(client, project) == before
 
 
@@ -352,6 +404,53 @@ def test_released_card_is_never_replaced(client, project, better, cautious, regi
     error, _ = execute(model_name=name, allow_unchecked=True, limits="None.")
     # then
     assert "Version 2 was released with another model_card_v2.json; a card is not replaced" in error
+    assert state(client, project) == before
+
+
+def test_signature_is_logged_with_the_version_and_the_key_stays_out_of_git(project, client):
+    version = client.get_model_version(MODEL, "2")
+    assert version.tags["signature"] == f"signatures/{MODEL}/v2/model.sig"
+    assert [file.path for file in client.list_artifacts(version.run_id, f"signatures/{MODEL}/v2")] == [
+        version.tags["signature"]
+    ]
+    assert {path.name for path in (project / "keys").iterdir()} == {"signing_key.pem", "signing_key.pub"}
+    assert git(project, "status", "--porcelain") == "?? executed.ipynb"
+
+
+def test_signature_of_a_changed_version_is_refused_and_stays(client, project, better, tmp_path, register, execute):
+    # given a released version, of whose files one is changed afterwards
+    files = Path(shutil.copytree(better[0], tmp_path / "files"))
+    name = register((files, better[1]), production=False)
+    assert execute(model_name=name, allow_unchecked=True)[0] == ""
+    with (files / "MLmodel").open("a") as file:
+        file.write("\n")
+    before = state(client, project)
+    # when it is released again
+    error, _ = execute(model_name=name, allow_unchecked=True)
+    # then the error names the file and the remedy, and the signature is the old one
+    assert error.startswith("RuntimeError: Version 1 has a signature that does not hold: Signature mismatch")
+    assert "Hash mismatch for 'MLmodel'" in error.replace("\\", "")
+    assert "register the model anew" in error
+    assert state(client, project) == before
+
+
+def test_signature_made_with_another_key_is_refused_and_stays(client, project, better, tmp_path, register, execute):
+    # given a version that was released with a key of the user's
+    private_key = ec.generate_private_key(ec.SECP256R1())
+    pem = private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "own.pem").write_bytes(pem)
+    name = register(better, production=False)
+    assert execute(model_name=name, allow_unchecked=True, signing_key=str(tmp_path / "own.pem"))[0] == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"own.pem"}
+    before = state(client, project)
+    # when it is released again with the key of this computer
+    error, _ = execute(model_name=name, allow_unchecked=True)
+    # then
+    assert "Version 1 has a signature that does not hold: Key mismatch" in error
+    assert "Give the key that signed it (signing_key)" in error
+    assert state(client, project) == before
+    # and the user's key still fits
+    assert execute(model_name=name, allow_unchecked=True, signing_key=str(tmp_path / "own.pem"))[0] == ""
     assert state(client, project) == before
 
 
