@@ -5,7 +5,8 @@ Usage: python tools/notebooks.py NOTEBOOK [NOTEBOOK ...]
 Each notebook is executed as a reader would on a new machine: in a new kernel, with an empty SQLite store in a temporary
 folder. What is written back depends on nothing but the notebook's source and what it prints: outputs with the rules of
 tests/sanitize.cfg applied, execution counts from 1, the metadata that a reader needs, and cell ids derived from the
-source. So nobody edits an output by hand, and a diff shows only what changed.
+source. So nobody edits an output by hand, and a diff shows only what changed. Measured times cannot repeat: a cell that
+nbval is told to ignore keeps the outputs that it has, until its source changes.
 """
 
 import hashlib
@@ -65,13 +66,21 @@ def stable(notebook: nbformat.NotebookNode) -> None:
                     output.data.update({kind: sanitized(value) for kind, value in output.data.items()})
 
 
+def measured(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Return the cells whose outputs nbval is told to ignore."""
+    return [cell for cell in notebook.cells if "nbval-ignore-output" in cell.metadata.get("tags", [])]
+
+
 def main(paths: list[str]) -> None:
     """Execute and write back each of ``paths``; one that fails is left as it was."""
     if not paths:
         sys.exit(__doc__)
     for path in map(Path, paths):
         notebook = nbformat.read(path, as_version=4)
+        kept = {cell.source: cell.outputs for cell in measured(notebook) if cell.outputs}
         execute(notebook, path.resolve().parent)
+        for cell in measured(notebook):
+            cell.outputs = kept.get(cell.source, cell.outputs)
         stable(notebook)
         nbformat.validate(notebook)
         nbformat.write(notebook, path)
