@@ -1,5 +1,7 @@
 """What holds for every guide: one form, one set-up, and the same outputs on a server, again, and by papermill."""
 
+from pathlib import Path
+
 import mlflow
 import nbformat
 import pytest
@@ -9,6 +11,7 @@ from execution import (
     differing_outputs,
     git,
     papermill,
+    snapshot,
     tracking_server,
 )
 
@@ -56,6 +59,57 @@ def test_shared_cells_are_the_same_in_every_guide(start):
     # then there is one per guide, and they do not drift apart
     assert len(found) == len(GUIDES)
     assert len(set(found)) == 1
+
+
+@pytest.fixture
+def open_store(monkeypatch):
+    """Give a function that runs the shared cell that opens the store, in this process; it returns the error."""
+    cells = [cell.source for cell in code_cells(GUIDES[0])]
+    (cell,) = [source for source in cells if source.startswith("tracking_uri = ")]
+
+    def run(project: Path, **variables: str) -> str:
+        names = {"project": project, "experiment_name": "an experiment", "description": "What it is for."}
+        exec(cells[0], names)  # the imports
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RuntimeError) as error:
+            exec(cell, names)
+        assert error.value.__suppress_context__  # a traceback would have the password
+        return str(error.value)
+
+    yield run
+    mlflow.set_tracking_uri(None)
+
+
+REMEDY = "\nSee 'When something fails' in the README."
+
+
+@pytest.mark.parametrize("user", ["", "user:p@hunter2@", "user:p/hunter2@"])
+def test_unreachable_server_is_named_and_its_password_is_not(user, tmp_path, open_store):
+    # given a port on which nothing listens
+    error = open_store(tmp_path, MLFLOW_TRACKING_URI=f"http://{user}127.0.0.1:9")
+    # then the error names the server and the remedy
+    assert error.startswith("Cannot use the MLflow store http://127.0.0.1:9: ")
+    assert error.endswith(REMEDY)
+    assert "hunter2" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_moved_store_is_refused_and_unchanged(tmp_path, open_store):
+    # given a folder that was moved after something was logged there
+    here = tmp_path / "here"
+    here.mkdir()
+    client = mlflow.MlflowClient(f"sqlite:///{here.as_posix()}/mlflow.db")
+    client.create_experiment("an experiment", (here / "mlruns").as_uri())
+    there = here.rename(tmp_path / "there")
+    before = snapshot(there)
+    # when a guide is executed in the new place
+    error = open_store(there)
+    # then the error says where the models were, and nothing was written in either place
+    assert f"its models are in {here.as_uri()}/mlruns, so it was moved from there{REMEDY}" in error
+    assert snapshot(there) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 @pytest.fixture(scope="module", params=GUIDES)
