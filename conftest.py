@@ -69,7 +69,7 @@ def heart_disease():
     return heart_disease_data()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lacking():
     """Return a function that ends the test because this machine lacks a part.
 

@@ -5,22 +5,18 @@ deployed cannot drift apart. Only what names a container's inside is replaced: f
 """
 
 import contextlib
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
+from urllib.parse import quote
 
-import mlflow
 import psutil
-import pytest
+import requests
 import yaml
-from execution import ROOT, environment, free_port, running
-from mlflow.server import get_app_client
-from postgresql import PostgreSQL, postgresql, programs
+from execution import ROOT, environment, finished, free_port, running
+from postgresql import PostgreSQL, postgresql
 
 DEPLOY = ROOT / "deploy"
 SECRETS = {
@@ -28,7 +24,12 @@ SECRETS = {
     "MLFLOW_ADMIN_PASSWORD": "the-admins-pass-phrase-2",
     "MLFLOW_SECRET_KEY": "the-key-of-the-sessions-3",
 }
-USERS = {"ana": "anas-own-pass-phrase-4", "ben": "bens-own-pass-phrase-5"}
+PASSWORDS = {
+    "admin": SECRETS["MLFLOW_ADMIN_PASSWORD"],
+    "ana": "anas-own-pass-phrase-4",
+    "ben": "bens-own-pass-phrase-5",
+    "cleo": "cleos-own-pass-phrase-6",
+}
 
 
 def interpolated(value, settings: dict[str, str]):
@@ -68,7 +69,8 @@ class Deployment:
 
     Attributes:
         address: where the server is when it runs.
-        log: what it has printed, in all its lives.
+        artifacts: the folder that is the volume of that name.
+        variables: the environment variables of the server's container.
     """
 
     def __init__(self, folder: Path, database: PostgreSQL):
@@ -77,75 +79,82 @@ class Deployment:
         self.address = f"http://127.0.0.1:{self.port}"
         self.artifacts = folder / "artifacts"
         self.artifacts.mkdir()
-        self.log = folder / "server.log"
-        # As the database's image does when its volume is empty.
-        database.run(["createdb", services()["database"]["environment"]["POSTGRES_USER"]])
-        database.run(["psql", "--quiet", "--dbname=mlflow", f"--file={DEPLOY / 'databases.sql'}"])
+        container = services()["server"]["environment"]
+        variables = {name: self.native(value) for name, value in container.items()} | database.variables
+        self.variables = environment(folder, **variables, PYTHONWARNINGS="ignore")
+        self.variables.pop("PYTEST_CURRENT_TEST", None)  # MLflow looks at it
+        self.prepare_database()
 
-    @cached_property
-    def variables(self) -> dict[str, str]:
-        """The server container's environment variables."""
-        variables = {name: self.native(value) for name, value in services()["server"]["environment"].items()}
-        return environment(self.folder, **variables) | self.database.variables
+    def prepare_database(self) -> None:
+        """Do what the database's image does when its volume is empty."""
+        self.database.run(["createdb", services()["database"]["environment"]["POSTGRES_USER"]])
+        self.database.run(["psql", "--quiet", "--dbname=mlflow", f"--file={DEPLOY / 'databases.sql'}"])
 
     def native(self, argument: str) -> str:
-        """Return an argument of a command inside the server's container as it is on this machine."""
+        """Return an argument of a command in the server's container as it is on this machine."""
         places = {
             r"^python$": sys.executable,
             r"^mlflow$": str(Path(sys.executable).with_name("mlflow")),
-            r"^start\.py$": str(DEPLOY / "start.py"),
-            r"^move_store\.py$": str(DEPLOY / "move_store.py"),
+            r"^(start|move_store)\.py$": rf"{DEPLOY}/\1.py",
             r"^/server\b": str(DEPLOY),
             r"(?<![\w.])/artifacts\b": str(self.artifacts),
             r"(?<=^--host=)0\.0\.0\.0$": "127.0.0.1",
             r"(?<=^--port=)5000$": str(self.port),
-            r"(?<=127\.0\.0\.1:)5000\b": str(self.port),
+            r"\b127\.0\.0\.1:5000\b": f"127.0.0.1:{self.port}",
         }
         for pattern, place in places.items():
-            argument = re.sub(pattern, lambda _, place=place: place, argument)
+            argument = re.sub(pattern, place, argument)
         return argument
 
     def command(self, arguments: list[str]) -> list[str]:
         """Return what the server's container runs for ``arguments``, as it is on this machine."""
         return [self.native(argument) for argument in [*entrypoint(), *arguments]]
 
-    def run(self, arguments: list[str], **options) -> subprocess.CompletedProcess:
+    def run(self, arguments: list[str], **variables: str) -> subprocess.CompletedProcess:
         """Run a command as `docker compose run --rm -T server` does."""
-        return subprocess.run(
-            self.command(arguments),
-            cwd=self.folder,
-            env=self.variables,
-            capture_output=True,
-            **options,
-        )
+        return finished(self.command(arguments), self.folder, self.variables | variables, limit=120)
 
     @contextlib.contextmanager
     def server(self) -> Iterator[psutil.Process]:
-        """Run the server until the end of the block, and give its process."""
-        log = self.folder / "life.log"
+        """Run the server until the end of the block, and give its process. What it prints must hold no secret."""
+        number = len(list(self.folder.glob("server*.log")))
+        log = self.folder / f"server{number}.log"
         command = self.command(services()["server"]["command"])
-        try:
-            with running(command, f"{self.address}/health", log, cwd=self.folder, env=self.variables):
-                yield next(child for child in psutil.Process().children() if str(self.port) in " ".join(child.cmdline()))
-        finally:
-            with self.log.open("a") as whole:
-                whole.write(log.read_text())
+        with running(command, f"{self.address}/health", log, cwd=self.folder, env=self.variables):
+            yield next(child for child in psutil.Process().children() if f"--port={self.port}" in child.cmdline())
+        assert secrets_in(log.read_text()) == []
 
-    def admin(self):
-        """Return MLflow's own client of the server's users and permissions, as user admin."""
-        return get_app_client("basic-auth", self.address)
+    def ask(self, user: str, endpoint: str, **fields: str) -> None:
+        """Ask the server for what concerns users, as one of them. (MLflow's own client would load the whole server.)
 
-    @property
-    def admins_variables(self) -> dict[str, str]:
-        """The environment variables by which MLflow's clients come as user admin."""
-        return self.as_user("admin", SECRETS["MLFLOW_ADMIN_PASSWORD"])
+        Raises:
+            requests.HTTPError: the server refused.
+        """
+        address = f"{self.address}/api/{endpoint}"
+        requests.post(address, json=fields, auth=(user, PASSWORDS[user]), timeout=30).raise_for_status()
 
     def as_user(self, name: str, password: str | None = None) -> dict[str, str]:
-        """Return the environment variables by which a client is this user."""
+        """Return the environment variables by which MLflow's clients come as this user."""
         return {
             "MLFLOW_TRACKING_URI": self.address,
             "MLFLOW_TRACKING_USERNAME": name,
-            "MLFLOW_TRACKING_PASSWORD": password or USERS[name],
+            "MLFLOW_TRACKING_PASSWORD": password or PASSWORDS[name],
         }
 
 
+def secrets_in(text: str) -> list[str]:
+    """Return the secrets that ``text`` holds, as they are or as an address would have them."""
+    secrets = [*SECRETS.values(), *PASSWORDS.values()]
+    return [secret for secret in secrets if secret in text or quote(secret, safe="") in text]
+
+
+@contextlib.contextmanager
+def deployed(folder: Path) -> Iterator[Deployment]:
+    """Run database and server in ``folder`` until the end of the block, and make its users."""
+    with postgresql(SECRETS["POSTGRES_PASSWORD"]) as database:
+        deployment = Deployment(folder, database)
+        with deployment.server():
+            for name in ("ana", "ben", "cleo"):
+                deployment.ask("admin", "2.0/mlflow/users/create", username=name, password=PASSWORDS[name])
+            yield deployment
+        assert secrets_in(database.log.read_text(errors="replace")) == []

@@ -1,0 +1,220 @@
+"""The notebooks on the team's server: their stored outputs, many at once, and what users may not do."""
+
+import contextlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+
+import mlflow
+import pytest
+import requests
+from deployment import deployed, secrets_in
+from execution import (
+    MODEL,
+    NOT_REBUILT,
+    ROOT,
+    copy_project,
+    differing_outputs,
+    execute,
+    executed,
+    git,
+    papermill,
+    text_outputs,
+)
+from mlflow.exceptions import MlflowException
+from postgresql import programs
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
+GRANT = "3.0/mlflow/users/permissions/grant"
+GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory, lacking):
+    """Give the team's server, with a copy of its empty database by the name of ``empty``."""
+    if programs() is None:
+        lacking("PostgreSQL", "make postgresql")
+    with deployed(tmp_path_factory.mktemp("team")) as deployment:
+        deployment.database.run(["createdb", "empty"])
+        dump = ["pg_dump", "--format=custom", "--dbname=mlflow", f"--file={deployment.folder / 'empty.dump'}"]
+        deployment.database.run(dump)
+        deployment.database.run(["pg_restore", "--dbname=empty", str(deployment.folder / "empty.dump")])
+        yield deployment
+
+
+def empty(team):
+    """Empty the store of the server, which goes on running."""
+    team.database.run(["dropdb", "--force", "mlflow"])
+    team.database.run(["createdb", "--template=empty", "mlflow"])
+
+
+@contextlib.contextmanager
+def client_of(team, name: str):
+    """Give a client of the server; to the end of the block, this process comes as the user ``name``."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in team.as_user(name).items():
+            patch.setenv(variable, value)
+        yield mlflow.MlflowClient(team.address)
+
+
+def logged(client) -> dict:
+    """Return all that a notebook writes: experiments with their tags, runs with all that they hold, models, versions."""
+    experiments = client.search_experiments()
+    numbers = [experiment.experiment_id for experiment in experiments]
+    return {
+        "experiments": [dict(experiment) for experiment in experiments],
+        "runs": [run.to_dictionary() for run in client.search_runs(numbers)],
+        "logged models": [model.to_dictionary() for model in client.search_logged_models(numbers)],
+        "registered models": [dict(model) | {"latest_versions": None} for model in client.search_registered_models()],
+        "versions": [dict(version) for version in client.search_model_versions()],
+    }
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_guides_give_their_stored_outputs_with_a_users_credentials(name, team, tmp_path, request, lacking):
+    empty(team)
+    source = (ROOT / name).read_text(encoding="utf-8")
+    if "pyspark" in source and find_spec("pyspark") is None:
+        lacking("PySpark", "make scale")
+    if "heart_disease" in name:
+        request.getfixturevalue("heart_disease")
+    notebook = copy_project(tmp_path / "project", name)
+    process = papermill(notebook, notebook.parent, **team.as_user("ana"), REBUILD_ENVIRONMENT="on")
+    assert process.returncode == 0, process.stderr
+    assert differing_outputs(notebook.parent, name) == []
+    assert secrets_in(process.stderr + "".join(text_outputs(executed(notebook.parent)))) == []
+
+
+def test_quickstart_gives_its_stored_outputs_and_eight_at_once_lose_nothing(team, tmp_path):
+    # given a quickstart that ana has executed
+    empty(team)
+    folders = [tmp_path / str(number) for number in range(9)]
+    notebook = copy_project(tmp_path / "project")
+    for folder in folders:
+        folder.mkdir()
+    process = execute(notebook, folders[0], **team.as_user("ana"))
+    assert process.returncode == 0, process.stderr
+    assert differing_outputs(folders[0]) == NOT_REBUILT
+    # when it is executed eight more times, at the same moment
+    with ThreadPoolExecutor(8) as executor:
+        processes = list(executor.map(lambda folder: execute(notebook, folder, **team.as_user("ana")), folders[1:]))
+    # then each finishes
+    assert [process.stderr for process in processes if process.returncode] == []
+    # and 16 versions are added, without gap or duplicate, each by a run of its own that is complete
+    with client_of(team, "ana") as client:
+        versions = client.search_model_versions(f"name = '{MODEL}'")
+        runs = client.search_runs([client.get_experiment_by_name(MODEL).experiment_id])
+    assert sorted(int(version.version) for version in versions) == list(range(1, 19))
+    assert {version.run_id for version in versions} == {run.info.run_id for run in runs}
+    assert len(runs) == 18
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        assert {data.dataset.name for data in run.inputs.dataset_inputs} == {"iris_train", "iris_test"}
+        assert len(run.data.metrics) == 3
+    assert len({version.source for version in versions}) == 18
+
+
+def logged_by_ana(team) -> dict:
+    """Empty the store and let ana log what a notebook logs, under the quickstart's names; return where it is."""
+    empty(team)
+    with client_of(team, "ana") as client:
+        experiment = client.create_experiment(MODEL)
+        run = client.create_run(experiment).info
+        client.log_text(run.run_id, "by ana", "notes.txt")
+        client.create_registered_model(MODEL)
+        version = client.create_model_version(MODEL, run.artifact_uri, run.run_id)
+    return {"experiment": experiment, "run": run, "version": version.version}
+
+
+COMERS = {
+    "nobody": "401 != 200. Response body: 'You are not authenticated.",
+    "wrong password": "401 != 200. Response body: 'You are not authenticated.",
+    "another user": "403 != 200. Response body: 'Permission denied'",
+    "reader": "403 != 200. Response body: 'Permission denied'",
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(team, tmp_path_factory):
+    """Execute the quickstart as each of the comers, who meets an experiment of ana's.
+
+    Give the finished processes, and what was logged before and after.
+    """
+    folder = tmp_path_factory.mktemp("refusals")
+    notebook = copy_project(folder / "project")
+    place = logged_by_ana(team)
+    variables = {
+        "nobody": {"MLFLOW_TRACKING_URI": team.address},
+        "wrong password": team.as_user("ana", "not-anas-pass-phrase"),
+        "another user": team.as_user("ben"),
+        "reader": team.as_user("cleo"),
+    }
+
+    def executed_by(comer):
+        (folder / comer).mkdir()
+        return execute(notebook, folder / comer, **variables[comer])
+
+    with client_of(team, "admin") as client:
+        for kind, name in {"experiment": place["experiment"], "registered_model": MODEL}.items():
+            granted = {"username": "cleo", "resource_type": kind, "resource_id": name, "permission": "READ"}
+            team.ask("admin", GRANT, **granted)
+        before = logged(client)
+        with ThreadPoolExecutor(len(COMERS)) as executor:
+            processes = dict(zip(COMERS, executor.map(executed_by, COMERS), strict=True))
+        return processes, before, logged(client)
+
+
+@pytest.mark.parametrize("comer", COMERS)
+def test_who_may_not_write_is_refused_with_a_clear_error(comer, refusals):
+    process = refusals[0][comer]
+    assert process.returncode == 1
+    last = process.stderr.strip().splitlines()[-1 if comer == "reader" else -2]
+    assert COMERS[comer] in last
+    assert ("Cannot use the MLflow store" in last) == (comer != "reader")
+    assert secrets_in(process.stderr) == []
+
+
+def test_what_was_refused_has_written_nothing(refusals):
+    _, before, after = refusals
+    assert len(before["runs"]) == len(before["versions"]) == 1
+    assert after == before
+
+
+CALLS = {
+    "read a run": lambda client, place: client.get_run(place["run"].run_id),
+    "search runs": lambda client, place: client.search_runs([place["experiment"]])[0],
+    "make a run": lambda client, place: client.create_run(place["experiment"]),
+    "log": lambda client, place: client.log_metric(place["run"].run_id, "accuracy", 1),
+    "delete": lambda client, place: client.delete_experiment(place["experiment"]),
+    "read a file": lambda client, place: client.download_artifacts(place["run"].run_id, "notes.txt"),
+    "write a file": lambda client, place: client.log_text(place["run"].run_id, "by ben", "notes.txt"),
+    "read a version": lambda client, place: client.get_model_version(MODEL, place["version"]),
+    "make a version": lambda client, place: client.create_model_version(MODEL, place["run"].artifact_uri),
+    "move an alias": lambda client, place: client.set_registered_model_alias(MODEL, "champion", place["version"]),
+}
+RIGHTS = {
+    GRANT: {"username": "ben", "resource_type": "experiment", "resource_id": "1", "permission": "MANAGE"},
+    "2.0/mlflow/users/create": {"username": "dan", "password": "dans-own-pass-phrase-7"},
+}
+
+
+def test_another_users_work_can_neither_be_read_nor_changed(team):
+    # given what ana has logged, when ben reads or changes it by each of the calls
+    place = logged_by_ana(team)
+    answers = {}
+    with client_of(team, "ben") as client:
+        for name, call in CALLS.items():
+            with pytest.raises((MlflowException, IndexError, requests.HTTPError)) as error:
+                call(client, place)
+            answers[name] = str(error.value)
+    for endpoint, fields in RIGHTS.items():
+        with pytest.raises(requests.HTTPError) as error:
+            team.ask("ben", endpoint, **fields)
+        answers[endpoint] = str(error.value)
+    # then each is refused, and a search finds nothing
+    assert answers.pop("search runs") == "list index out of range"
+    assert [name for name, answer in answers.items() if "403" not in answer] == []
+    with client_of(team, "ana") as client:
+        assert len(client.search_runs([place["experiment"]])) == 1
+        assert client.get_run(place["run"].run_id).data.metrics == {}
+        assert client.get_registered_model(MODEL).aliases == {}
