@@ -13,18 +13,34 @@ import sqlite3
 import sys
 from pathlib import Path
 
-import mlflow.store.model_registry.dbmodels.models
-import mlflow.store.tracking.dbmodels.models
 from mlflow.store.db.base_sql_model import Base
-from sqlalchemy import Connection, create_engine, func, select, text
+from mlflow.store.model_registry.dbmodels.models import SqlModelVersion
+from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlLoggedModel, SqlRun
+from sqlalchemy import Connection, create_engine, delete, func, select, text
 
 DATABASE = "postgresql+psycopg2:///mlflow"
 # In an order in which each row finds those that it refers to.
-TABLES = """
-    experiments experiment_tags datasets runs params tags metrics latest_metrics inputs input_tags
-    logged_models logged_model_params logged_model_tags logged_model_metrics
-    registered_models registered_model_tags model_versions model_version_tags registered_model_aliases
-""".split()
+TABLES = [
+    "experiments",
+    "experiment_tags",
+    "datasets",
+    "runs",
+    "params",
+    "tags",
+    "metrics",
+    "latest_metrics",
+    "inputs",
+    "input_tags",
+    "logged_models",
+    "logged_model_params",
+    "logged_model_tags",
+    "logged_model_metrics",
+    "registered_models",
+    "registered_model_tags",
+    "model_versions",
+    "model_version_tags",
+    "registered_model_aliases",
+]
 AS_MADE = {"workspaces": 1}  # rows that every new database has, and that stay
 SERVED = "mlflow-artifacts:"
 LOCAL = re.compile("file:|/|[A-Za-z]:")
@@ -51,21 +67,18 @@ def check(source: Connection, target: Connection) -> None:
     others = [name for name, count in rows_of(source).items() if name not in TABLES and count != AS_MADE.get(name)]
     if others:
         raise ValueError(f"the store has rows that this script does not know how to move, in {', '.join(others)}")
-    experiments = Base.metadata.tables["experiments"]
     made = {name: count for name, count in rows_of(target).items() if name not in AS_MADE}
-    if made != {"experiments": 1} or target.scalar(select(experiments.c.experiment_id)) != 0:
+    if made != {"experiments": 1} or target.scalar(select(SqlExperiment.experiment_id)) != 0:
         raise ValueError(f"the server is not empty, it has rows in {', '.join(made)}; move to a new one")
 
 
 def new_locations(source: Connection) -> dict[str, str]:
-    """Return where the files of each run and each model are to be, as the server would have placed them, by the old place."""
-    runs, models = Base.metadata.tables["runs"].c, Base.metadata.tables["logged_models"].c
+    """Return the place of each run's and each model's files by its old one: where the server would have put them."""
     locations = {}
-    for old, experiment, run in source.execute(select(runs.artifact_uri, runs.experiment_id, runs.run_uuid)):
+    for old, experiment, run in source.execute(select(SqlRun.artifact_uri, SqlRun.experiment_id, SqlRun.run_uuid)):
         locations[old] = f"{SERVED}/{experiment}/{run}/artifacts"
-    for old, experiment, model in source.execute(
-        select(models.artifact_location, models.experiment_id, models.model_id)
-    ):
+    columns = SqlLoggedModel.artifact_location, SqlLoggedModel.experiment_id, SqlLoggedModel.model_id
+    for old, experiment, model in source.execute(select(*columns)):
         locations[old] = f"{SERVED}/{experiment}/models/{model}/artifacts"
     return locations
 
@@ -90,10 +103,14 @@ def moved(table: str, row: dict, locations: dict[str, str]) -> dict:
     Raises:
         ValueError: a file's place is neither that of a run nor of a model.
     """
-    if table == "experiments":
+    if table == SqlExperiment.__tablename__:
         return row | {"artifact_location": f"{SERVED}/{row['experiment_id']}"}
-    places = {"runs": ["artifact_uri"], "logged_models": ["artifact_location"]}
-    for column in places.get(table, ["source", "storage_location"] if table == "model_versions" else []):
+    places = {
+        SqlRun.__tablename__: ["artifact_uri"],
+        SqlLoggedModel.__tablename__: ["artifact_location"],
+        SqlModelVersion.__tablename__: ["source", "storage_location"],
+    }
+    for column in places.get(table, []):
         old = row[column] or ""
         prefix = next((place for place in locations if old == place or old.startswith(f"{place}/")), None)
         if prefix:
@@ -117,7 +134,7 @@ def move(store: Path, artifacts: Path) -> None:
         check(source, target)
         locations = new_locations(source)
         copy_files(locations, store, artifacts)
-        target.execute(Base.metadata.tables["experiments"].delete())  # the one that every new database has
+        target.execute(delete(SqlExperiment))  # the one that every new database has
         for name in TABLES:
             table, count = Base.metadata.tables[name], 0
             for rows in source.execute(select(table)).mappings().partitions(BATCH):
@@ -125,8 +142,10 @@ def move(store: Path, artifacts: Path) -> None:
                 count += len(rows)
             print(f"{name}: {count}")
         target.execute(
-            text("SELECT setval(pg_get_serial_sequence('experiments', 'experiment_id'), max(experiment_id) + 1, false)"
-                 " FROM experiments")
+            text(
+                "SELECT setval(pg_get_serial_sequence('experiments', 'experiment_id'), max(experiment_id) + 1, false)"
+                " FROM experiments"
+            )
         )
 
 

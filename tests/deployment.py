@@ -5,6 +5,7 @@ deployed cannot drift apart. Only what names a container's inside is replaced: f
 """
 
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import mlflow
 import psutil
+import pytest
 import requests
 import yaml
 from execution import ROOT, environment, finished, free_port, running
+from mlflow.entities import ViewType
 from postgresql import PostgreSQL, postgresql
 
 DEPLOY = ROOT / "deploy"
@@ -74,6 +78,7 @@ class Deployment:
     """
 
     def __init__(self, folder: Path, database: PostgreSQL):
+        """Prepare the database and the folder for the artifacts; start nothing."""
         self.folder, self.database = folder, database
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
@@ -83,6 +88,7 @@ class Deployment:
         variables = {name: self.native(value) for name, value in container.items()} | database.variables
         self.variables = environment(folder, **variables, PYTHONWARNINGS="ignore")
         self.variables.pop("PYTEST_CURRENT_TEST", None)  # MLflow looks at it
+        self.life = contextlib.ExitStack()
         self.prepare_database()
 
     def prepare_database(self) -> None:
@@ -114,18 +120,33 @@ class Deployment:
         """Run a command as `docker compose run --rm -T server` does."""
         return finished(self.command(arguments), self.folder, self.variables | variables, limit=120)
 
-    @contextlib.contextmanager
-    def server(self) -> Iterator[psutil.Process]:
-        """Run the server until the end of the block, and give its process. What it prints must hold no secret."""
-        number = len(list(self.folder.glob("server*.log")))
-        log = self.folder / f"server{number}.log"
+    def start(self) -> psutil.Process:
+        """Start the server, wait until it answers, and give its process."""
+        log = self.folder / f"server{len(list(self.folder.glob('server*.log')))}.log"
         command = self.command(services()["server"]["command"])
-        with running(command, f"{self.address}/health", log, cwd=self.folder, env=self.variables):
-            yield next(child for child in psutil.Process().children() if f"--port={self.port}" in child.cmdline())
-        assert secrets_in(log.read_text()) == []
+        self.life.enter_context(running(command, f"{self.address}/health", log, cwd=self.folder, env=self.variables))
+        return next(child for child in psutil.Process().children() if f"--port={self.port}" in child.cmdline())
+
+    def kill(self) -> None:
+        """Kill the server and all its children. What all its lives have printed must hold no secret."""
+        self.life.close()
+        printed = "".join(log.read_text() for log in self.folder.glob("server*.log"))
+        assert secrets_in(printed + self.database.log.read_text(errors="replace")) == []
+
+    def remember_empty(self) -> None:
+        """Keep a copy of the database as it is, for ``empty``."""
+        copy = self.folder / "empty.dump"
+        self.database.run(["pg_dump", "--format=custom", "--dbname=mlflow", f"--file={copy}"])
+        self.database.run(["createdb", "empty"])
+        self.database.run(["pg_restore", "--dbname=empty", str(copy)])
+
+    def empty(self) -> None:
+        """Empty the store, while the server goes on running."""
+        self.database.run(["dropdb", "--force", "mlflow"])
+        self.database.run(["createdb", "--template=empty", "mlflow"])
 
     def ask(self, user: str, endpoint: str, **fields: str) -> None:
-        """Ask the server for what concerns users, as one of them. (MLflow's own client would load the whole server.)
+        """Ask the server for what concerns users, as one of them; MLflow's own client would load the whole server.
 
         Raises:
             requests.HTTPError: the server refused.
@@ -141,6 +162,14 @@ class Deployment:
             "MLFLOW_TRACKING_PASSWORD": password or PASSWORDS[name],
         }
 
+    @contextlib.contextmanager
+    def client(self, name: str) -> Iterator[mlflow.MlflowClient]:
+        """Give a client of the server; to the end of the block, this process comes as the user ``name``."""
+        with pytest.MonkeyPatch.context() as patch:
+            for variable, value in self.as_user(name).items():
+                patch.setenv(variable, value)
+            yield mlflow.MlflowClient(self.address)
+
 
 def secrets_in(text: str) -> list[str]:
     """Return the secrets that ``text`` holds, as they are or as an address would have them."""
@@ -150,11 +179,48 @@ def secrets_in(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def deployed(folder: Path) -> Iterator[Deployment]:
-    """Run database and server in ``folder`` until the end of the block, and make its users."""
+    """Run database and server in ``folder`` until the end of the block, with the users ana, ben and cleo."""
     with postgresql(SECRETS["POSTGRES_PASSWORD"]) as database:
         deployment = Deployment(folder, database)
-        with deployment.server():
+        with contextlib.ExitStack() as stack:
+            stack.callback(deployment.kill)
+            deployment.start()
             for name in ("ana", "ben", "cleo"):
                 deployment.ask("admin", "2.0/mlflow/users/create", username=name, password=PASSWORDS[name])
+            deployment.remember_empty()
             yield deployment
-        assert secrets_in(database.log.read_text(errors="replace")) == []
+
+
+def logged(client: mlflow.MlflowClient) -> dict:
+    """Return all that is in a store, wherever its files are."""
+    experiments = client.search_experiments(view_type=ViewType.ALL)
+    numbers = [experiment.experiment_id for experiment in experiments]
+    runs = client.search_runs(numbers, run_view_type=ViewType.ALL)
+    everything = {
+        "experiments": [dict(experiment) for experiment in experiments],
+        "runs": [run.to_dictionary() for run in runs],
+        "histories": [
+            [dict(metric) for metric in client.get_metric_history(run.info.run_id, name)]
+            for run in runs
+            for name in sorted(run.data.metrics)
+        ],
+        "logged models": [model.to_dictionary() for model in client.search_logged_models(numbers)],
+        "registered models": [
+            {"name": model.name, "tags": model.tags, "aliases": {name: str(at) for name, at in model.aliases.items()}}
+            for model in client.search_registered_models()
+        ],
+        "versions": sorted(
+            [dict(version) | {"version": str(version.version)} for version in client.search_model_versions()],
+            key=lambda version: (version["name"], int(version["version"])),
+        ),
+    }
+    return placeless(json.loads(json.dumps(everything, default=vars), parse_constant=str))
+
+
+def placeless(value):
+    """Return ``value`` with "a place" for each text that is a path or an address of files, and its lists in order."""
+    if isinstance(value, dict):
+        return {name: placeless(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return sorted((placeless(item) for item in value), key=str)
+    return "a place" if re.match("(file|mlflow-artifacts):|/", str(value)) else value

@@ -30,6 +30,7 @@ class PostgreSQL:
     """
 
     def __init__(self, folder: Path, password: str):
+        """Make the cluster, and start nothing."""
         self.data = folder / "data"
         self.log = folder / "log.txt"
         self.variables = {

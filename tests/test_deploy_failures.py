@@ -1,17 +1,15 @@
-"""The team's server or its database fails while a notebook logs: what was acknowledged stays, and the notebook goes on."""
+"""The team's server or its database fails while a notebook logs: what was acknowledged stays, the notebook goes on."""
 
 import contextlib
-import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import mlflow
 import pytest
-from deployment import SECRETS, Deployment, secrets_in
+from deployment import deployed, secrets_in
 from execution import MODEL, copy_project, environment, execute
-from postgresql import postgresql, programs
+from postgresql import programs
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
 
@@ -28,11 +26,11 @@ for number in range(1_000_000):
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory, lacking):
-    """Give the team's server with its database, of which only the database runs."""
+    """Give the team's server, running."""
     if programs() is None:
         lacking("PostgreSQL", "make postgresql")
-    with postgresql(SECRETS["POSTGRES_PASSWORD"]) as database:
-        yield Deployment(tmp_path_factory.mktemp("team"), database)
+    with deployed(tmp_path_factory.mktemp("team")) as deployment:
+        yield deployment
 
 
 @contextlib.contextmanager
@@ -72,23 +70,19 @@ def numbers(acknowledged) -> list[int]:
 
 
 @pytest.mark.parametrize("failure", ["server killed", "database stopped"])
-def test_what_was_acknowledged_survives_and_the_notebook_finishes(failure, team, tmp_path, monkeypatch):
-    for name, value in team.as_user("admin").items():
-        monkeypatch.setenv(name, value)
-    notebook, client = copy_project(tmp_path / "project"), mlflow.MlflowClient(team.address)
-    with ThreadPoolExecutor(1) as executor, contextlib.ExitStack() as stack:
+def test_what_was_acknowledged_survives_and_the_notebook_finishes(failure, team, tmp_path):
+    team.empty()
+    notebook = copy_project(tmp_path / "project")
+    with ThreadPoolExecutor(1) as executor, team.client("admin") as client, writing(team, tmp_path) as acknowledged:
         # given a writer, and a notebook that has begun to log
-        life = stack.enter_context(contextlib.ExitStack())
-        life.enter_context(team.server())
-        acknowledged = stack.enter_context(writing(team, tmp_path))
         before = logged_models(team)
-        execution = executor.submit(execute, notebook, notebook.parent, **team.as_user("admin"))
+        execution = executor.submit(execute, notebook, notebook.parent, **team.as_user("ana"))
         wait_until(lambda: logged_models(team) > before)
         # when
         if failure == "server killed":
-            life.close()  # SIGKILL for the server and all its children
+            team.kill()
             early = numbers(acknowledged)
-            stack.enter_context(team.server())
+            team.start()
         else:
             team.database.stop()
             early = numbers(acknowledged)

@@ -1,14 +1,15 @@
 """The notebooks on the team's server: their stored outputs, many at once, and what users may not do."""
 
-import contextlib
+import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 
-import mlflow
 import pytest
 import requests
-from deployment import deployed, secrets_in
+from deployment import PASSWORDS, SECRETS, deployed, logged, secrets_in, services
 from execution import (
     MODEL,
     NOT_REBUILT,
@@ -17,6 +18,7 @@ from execution import (
     differing_outputs,
     execute,
     executed,
+    finished,
     git,
     papermill,
     text_outputs,
@@ -31,48 +33,16 @@ GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
 
 @pytest.fixture(scope="module")
 def team(tmp_path_factory, lacking):
-    """Give the team's server, with a copy of its empty database by the name of ``empty``."""
+    """Give the team's server, running."""
     if programs() is None:
         lacking("PostgreSQL", "make postgresql")
     with deployed(tmp_path_factory.mktemp("team")) as deployment:
-        deployment.database.run(["createdb", "empty"])
-        dump = ["pg_dump", "--format=custom", "--dbname=mlflow", f"--file={deployment.folder / 'empty.dump'}"]
-        deployment.database.run(dump)
-        deployment.database.run(["pg_restore", "--dbname=empty", str(deployment.folder / "empty.dump")])
         yield deployment
-
-
-def empty(team):
-    """Empty the store of the server, which goes on running."""
-    team.database.run(["dropdb", "--force", "mlflow"])
-    team.database.run(["createdb", "--template=empty", "mlflow"])
-
-
-@contextlib.contextmanager
-def client_of(team, name: str):
-    """Give a client of the server; to the end of the block, this process comes as the user ``name``."""
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in team.as_user(name).items():
-            patch.setenv(variable, value)
-        yield mlflow.MlflowClient(team.address)
-
-
-def logged(client) -> dict:
-    """Return all that a notebook writes: experiments with their tags, runs with all that they hold, models, versions."""
-    experiments = client.search_experiments()
-    numbers = [experiment.experiment_id for experiment in experiments]
-    return {
-        "experiments": [dict(experiment) for experiment in experiments],
-        "runs": [run.to_dictionary() for run in client.search_runs(numbers)],
-        "logged models": [model.to_dictionary() for model in client.search_logged_models(numbers)],
-        "registered models": [dict(model) | {"latest_versions": None} for model in client.search_registered_models()],
-        "versions": [dict(version) for version in client.search_model_versions()],
-    }
 
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_guides_give_their_stored_outputs_with_a_users_credentials(name, team, tmp_path, request, lacking):
-    empty(team)
+    team.empty()
     source = (ROOT / name).read_text(encoding="utf-8")
     if "pyspark" in source and find_spec("pyspark") is None:
         lacking("PySpark", "make scale")
@@ -87,7 +57,7 @@ def test_guides_give_their_stored_outputs_with_a_users_credentials(name, team, t
 
 def test_quickstart_gives_its_stored_outputs_and_eight_at_once_lose_nothing(team, tmp_path):
     # given a quickstart that ana has executed
-    empty(team)
+    team.empty()
     folders = [tmp_path / str(number) for number in range(9)]
     notebook = copy_project(tmp_path / "project")
     for folder in folders:
@@ -101,7 +71,7 @@ def test_quickstart_gives_its_stored_outputs_and_eight_at_once_lose_nothing(team
     # then each finishes
     assert [process.stderr for process in processes if process.returncode] == []
     # and 16 versions are added, without gap or duplicate, each by a run of its own that is complete
-    with client_of(team, "ana") as client:
+    with team.client("ana") as client:
         versions = client.search_model_versions(f"name = '{MODEL}'")
         runs = client.search_runs([client.get_experiment_by_name(MODEL).experiment_id])
     assert sorted(int(version.version) for version in versions) == list(range(1, 19))
@@ -116,8 +86,8 @@ def test_quickstart_gives_its_stored_outputs_and_eight_at_once_lose_nothing(team
 
 def logged_by_ana(team) -> dict:
     """Empty the store and let ana log what a notebook logs, under the quickstart's names; return where it is."""
-    empty(team)
-    with client_of(team, "ana") as client:
+    team.empty()
+    with team.client("ana") as client:
         experiment = client.create_experiment(MODEL)
         run = client.create_run(experiment).info
         client.log_text(run.run_id, "by ana", "notes.txt")
@@ -154,7 +124,7 @@ def refusals(team, tmp_path_factory):
         (folder / comer).mkdir()
         return execute(notebook, folder / comer, **variables[comer])
 
-    with client_of(team, "admin") as client:
+    with team.client("admin") as client:
         for kind, name in {"experiment": place["experiment"], "registered_model": MODEL}.items():
             granted = {"username": "cleo", "resource_type": kind, "resource_id": name, "permission": "READ"}
             team.ask("admin", GRANT, **granted)
@@ -202,7 +172,7 @@ def test_another_users_work_can_neither_be_read_nor_changed(team):
     # given what ana has logged, when ben reads or changes it by each of the calls
     place = logged_by_ana(team)
     answers = {}
-    with client_of(team, "ben") as client:
+    with team.client("ben") as client:
         for name, call in CALLS.items():
             with pytest.raises((MlflowException, IndexError, requests.HTTPError)) as error:
                 call(client, place)
@@ -214,7 +184,26 @@ def test_another_users_work_can_neither_be_read_nor_changed(team):
     # then each is refused, and a search finds nothing
     assert answers.pop("search runs") == "list index out of range"
     assert [name for name, answer in answers.items() if "403" not in answer] == []
-    with client_of(team, "ana") as client:
+    with team.client("ana") as client:
         assert len(client.search_runs([place["experiment"]])) == 1
         assert client.get_run(place["run"].run_id).data.metrics == {}
         assert client.get_registered_model(MODEL).aliases == {}
+
+
+def test_experiment_container_runs_make_run_against_the_server(team, tmp_path):
+    # given what the container's image holds, and its environment variables
+    service = services(SECRETS | {"EXPERIMENT_USERNAME": "ana", "EXPERIMENT_PASSWORD": PASSWORDS["ana"]})["experiment"]
+    assert service["command"] == ["make", "run"]
+    copy_project(tmp_path)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    variables = service["environment"] | {"MLFLOW_TRACKING_URI": team.address, "REBUILD_ENVIRONMENT": "off"}
+    team.empty()
+    # when its command is run, with this environment in place of the one in the image
+    installed = ["INSTALLED=", f"BIN={Path(sys.executable).parent}"]
+    process = finished([*service["command"], *installed], tmp_path, dict(os.environ) | variables, limit=120)
+    # then the notebook is executed, and has logged to the server
+    assert process.returncode == 0, process.stderr
+    assert "NOT CHECKED" in (tmp_path / "build/project.html").read_text(encoding="utf-8")
+    with team.client("ana") as client:
+        assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
+    assert not (tmp_path / "mlflow.db").exists()

@@ -1,0 +1,360 @@
+"""The files that describe the team's server, its start script, and the commands of deploy/README.md.
+
+What only a container engine can do, the README names; everything else is run here as it is written there.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import requests
+import yaml
+from deployment import DEPLOY, PASSWORDS, SECRETS, deployed, interpolated, logged, secrets_in, services
+from execution import MODEL, ROOT, copy_project, execute, finished, git
+from postgresql import programs
+from sklearn.datasets import load_iris
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
+COMPOSE = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+README = (DEPLOY / "README.md").read_text(encoding="utf-8")
+
+
+def validated(file: Path) -> subprocess.CompletedProcess:
+    """Check a file against the Compose specification's schema, in the newest version of a tool that brings it."""
+    tool = [sys.executable, "-m", "uv", "tool", "run", "--quiet", "check-jsonschema"]
+    command = [*tool, "--builtin-schema", "vendor.compose-spec", str(file)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_compose_file_follows_the_compose_specification(tmp_path, lacking):
+    # given the file, and one with a slip of the pen
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text(COMPOSE.replace("healthcheck:", "health_check:"))
+    # when both are validated
+    processes = [validated(DEPLOY / "compose.yaml"), validated(wrong)]
+    if "dns error" in processes[0].stderr or "error sending request" in processes[0].stderr:
+        lacking("a package index", "connect this machine to one")
+    # then only the first passes
+    assert processes[0].returncode == 0, processes[0].stdout + processes[0].stderr
+    assert processes[1].returncode == 1
+    assert "health_check" in processes[1].stdout
+
+
+def test_example_of_the_settings_names_them_all_and_holds_no_value():
+    lines = [line for line in (DEPLOY / ".env.example").read_text().splitlines() if line and line[0] != "#"]
+    assert all(line.endswith("=") for line in lines)
+    assert {line[:-1] for line in lines} == set(re.findall(r"\$\{(\w+)", COMPOSE))
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_has_no_default(name):
+    with pytest.raises(ValueError, match=f"{name} is not set"):
+        interpolated(yaml.safe_load(COMPOSE), SECRETS | {name: ""})
+
+
+def test_settings_are_kept_out_of_git_and_of_the_images():
+    git(ROOT, "check-ignore", "deploy/.env", "deploy/backup/mlflow.dump")
+    let_in = (DEPLOY / "Dockerfile.dockerignore").read_text().split()[-8:]
+    assert not [name for name in let_in if ".env" in name]
+
+
+def test_only_the_server_is_published_and_only_to_this_machine():
+    published = {name: service["ports"] for name, service in services().items() if "ports" in service}
+    assert published == {"server": ["127.0.0.1:5000:5000"]}
+
+
+def test_database_image_is_of_the_version_that_the_tests_run(lacking):
+    if programs() is None:
+        lacking("PostgreSQL", "make postgresql")
+    answer = subprocess.run([programs() / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+    assert services()["database"]["image"].startswith(f"postgres:{answer.split()[-1]}-")
+
+
+def test_images_are_of_exact_versions_without_rights_and_from_files_that_are_let_in():
+    # given each stage of the Dockerfile
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]
+    assert re.match(r"python:3\.\d+\.\d+-slim-\w+ AS base\n", stages[0])
+    let_in = re.findall(r"^!(.*)", (DEPLOY / "Dockerfile.dockerignore").read_text(), flags=re.MULTILINE)
+    for stage in stages[1:]:
+        # then it runs as a user of its own
+        assert stage.startswith("base AS ")
+        assert re.findall(r"^USER (\w+)", stage, flags=re.MULTILINE) == ["mlflow"]
+        # and what it copies is there, and let into the build
+        for line in re.findall(r"^COPY (?:--chown=\w+ )?(.*) \S+$", stage, flags=re.MULTILINE):
+            for name in line.split():
+                assert (ROOT / name).exists()
+                assert name in let_in or f"{name}/*.ipynb" in let_in, name
+
+
+def started(command: list[str], **variables: str) -> subprocess.CompletedProcess:
+    """Run a command by the start script with good secrets, unless ``variables`` has others."""
+    good = {
+        "PGPASSWORD": SECRETS["POSTGRES_PASSWORD"],
+        "MLFLOW_AUTH_ADMIN_PASSWORD": SECRETS["MLFLOW_ADMIN_PASSWORD"],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": SECRETS["MLFLOW_SECRET_KEY"],
+    }
+    script = [sys.executable, str(DEPLOY / "start.py")]
+    return finished([*script, *command], DEPLOY, {"PATH": os.environ["PATH"]} | good | variables, limit=30)
+
+
+def test_start_script_becomes_the_command():
+    process = started(["sh", "-c", "echo $$ $PPID; exit 3"])
+    assert process.returncode == 3
+    assert process.stdout.split()[1] == str(os.getpid())  # no process of the script stays between
+
+
+@pytest.mark.parametrize(
+    ("secret", "reason"),
+    {
+        "": "is missing",
+        "Sh0rt-0ne!?": "has fewer than 12 characters",
+        "password1234": "is a password that everybody tries",
+        "changeme-changeme": "is a password that everybody tries",
+        "Admin-PASSWORD-1": "is a password that everybody tries",
+        "mlflow_postgres": "is a password that everybody tries",
+        "aaaaaaaaaaaaaaaaaaaa": "repeats the same few characters",
+    }.items(),
+)
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    {
+        "PGPASSWORD": "POSTGRES_PASSWORD",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "MLFLOW_ADMIN_PASSWORD",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "MLFLOW_SECRET_KEY",
+    }.items(),
+)
+def test_start_is_refused_with_a_bad_secret(variable, name, secret, reason):
+    process = started(["echo", "started"], **{variable: secret})
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert process.stderr == f"Not started: {name} {reason}. Set it in deploy/.env, as .env.example says.\n"
+
+
+def test_start_is_refused_where_two_secrets_are_the_same():
+    process = started(["echo", "started"], PGPASSWORD=SECRETS["MLFLOW_SECRET_KEY"])
+    assert process.returncode == 1
+    assert "POSTGRES_PASSWORD, MLFLOW_ADMIN_PASSWORD, MLFLOW_SECRET_KEY are the same" in process.stderr
+    assert secrets_in(process.stderr) == []
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory, lacking):
+    """Give the team's server, running."""
+    if programs() is None:
+        lacking("PostgreSQL", "make postgresql")
+    with deployed(tmp_path_factory.mktemp("team")) as deployment:
+        yield deployment
+
+
+def commands(section: str) -> list[str]:
+    """Return the command lines of a section of the README, without comments."""
+    text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", README, flags=re.MULTILINE | re.DOTALL)[1]
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines()]
+
+
+def follow(section: str, team, folder: Path) -> list[str]:
+    """Run the commands of a section of the README in ``folder``, without containers.
+
+    Return those that are Compose's own. Of these, the ones that stop or start the server do so.
+    """
+    of_compose = []
+    for line in commands(section):
+        _, database, inside = line.rpartition("docker compose exec -T database ")
+        run = re.fullmatch(r'docker compose run --rm(?: -T)?( --volume "[^"]+")? server (.*?)( [<>] \S+)?', line)
+        if run:
+            arguments = [argument.replace("/store", str(folder)) for argument in shlex.split(run[2])]
+            line = shlex.join(team.command(arguments)) + (run[3] or "")
+        elif database:
+            line = inside
+        elif line.startswith("docker"):
+            of_compose.append(line)
+            if line == "docker compose stop server":
+                team.kill()
+            elif line == "docker compose up --detach --wait":
+                team.start()
+            continue
+        variables = team.variables | {"PATH": f"{programs()}{os.pathsep}{os.environ['PATH']}"}
+        process = finished(["bash", "-c", line], folder, variables, limit=120)
+        assert process.returncode == 0, f"{line}\n{process.stdout}{process.stderr}"
+        assert secrets_in(process.stdout + process.stderr) == []
+    return of_compose
+
+
+def test_health_check_of_the_container_passes(team):
+    check = services()["server"]["healthcheck"]["test"]
+    assert check[0] == "CMD"
+    assert finished([team.native(part) for part in check[1:]], team.folder, team.variables, limit=30).returncode == 0
+    check = services()["database"]["healthcheck"]["test"]
+    team.database.run(check[1:], stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), {"localhost:5000": 200, "server:5000": 200, "mlflow.example.org": 403, "evil.org": 403}.items()
+)
+def test_server_answers_only_to_its_names(host, status, team):
+    experiments = f"{team.address}/api/2.0/mlflow/experiments/get?experiment_id=0"
+    answer = requests.get(experiments, headers={"Host": host}, auth=("admin", PASSWORDS["admin"]), timeout=30)
+    assert answer.status_code == status
+
+
+def test_a_public_name_is_one_more_to_answer_to():
+    command = services(SECRETS | {"PUBLIC_HOST": "mlflow.example.org"})["server"]["command"]
+    assert "--allowed-hosts=localhost:*,127.0.0.1:*,server:*,mlflow.example.org" in command
+    assert "--cors-allowed-origins=https://mlflow.example.org" in command
+
+
+def test_users_are_added_and_granted_rights_as_the_readme_says(team, tmp_path):
+    # given an experiment and a model of eve's, whom the README's first command is to add
+    add, *grants = [line for line in commands("Add a user") if "curl" in line]
+    assert len(grants) == 2
+
+    def asked(line: str, **names: str) -> str:
+        for old, new in names.items():
+            line = re.sub(rf"\b{old}\b", new, line)
+        line = re.sub(r"--user (\w+)", lambda match: f"--user {match[1]}:{passwords[match[1]]}", line)
+        line = line.replace("http://127.0.0.1:5000", team.address)
+        process = finished(["bash", "-c", line], tmp_path, {"password": passwords["eve"]} | os.environ, limit=60)
+        assert process.returncode == 0, process.stdout + process.stderr
+
+    passwords = PASSWORDS | {"eve": "eves-own-pass-phrase-8"}
+    asked(add, ana="eve")
+    team.ask("admin", "2.0/mlflow/users/create", username="fay", password=passwords["eve"])
+    as_eve = team.as_user("eve", passwords["eve"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in as_eve.items():
+            patch.setenv(name, value)
+        client = mlflow.MlflowClient(team.address)
+        experiment = client.create_experiment("eve's")
+        client.create_registered_model("eves_model")
+        # when eve grants fay to read them, by the other two
+        for line in grants:
+            asked(line, ana="eve", ben="fay", tracking_quick_start="eves_model", **{'"1"': f'"{experiment}"'})
+        # then fay may read, and not write
+        patch.setenv("MLFLOW_TRACKING_USERNAME", "fay")
+        assert client.get_registered_model("eves_model").name == "eves_model"
+        assert client.get_experiment(experiment).name == "eve's"
+        with pytest.raises(mlflow.MlflowException, match="Permission denied"):
+            client.create_run(experiment)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Give a folder with a SQLite store, to which the quickstart and some unusual things have been logged."""
+    folder = tmp_path_factory.mktemp("a store of Zoë")
+    process = execute(copy_project(folder), folder)
+    assert process.returncode == 0, process.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    location = (folder / "mlruns").as_uri()
+    run = client.create_run(client.create_experiment("Zoë's", location, {"who": "Zoë"}), run_name="half")
+    for step, value in enumerate([0.5, float("nan"), float("inf"), -1e300]):
+        client.log_metric(run.info.run_id, "loss", value, step=step)
+    client.log_text(run.info.run_id, "Zoë's", "a folder/notes ä.txt")
+    client.set_model_version_tag(MODEL, "1", "reviewed", "yes")
+    client.update_model_version(MODEL, "1", "The first.")
+    client.delete_run(client.create_run("0", run_name="deleted").info.run_id)
+    client.delete_experiment(client.create_experiment("deleted", location))
+    client.create_registered_model("without_versions", {"kind": "empty"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moved(team, store):
+    """Give the store, which has been moved to the team's server as the README says."""
+    team.empty()
+    assert follow("Move a SQLite store here", team, store) == []
+    return store
+
+
+def predictions(team) -> list:
+    """Return what each version in the quickstart's model, loaded from the server by its address, predicts."""
+    features = load_iris(as_frame=True).data
+    with team.client("admin"):
+        mlflow.set_tracking_uri(team.address)
+        try:
+            addresses = [f"models:/{MODEL}/1", f"models:/{MODEL}/2", f"models:/{MODEL}@champion"]
+            return [mlflow.pyfunc.load_model(address).predict(features).tolist() for address in addresses]
+        finally:
+            mlflow.set_tracking_uri(None)
+
+
+def test_a_moved_store_is_complete(team, moved):
+    # given all that is in the SQLite store, and what its models predict
+    local = mlflow.MlflowClient(f"sqlite:///{moved / 'mlflow.db'}")
+    there = logged(local)
+    assert len(there["runs"]) == 4
+    mlflow.set_tracking_uri(f"sqlite:///{moved / 'mlflow.db'}")
+    pipeline = mlflow.pyfunc.load_model(f"models:/{MODEL}@champion")
+    mlflow.set_tracking_uri(None)
+    # then all of it is on the server, and the models predict the same
+    with team.client("admin") as client:
+        here = logged(client)
+        notes = client.search_runs([client.get_experiment_by_name("Zoë's").experiment_id])[0].info
+        text = Path(client.download_artifacts(notes.run_id, "a folder/notes ä.txt")).read_text()
+    for kind, entries in there.items():
+        assert [entry for entry in entries if entry not in here[kind]] == [], kind
+    assert text == "Zoë's"
+    answers = predictions(team)
+    assert answers[2] == pipeline.predict(load_iris(as_frame=True).data).tolist()
+    assert answers[0] != answers[1]
+
+
+def test_a_moved_store_takes_more(team, moved, tmp_path):
+    with team.client("admin") as client:
+        number = client.create_experiment(tmp_path.name)
+        assert client.create_run(number).info.artifact_uri.startswith(f"mlflow-artifacts:/{number}/")
+
+
+def test_a_store_is_not_moved_to_a_server_that_is_not_empty(team, moved):
+    with team.client("admin") as client:
+        before = logged(client)
+        process = team.run(["python", "move_store.py", str(moved), "/artifacts"])
+        assert process.returncode == 1
+        assert "Nothing was moved: the server is not empty, it has rows in" in process.stderr
+        assert logged(client) == before
+
+
+def test_a_store_without_its_files_is_not_moved(team, moved, tmp_path):
+    shutil.copy(moved / "mlflow.db", tmp_path)
+    team.database.run(["createdb", "--template=empty", "other"])
+    try:
+        process = team.run(["python", "move_store.py", str(tmp_path), "/artifacts"], PGDATABASE="other")
+    finally:
+        team.database.run(["dropdb", "other"])
+    assert process.returncode == 1
+    assert "Nothing was moved" in process.stderr
+
+
+def test_backup_wipe_and_restore_bring_everything_back(team, moved, tmp_path):
+    # given what is on the server, and a backup of it
+    with team.client("admin") as client:
+        before = logged(client), predictions(team)
+    follow("Back up", team, tmp_path)
+    # when all is wiped, and restored on what is as new as after the first start
+    team.kill()
+    for name in ("mlflow", "mlflow_auth"):
+        team.database.run(["dropdb", name])
+    for name in team.artifacts.iterdir():
+        shutil.rmtree(name)
+    team.prepare_database()
+    of_compose = follow("Restore", team, tmp_path)
+    assert of_compose[0] == "docker compose stop server"
+    # then it is all there, the users with their passwords too, and the models predict the same
+    with team.client("admin") as client:
+        assert (logged(client), predictions(team)) == before
+    with team.client("ana") as client:
+        assert client.search_experiments() == []
+
+
+def test_databases_are_upgraded_as_the_readme_says(team, moved, tmp_path):
+    with team.client("admin") as client:
+        before = logged(client)
+        follow("Upgrade", team, tmp_path)
+        assert logged(client) == before
