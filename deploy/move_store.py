@@ -3,7 +3,8 @@
 Usage: python move_store.py STORE ARTIFACTS
 
 STORE is the folder with mlflow.db and mlruns; nothing in it is changed. ARTIFACTS is the folder that the server's
---artifacts-destination names. The database is the one that PostgreSQL's variables (PGHOST, PGUSER, PGPASSWORD) lead to.
+--artifacts-destination names. The database is the one that PostgreSQL's variables (PGHOST, PGUSER, PGPASSWORD) lead to:
+unless PGDATABASE says otherwise, that is the one with the user's name.
 Files are copied first, then all rows in one transaction: what fails leaves the server empty, and can be repeated.
 """
 
@@ -17,8 +18,9 @@ from mlflow.store.db.base_sql_model import Base
 from mlflow.store.model_registry.dbmodels.models import SqlModelVersion
 from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlLoggedModel, SqlRun
 from sqlalchemy import Connection, create_engine, delete, func, select, text
+from sqlalchemy.pool import NullPool
 
-DATABASE = "postgresql+psycopg2:///mlflow"
+DATABASE = "postgresql+psycopg2://"
 # In an order in which each row finds those that it refers to.
 TABLES = [
     "experiments",
@@ -129,8 +131,8 @@ def move(store: Path, artifacts: Path) -> None:
     if not (store / "mlflow.db").is_file() or not artifacts.is_dir():
         raise ValueError(f"there must be {store / 'mlflow.db'}, and the folder {artifacts}")
     address = f"{(store / 'mlflow.db').resolve().as_uri()}?mode=ro"
-    origin = create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True))
-    with origin.connect() as source, create_engine(DATABASE).begin() as target:
+    origin = create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True), poolclass=NullPool)
+    with origin.connect() as source, create_engine(DATABASE, poolclass=NullPool).begin() as target:
         check(source, target)
         locations = new_locations(source)
         copy_files(locations, store, artifacts)

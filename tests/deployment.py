@@ -214,13 +214,13 @@ def logged(client: mlflow.MlflowClient) -> dict:
             key=lambda version: (version["name"], int(version["version"])),
         ),
     }
-    return placeless(json.loads(json.dumps(everything, default=vars), parse_constant=str))
+    return comparable(json.loads(json.dumps(everything, default=vars), parse_constant=str))
 
 
-def placeless(value):
-    """Return ``value`` with "a place" for each text that is a path or an address of files, and its lists in order."""
+def comparable(value):
+    """Return ``value`` without places of files, its lists in order, and nothing as "", as which it comes over HTTP."""
     if isinstance(value, dict):
-        return {name: placeless(item) for name, item in value.items()}
+        return {name: comparable(item) for name, item in value.items()}
     if isinstance(value, list):
-        return sorted((placeless(item) for item in value), key=str)
-    return "a place" if re.match("(file|mlflow-artifacts):|/", str(value)) else value
+        return sorted((comparable(item) for item in value), key=str)
+    return "a place" if re.match("(file|mlflow-artifacts):|/", str(value)) else "" if value is None else value

@@ -3,10 +3,12 @@
 What only a container engine can do, the README names; everything else is run here as it is written there.
 """
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -321,15 +323,55 @@ def test_a_store_is_not_moved_to_a_server_that_is_not_empty(team, moved):
         assert logged(client) == before
 
 
-def test_a_store_without_its_files_is_not_moved(team, moved, tmp_path):
-    shutil.copy(moved / "mlflow.db", tmp_path)
-    team.database.run(["createdb", "--template=empty", "other"])
-    try:
-        process = team.run(["python", "move_store.py", str(tmp_path), "/artifacts"], PGDATABASE="other")
-    finally:
-        team.database.run(["dropdb", "other"])
-    assert process.returncode == 1
-    assert "Nothing was moved" in process.stderr
+def without_files(store: Path) -> None:
+    shutil.rmtree(store / "mlruns" / "models")
+
+
+def of_another_version(store: Path) -> None:
+    change(store, "UPDATE alembic_version SET version_num = 'other'")
+
+
+def with_other_rows(store: Path) -> None:
+    change(store, "INSERT INTO scheduler_leases VALUES ('a', 0, 1)")
+
+
+def with_files_elsewhere(store: Path) -> None:
+    change(store, "UPDATE model_versions SET storage_location = '/elsewhere'")
+
+
+def change(store: Path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(store / "mlflow.db")) as connection:
+        connection.execute(statement)
+        connection.commit()
+
+
+REFUSALS = {
+    without_files: "there are no files of the model in",
+    of_another_version: "the store has schema other, the server ",
+    with_other_rows: "the store has rows that this script does not know how to move, in scheduler_leases",
+    with_files_elsewhere: "/elsewhere, in model_versions, belongs to no run and no model",
+}
+
+
+@pytest.mark.parametrize(("prepare", "reason"), REFUSALS.items(), ids=[prepare.__name__ for prepare in REFUSALS])
+def test_a_store_that_cannot_be_moved_as_a_whole_is_not_moved(prepare, reason, team, moved, tmp_path, monkeypatch):
+    # given a store in which something is wrong, and an empty database
+    store = tmp_path / "store"
+    shutil.copytree(moved / "mlruns", store / "mlruns")
+    shutil.copy(moved / "mlflow.db", store)
+    prepare(store)
+    for name, value in (team.database.variables | {"PGDATABASE": "empty"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(DEPLOY)
+    import move_store
+
+    # when it is to be moved there
+    (tmp_path / "artifacts").mkdir()
+    with pytest.raises(ValueError, match=reason):
+        move_store.move(store, tmp_path / "artifacts")
+    # then the database stays empty
+    count = ["psql", "--no-align", "--tuples-only", "--command=SELECT count(*) FROM runs"]
+    assert team.database.run([*count, "--dbname=empty"], capture_output=True, text=True).stdout == "0\n"
 
 
 def test_backup_wipe_and_restore_bring_everything_back(team, moved, tmp_path):
