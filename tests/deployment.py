@@ -28,6 +28,7 @@ SECRETS = {
     "MLFLOW_ADMIN_PASSWORD": "the-admins-pass-phrase-2",
     "MLFLOW_SECRET_KEY": "the-key-of-the-sessions-3",
 }
+SETTINGS = SECRETS | {"PUBLIC_HOST": "mlflow.example.org"}
 PASSWORDS = {
     "admin": SECRETS["MLFLOW_ADMIN_PASSWORD"],
     "ana": "anas-own-pass-phrase-4",
@@ -123,7 +124,7 @@ class Deployment:
     def start(self) -> psutil.Process:
         """Start the server, wait until it answers, and give its process."""
         log = self.folder / f"server{len(list(self.folder.glob('server*.log')))}.log"
-        command = self.command(services()["server"]["command"])
+        command = self.command(services(SETTINGS)["server"]["command"])
         self.life.enter_context(running(command, f"{self.address}/health", log, cwd=self.folder, env=self.variables))
         return next(child for child in psutil.Process().children() if f"--port={self.port}" in child.cmdline())
 
