@@ -29,9 +29,8 @@ README = (DEPLOY / "README.md").read_text(encoding="utf-8")
 
 
 def validated(file: Path) -> subprocess.CompletedProcess:
-    """Check a file against the Compose specification's schema, in the newest version of a tool that brings it."""
-    tool = [sys.executable, "-m", "uv", "tool", "run", "--quiet", "check-jsonschema"]
-    command = [*tool, "--builtin-schema", "vendor.compose-spec", str(file)]
+    """Check a file against the Compose specification's schema."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -41,8 +40,8 @@ def test_compose_file_follows_the_compose_specification(tmp_path, lacking):
     wrong.write_text(COMPOSE.replace("healthcheck:", "health_check:"))
     # when both are validated
     processes = [validated(DEPLOY / "compose.yaml"), validated(wrong)]
-    if "dns error" in processes[0].stderr or "error sending request" in processes[0].stderr:
-        lacking("a package index", "connect this machine to one")
+    if "No module named check_jsonschema" in processes[0].stderr:
+        lacking("check-jsonschema", "make postgresql")
     # then only the first passes
     assert processes[0].returncode == 0, processes[0].stdout + processes[0].stderr
     assert processes[1].returncode == 1
