@@ -21,25 +21,6 @@ from execution import (
 )
 
 
-def test_second_execution_in_the_same_store_adds_versions(tmp_path):
-    # given a store with two versions
-    notebook = copy_project(tmp_path)
-    assert execute(notebook, tmp_path).returncode == 0
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    before = {version.version: version for version in client.search_model_versions()}
-    # when the notebook is executed again
-    process = execute(notebook, tmp_path)
-    # then it works, there are four versions, and what was there is unchanged
-    assert process.returncode == 0, process.stderr
-    after = {version.version: version for version in client.search_model_versions(order_by=["version_number"])}
-    assert sorted(map(int, after)) == [1, 2, 3, 4]
-    for number, version in before.items():
-        assert after[number].source == version.source
-    assert client.get_model_version_by_alias(MODEL, "champion").version == 3
-    experiment = client.get_experiment_by_name(MODEL).experiment_id
-    assert len(client.search_runs([experiment])) == 4
-
-
 def test_tracking_server_gives_the_stored_outputs(tmp_path):
     # given a tracking server
     work = tmp_path / "work"
@@ -64,37 +45,47 @@ def kernel_started_in(notebook: Path, folder: Path) -> Path:
     return Path(shutil.copy(notebook, folder))
 
 
-def test_kernel_started_in_a_folder_below_uses_the_store_beside_the_notebook(tmp_path):
-    notebook = copy_project(tmp_path)
-    process = execute(kernel_started_in(notebook, tmp_path / "below"), tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert (tmp_path / "mlflow.db").exists()
-    assert (tmp_path / "mlruns").exists()
-    assert [path.name for path in (tmp_path / "below").iterdir()] == ["project.ipynb"]
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """Give a folder with a project that was executed twice, and its versions after each, by their numbers.
+
+    First with the kernel in a folder ``below`` the notebook. Then with one in a folder ``elsewhere``, which has nothing
+    to do with the notebook, but is told the notebook's path as Jupyter does.
+    """
+    folder = tmp_path_factory.mktemp("twice")
+    notebook = copy_project(folder / "project")
+    versions = []
+    below = kernel_started_in(notebook, folder / "project/below")
+    elsewhere = kernel_started_in(notebook, folder / "elsewhere")
+    for copy, variables in ((below, {}), (elsewhere, {"JPY_SESSION_NAME": str(notebook)})):
+        process = execute(copy, folder, **variables)
+        assert process.returncode == 0, process.stderr
+        client = mlflow.MlflowClient(f"sqlite:///{folder.as_posix()}/project/mlflow.db")
+        versions.append({version.version: version for version in client.search_model_versions()})
+    return folder, client, *versions
 
 
-def test_kernel_started_elsewhere_by_jupyter_uses_the_store_beside_the_notebook(tmp_path):
-    # given a kernel in a folder that has nothing to do with the notebook, told the notebook's path as Jupyter does
-    notebook = copy_project(tmp_path / "project")
-    elsewhere = kernel_started_in(notebook, tmp_path / "elsewhere")
-    process = execute(elsewhere, tmp_path, JPY_SESSION_NAME=str(notebook))
-    assert process.returncode == 0, process.stderr
-    assert (tmp_path / "project" / "mlflow.db").exists()
-    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["project.ipynb"]
+def test_kernel_started_in_a_folder_below_uses_the_store_beside_the_notebook(twice):
+    folder, _, first, _ = twice
+    assert len(first) == 2
+    assert {path.name for path in (folder / "project").iterdir()} >= {"mlflow.db", "mlruns"}
+    assert [path.name for path in (folder / "project/below").iterdir()] == ["project.ipynb"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="making a link takes a right on Windows that users lack")
-def test_environment_is_rebuilt_where_the_project_has_a_space_in_its_path(tmp_path):
-    # given the Python environment under a path with a space, and no Python of its version on PATH
-    project = tmp_path / "my project"
-    notebook = copy_project(project)
-    (project / "venv").symlink_to(sys.prefix)
-    # when the whole notebook is executed with it
-    python = project / "venv/bin/python"
-    process = execute(notebook, tmp_path, python=python, REBUILD_ENVIRONMENT="on", PATH="/usr/bin:/bin")
-    # then it prints what is stored, to the last line
-    assert process.returncode == 0, process.stderr
-    assert differing_outputs(tmp_path) == []
+def test_kernel_started_elsewhere_by_jupyter_uses_the_store_beside_the_notebook(twice):
+    folder, _, _, second = twice
+    assert len(second) == 4
+    assert [path.name for path in (folder / "elsewhere").iterdir()] == ["project.ipynb"]
+
+
+def test_second_execution_in_the_same_store_adds_versions(twice):
+    _, client, first, second = twice
+    assert sorted(map(int, second)) == [1, 2, 3, 4]
+    for number, version in first.items():
+        assert second[number].source == version.source
+    assert client.get_model_version_by_alias(MODEL, "champion").version == 3
+    experiment = client.get_experiment_by_name(MODEL).experiment_id
+    assert len(client.search_runs([experiment])) == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are a part of Linux")
@@ -117,35 +108,54 @@ def installed() -> str:
     ).stdout
 
 
-def test_packages_git_tree_and_home_stay_as_they_were(tmp_path):
-    # given a repository, a home folder with something in it, and all that is installed
-    clone, home, caches = tmp_path / "clone", tmp_path / "home", tmp_path / "caches"
-    home.mkdir()
-    caches.mkdir()
-    (home / "notes.txt").write_text("mine")
-    notebook = copy_project(clone)
-    shutil.copy(ROOT / ".gitignore", clone)
-    commit_all(clone)
-    packages = installed()
-    # when the whole notebook is executed, the step included that builds an environment
-    process = execute(
-        notebook,
-        tmp_path,
-        REBUILD_ENVIRONMENT="on",
-        HOME=str(home),
-        UV_CACHE_DIR=uv_cache(),
-        IPYTHONDIR=str(caches / "ipython"),
-        MPLCONFIGDIR=str(caches / "matplotlib"),
-        JUPYTER_RUNTIME_DIR=str(caches / "jupyter"),
-    )
-    assert process.returncode == 0, process.stderr
-    # then nothing of it has changed, and no temporary file is left
-    assert git(clone, "status", "--porcelain") == ""
-    assert snapshot(home) == {"notes.txt": b"mine"}
-    assert installed() == packages
-    assert {path.name for path in (tmp_path / "tmp").iterdir()} == set()
-
-
 def uv_cache() -> str:
     command = [sys.executable, "-m", "uv", "cache", "dir"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory):
+    """Give a folder where the whole notebook was executed, the step included that builds an environment.
+
+    It was executed in ``my clone``, a git repository, with a Python environment under a path with a space, no Python of
+    its version on PATH, and the home folder ``home``, which has one file.
+    """
+    if sys.platform == "win32":
+        pytest.skip("making a link takes a right on Windows that users lack")
+    folder = tmp_path_factory.mktemp("rebuilt")
+    for name in ("home", "caches", "my python"):
+        (folder / name).mkdir()
+    (folder / "home/notes.txt").write_text("mine")
+    (folder / "my python/venv").symlink_to(sys.prefix)
+    notebook = copy_project(folder / "my clone")
+    shutil.copy(ROOT / ".gitignore", folder / "my clone")
+    commit_all(folder / "my clone")
+    before = installed()
+    process = execute(
+        notebook,
+        folder,
+        python=folder / "my python/venv/bin/python",
+        REBUILD_ENVIRONMENT="on",
+        PATH="/usr/bin:/bin",
+        HOME=str(folder / "home"),
+        UV_CACHE_DIR=uv_cache(),
+        IPYTHONDIR=str(folder / "caches/ipython"),
+        MPLCONFIGDIR=str(folder / "caches/matplotlib"),
+        JUPYTER_RUNTIME_DIR=str(folder / "caches/jupyter"),
+    )
+    assert process.returncode == 0, process.stderr
+    return folder, before
+
+
+def test_environment_is_rebuilt_where_the_project_has_a_space_in_its_path(rebuilt):
+    # then it prints what is stored, to the last line
+    assert differing_outputs(rebuilt[0]) == []
+
+
+def test_packages_git_tree_and_home_stay_as_they_were(rebuilt):
+    # then nothing of it has changed, and no temporary file is left
+    folder, before = rebuilt
+    assert git(folder / "my clone", "status", "--porcelain") == ""
+    assert snapshot(folder / "home") == {"notes.txt": b"mine"}
+    assert installed() == before
+    assert {path.name for path in (folder / "tmp").iterdir()} == set()

@@ -15,11 +15,9 @@ import pytest
 import skops.io
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from execution import ROOT, commit_all, copy_project, environment, executed, git, papermill, snapshot, text_outputs
-from jupyter_client.manager import KernelManager
+from execution import ROOT, commit_all, copy_project, executed, git, papermill, snapshot, text_outputs
+from kernels import execute_in, running_kernel
 from mlflow.entities import Dataset, DatasetInput
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from sklearn.datasets import load_iris
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
@@ -62,12 +60,8 @@ def client(project):
 
 @pytest.fixture(scope="module")
 def kernel(project):
-    """Give a running kernel. To execute the guide in it again costs no new import."""
-    manager = KernelManager(kernel_name="python3", transport_encryption="auto")
-    manager.start_kernel(env=environment(project.parent), cwd=str(project))
-    yield manager
-    manager.shutdown_kernel(now=True)
-    manager.cleanup_resources()
+    with running_kernel(project.parent) as kernel:
+        yield kernel
 
 
 @pytest.fixture
@@ -77,21 +71,9 @@ def execute(kernel, project):
     def run(folder: Path = project, rebuild: str = "off", **parameters) -> tuple[str, str]:
         notebook = nbformat.read(ROOT / GUIDE, as_version=4)
         last = max(i for i, cell in enumerate(notebook.cells[:-1]) if "release" in cell.metadata.get("tags", []))
-        tagged = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+        notebook.cells = notebook.cells[: last + 1]
         variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{project.as_posix()}/mlflow.db", "REBUILD_ENVIRONMENT": rebuild}
-        start = f"import os\nos.chdir({str(folder)!r})\nos.environ.update({variables})"
-        values = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-        cells = [notebook.cells[i] for i in range(last + 1)]
-        cells.insert(tagged + 1, nbformat.v4.new_code_cell(values))
-        notebook.cells = [nbformat.v4.new_code_cell(source) for source in ("%reset -f", start)] + cells
-        runner = NotebookClient(notebook, km=kernel)
-        try:
-            runner.execute()
-            error = ""
-        except CellExecutionError as failure:
-            error = f"{failure.ename}: {failure.evalue}"
-        finally:
-            runner.kc.stop_channels()
+        error = execute_in(kernel, notebook, folder, variables, parameters)
         return error, "\n".join(text_outputs(notebook))
 
     return run

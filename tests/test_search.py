@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ import mlflow
 import nbformat
 import psutil
 import pytest
-from execution import copy_project, environment, executed, papermill, refusal
+from execution import ROOT, copy_project, environment, papermill, refusal
+from kernels import execute_in, running_kernel
 from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
@@ -192,18 +194,56 @@ def process_tag() -> str:
     return f"{platform.node()} {process.pid} {process.create_time():.0f}"
 
 
-def test_search_that_is_finished_or_in_progress_elsewhere_is_left_alone(tmp_path):
-    # given a finished search, and one like it that a living process is at
-    notebook = copy_project(tmp_path, GUIDE)
-    assert papermill(notebook, tmp_path, {"n_trials": 2}).returncode == 0
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    with running_kernel(tmp_path_factory.mktemp("kernel")) as kernel:
+        yield kernel
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory):
+    """Give a database that has its tables, which take a second or two to make, and nothing in them."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path.as_posix()}")
+    return path
+
+
+@pytest.fixture
+def search(kernel, empty_database, tmp_path):
+    """Give a function that executes the guide as far as its search, in a store of the test's own.
+
+    It takes the parameters, the condition under which a trial is to fail, and environment variables; it returns the
+    error, a client of the store, and the kinds of output that there were.
+    """
+    copy_project(tmp_path, GUIDE)
+    shutil.copy(empty_database, tmp_path)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+
+    def run(fails_if: str = "False", variables: dict | None = None, **parameters) -> tuple[str, object, set]:
+        notebook = nbformat.read(ROOT / GUIDE, as_version=4)
+        last = next(i for i, cell in enumerate(notebook.cells) if "study.optimize(" in cell.source)
+        notebook.cells = notebook.cells[: last + 1]
+        (cell,) = [cell for cell in notebook.cells if "def objective(trial):" in cell.source]
+        line = "        candidate = pipeline("
+        assert line in cell.source
+        raising = f'        if {fails_if}:\n            raise MemoryError("no memory left")\n'
+        cell.source = cell.source.replace(line, raising + line)
+        error = execute_in(kernel, notebook, tmp_path, variables, parameters)
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        return error, client, {kind for output in outputs for kind in output.get("data", {})}
+
+    return run
+
+
+def test_search_that_is_finished_or_in_progress_elsewhere_is_left_alone(search):
+    # given a finished search, and one like it that a living process is at
+    error, client, _ = search(n_trials=2)
+    assert error == ""
     (finished,) = searches(client)
     tags = {"search": finished.data.tags["search"], "process": process_tag()}
     other = client.create_run(finished.info.experiment_id, tags=tags).info.run_id
-    # when the guide is executed again
-    process = papermill(notebook, tmp_path, {"n_trials": 2})
-    # then it makes a search of its own
-    assert process.returncode == 0, process.stderr
+    # when the guide is executed again, then it makes a search of its own
+    assert search(n_trials=2)[0] == ""
     (own,) = [run for run in searches(client) if run.info.run_id not in (finished.info.run_id, other)]
     assert len(children(client, own)) == 2
     assert len(children(client, finished)) == 2
@@ -211,71 +251,45 @@ def test_search_that_is_finished_or_in_progress_elsewhere_is_left_alone(tmp_path
     assert "resumed" not in client.get_run(other).data.tags
 
 
-def failing(notebook, condition: str):
-    """Make the objective in ``notebook`` raise an error where ``condition`` holds, and return the path."""
-    content = nbformat.read(notebook, as_version=4)
-    (cell,) = [cell for cell in content.cells if "def objective(trial):" in cell.source]
-    line = "        candidate = pipeline("
-    assert line in cell.source
-    raising = f'        if {condition}:\n            raise MemoryError("no memory left")\n'
-    cell.source = cell.source.replace(line, raising + line)
-    nbformat.write(content, notebook)
-    return notebook
-
-
-def test_trial_that_raises_is_recorded_and_the_search_goes_on(tmp_path):
-    # given an objective that fails in its second trial
-    notebook = failing(copy_project(tmp_path, GUIDE), "trial.number == 1")
-    # when
-    process = papermill(notebook, tmp_path, {"n_trials": 4})
-    # then
-    assert process.returncode == 0, process.stderr
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+def test_trial_that_raises_is_recorded_and_the_search_goes_on(search):
+    error, client, _ = search("trial.number == 1", n_trials=4)
+    assert error == ""
     found = children(client, searches(client)[0])
     assert [run.info.status for run in found] == ["FINISHED", "FAILED", "FINISHED", "FINISHED"]
     assert found[1].data.tags["error"] == "MemoryError('no memory left')"
     assert "cv_log_loss" not in found[1].data.metrics
 
 
-def test_search_in_which_all_trials_fail_says_why(tmp_path):
-    notebook = failing(copy_project(tmp_path, GUIDE), "True")
-    process = papermill(notebook, tmp_path, {"n_trials": 2})
-    assert process.returncode != 0
-    assert "No trial succeeded. The first failed with MemoryError('no memory left')" in process.stderr
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+def test_search_in_which_all_trials_fail_says_why(search):
+    error, client, _ = search("True", n_trials=2)
+    assert error == "RuntimeError: No trial succeeded. The first failed with MemoryError('no memory left')"
     assert [run.info.status for run in children(client, searches(client)[0])] == ["FAILED", "FAILED"]
-    assert not client.search_model_versions(f"name = '{MODEL}'")
 
 
-def test_grid_is_tried_point_by_point_by_two_jobs(tmp_path):
-    parameters = {"sampler": "grid", "n_trials": 100, "n_jobs": 2}
-    process = papermill(copy_project(tmp_path, GUIDE), tmp_path, parameters)
-    assert process.returncode == 0, process.stderr
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+def test_grid_is_tried_point_by_point_by_two_jobs(search):
+    error, client, _ = search(sampler="grid", n_trials=100, n_jobs=2)
+    assert error == ""
     found = children(client, searches(client)[0])
     points = Counter((float(run.data.params["C"]), float(run.data.params["l1_ratio"])) for run in found)
     assert points == Counter((c, ratio) for c in (0.01, 0.1, 1, 10, 100) for ratio in (0, 0.5, 1))
     assert {run.info.status for run in found} == {"FINISHED"}
 
 
-def test_timeout_ends_the_search_and_a_person_sees_a_progress_bar(tmp_path):
-    # given a frontend with a person before it, as Jupyter tells its kernels
-    notebook = copy_project(tmp_path, GUIDE)
-    # when the time for the trials is short
-    parameters = {"n_trials": 100_000, "timeout": 1}
-    process = papermill(notebook, tmp_path, parameters, JPY_SESSION_NAME=str(notebook))
-    # then it ends in time, with what it has
-    assert process.returncode == 0, process.stderr
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def test_timeout_ends_the_search(search):
+    error, client, kinds = search(n_trials=100_000, timeout=1)
+    assert error == ""
     assert 0 < len(children(client, searches(client)[0])) < 1000
-    # and there was a bar
-    kinds = {
-        kind
-        for cell in executed(tmp_path).cells
-        for output in cell.get("outputs", [])
-        for kind in output.get("data", {})
-    }
-    assert "application/vnd.jupyter.widget-view+json" in kinds
+    assert WIDGET not in kinds
+
+
+def test_person_sees_a_progress_bar(search):
+    # given a frontend with a person before it, as Jupyter tells its kernels
+    error, _, kinds = search(variables={"JPY_SESSION_NAME": "a notebook"}, n_trials=1)
+    assert error == ""
+    assert WIDGET in kinds
 
 
 IMPOSSIBLE = "sampler is tpe or grid; n_trials is at least 1, n_jobs not 0, timeout positive seconds"
@@ -284,10 +298,3 @@ IMPOSSIBLE = "sampler is tpe or grid; n_trials is at least 1, n_jobs not 0, time
 @pytest.mark.parametrize("parameters", [{"sampler": "best"}, {"n_trials": 0}, {"n_jobs": 0}, {"timeout": -1}], ids=str)
 def test_impossible_parameter_is_refused(parameters):
     assert refusal(GUIDE, **parameters).startswith(IMPOSSIBLE)
-
-
-def test_impossible_parameter_is_refused_before_anything_is_written(tmp_path):
-    process = papermill(copy_project(tmp_path, GUIDE), tmp_path, {"n_trials": 0})
-    assert process.returncode != 0
-    assert IMPOSSIBLE in process.stderr
-    assert not (tmp_path / "mlflow.db").exists()
