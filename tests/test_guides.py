@@ -121,6 +121,8 @@ def on_a_server(request, tmp_path_factory):
     """
     if "heart_disease" in request.param:
         request.getfixturevalue("heart_disease")
+    if "scale_out" in request.param:
+        request.getfixturevalue("spark")
     folder = tmp_path_factory.mktemp("server")
     processes, folders, versions = [], [folder / "project/first", folder / "project/second"], []
     notebook = copy_project(folder / "project", request.param)

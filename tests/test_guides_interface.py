@@ -1,4 +1,6 @@
-"""The MLflow interface on what all guides log, one after another, in one store, looked at in a real browser.
+"""The MLflow interface on what the guides log, one after another, in one store, looked at in a real browser.
+
+Not guide 06: it needs what few machines have, and logs nothing that the interface shows in another way.
 
 With ``--pictures FOLDER`` the pages that the tests have checked are saved there; `make screenshots` does it.
 """
@@ -10,13 +12,13 @@ import pytest
 from browser import picture
 from execution import ROOT, copy_project, execute, executed, git, text_outputs
 
-GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
+GUIDES = git(ROOT, "ls-files", "guides/*.ipynb", ":!guides/06*").splitlines()
 MODE = "workflowType=machine_learning"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, heart_disease):
-    """Give a folder in which all guides have been executed, a copy of each below. No test here writes to its store."""
+    """Give a folder in which these guides have been executed, a copy of each below. No test here writes to its store."""
     folder = tmp_path_factory.mktemp("guides")
     for name in GUIDES:
         copies = folder / name.removesuffix(".ipynb")
