@@ -14,6 +14,7 @@ endif
 
 # Guide 06 needs Spark and Java, which the basic set-up leaves out.
 OUT_OF_REACH = $(shell (command -v java && $(BIN)/python -c "import pyspark") >/dev/null 2>&1 || echo guides/06_scale_out.ipynb)
+TO_REACH_IT = It needs Java 17 or later (on Debian: apt-get install openjdk-17-jre-headless) and: make scale
 
 INSTALLED := .venv/installed.txt
 DEVELOPMENT := .venv/development.txt
@@ -43,7 +44,7 @@ guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's stor
 	@mkdir -p build
 	$(BIN)/python -m nbconvert --execute --to html --output-dir build --log-level ERROR \
 		--KernelManager.transport_encryption=auto $(filter-out $(OUT_OF_REACH),$(wildcard guides/*.ipynb))
-	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). It needs Java 17 or later, and: make scale")
+	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
 	@echo "The executed guides are in build/, their runs and models in the MLflow interface: make ui"
 
 report: $(INSTALLED) ## make the report of experiment iris_classification, from its runs, into build/
@@ -58,7 +59,7 @@ ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5
 
 notebooks: $(INSTALLED) ## execute the committed notebooks in a fresh store and write their outputs
 	$(BIN)/python tools/notebooks.py $(filter-out $(OUT_OF_REACH),$(NOTEBOOKS))
-	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). It needs Java 17 or later, and: make scale")
+	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
 
 screenshots: browser ## take the pictures in docs/images
 	$(BIN)/python -m pytest tests/test_interface.py tests/test_guides_interface.py --pictures docs/images
@@ -66,7 +67,7 @@ screenshots: browser ## take the pictures in docs/images
 benchmark: $(INSTALLED) ## measure the quickstart, the search of guide 03, and guide 06 where Spark is, against their peers
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/search.py
-	$(if $(OUT_OF_REACH),@echo "Left out: benchmarks/scale.py. It needs Java 17 or later, and: make scale",$(BIN)/python benchmarks/scale.py)
+	$(if $(OUT_OF_REACH),@echo "Left out: benchmarks/scale.py. $(TO_REACH_IT)",$(BIN)/python benchmarks/scale.py)
 
 # One resolution: the whole first, then each part held to it.
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \

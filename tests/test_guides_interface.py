@@ -18,7 +18,7 @@ MODE = "workflowType=machine_learning"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, heart_disease):
-    """Give a folder in which these guides have been executed, a copy of each below. No test here writes to its store."""
+    """Give a folder in which these guides have been executed, each copy below. No test here writes to its store."""
     folder = tmp_path_factory.mktemp("guides")
     for name in GUIDES:
         copies = folder / name.removesuffix(".ipynb")
