@@ -6,7 +6,9 @@ from importlib.util import find_spec
 import mlflow
 import pytest
 from browser import installed_browser, open_page
+from deployment import deployed
 from execution import ROOT, environment, free_port, running
+from postgresql import programs
 
 
 @pytest.fixture
@@ -44,3 +46,12 @@ def page(lacking):
 def pictures(request):
     """Give the folder for pictures, or None where none are asked for."""
     return request.config.getoption("--pictures")
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory, lacking):
+    """Give the server that a team shares, running."""
+    if programs() is None:
+        lacking("PostgreSQL", "make postgresql")
+    with deployed(tmp_path_factory.mktemp("team")) as deployment:
+        yield deployment

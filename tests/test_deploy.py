@@ -17,7 +17,7 @@ import mlflow
 import pytest
 import requests
 import yaml
-from deployment import DEPLOY, PASSWORDS, SECRETS, deployed, interpolated, logged, secrets_in, services
+from deployment import DEPLOY, PASSWORDS, SECRETS, interpolated, logged, secrets_in, services
 from execution import MODEL, ROOT, copy_project, execute, finished, git
 from postgresql import programs
 from sklearn.datasets import load_iris
@@ -151,15 +151,6 @@ def test_start_is_refused_where_two_secrets_are_the_same():
     assert process.returncode == 1
     assert "POSTGRES_PASSWORD, MLFLOW_ADMIN_PASSWORD, MLFLOW_SECRET_KEY are the same" in process.stderr
     assert secrets_in(process.stderr) == []
-
-
-@pytest.fixture(scope="module")
-def team(tmp_path_factory, lacking):
-    """Give the team's server, running."""
-    if programs() is None:
-        lacking("PostgreSQL", "make postgresql")
-    with deployed(tmp_path_factory.mktemp("team")) as deployment:
-        yield deployment
 
 
 def commands(section: str) -> list[str]:

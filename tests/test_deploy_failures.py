@@ -8,9 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from deployment import deployed, secrets_in
+from deployment import secrets_in
 from execution import MODEL, copy_project, environment, execute
-from postgresql import programs
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
 
@@ -23,15 +22,6 @@ for number in range(1_000_000):
     mlflow.MlflowClient().log_metric(run.info.run_id, "number", number, step=number)
     print(number, flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def team(tmp_path_factory, lacking):
-    """Give the team's server, running."""
-    if programs() is None:
-        lacking("PostgreSQL", "make postgresql")
-    with deployed(tmp_path_factory.mktemp("team")) as deployment:
-        yield deployment
 
 
 @contextlib.contextmanager

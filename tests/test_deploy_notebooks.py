@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from deployment import PASSWORDS, SECRETS, deployed, logged, secrets_in, services
+from deployment import PASSWORDS, SECRETS, logged, secrets_in, services
 from execution import (
     MODEL,
     NOT_REBUILT,
@@ -24,20 +24,10 @@ from execution import (
     text_outputs,
 )
 from mlflow.exceptions import MlflowException
-from postgresql import programs
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
 GRANT = "3.0/mlflow/users/permissions/grant"
 GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
-
-
-@pytest.fixture(scope="module")
-def team(tmp_path_factory, lacking):
-    """Give the team's server, running."""
-    if programs() is None:
-        lacking("PostgreSQL", "make postgresql")
-    with deployed(tmp_path_factory.mktemp("team")) as deployment:
-        yield deployment
 
 
 @pytest.mark.parametrize("name", GUIDES)
