@@ -3,7 +3,6 @@
 # `make help` lists the rest. Nothing needs an activated environment.
 
 PYTHON ?= python3
-PORT ?= 5000
 NOTEBOOKS ?= $(shell git ls-files '*.ipynb' ':!benchmarks')
 
 ifeq ($(OS),Windows_NT)
@@ -27,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test guides report ui notebooks screenshots benchmark lock lint browser postgresql scale clean help
+.PHONY: run test guides report ui lab notebooks screenshots benchmark lock lint browser postgresql scale clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
@@ -55,7 +54,13 @@ report: $(INSTALLED) ## make the report of experiment iris_classification, from 
 	@echo "The report: build/experiment_report.html. Its text, table and charts as files: reports/iris_classification/"
 
 ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
-	$(BIN)/python tools/interface.py --port $(PORT)
+	$(BIN)/python tools/interface.py $(if $(PORT),--port $(PORT))
+
+# JUPYTER_PREFER_ENV_PATH and no JUPYTER_PATH: a kernel "python3" from elsewhere on the machine must not be taken for ours.
+lab: export JUPYTER_PREFER_ENV_PATH = 1
+lab: export JUPYTER_PATH =
+lab: $(DEVELOPMENT) ## work in the notebook: JupyterLab with the right kernel
+	$(BIN)/python -m jupyterlab --allow-root --KernelManager.transport_encryption=auto project.ipynb
 
 notebooks: $(INSTALLED) ## execute the committed notebooks in a fresh store and write their outputs
 	$(BIN)/python tools/notebooks.py $(filter-out $(OUT_OF_REACH),$(NOTEBOOKS))

@@ -7,6 +7,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import mlflow
 import pytest
 from nbval.plugin import IPyNbFile
 from serving import FILE, NAME, heart_disease_data, serving
@@ -44,6 +45,10 @@ def pytest_runtest_setup(item):
         store = Path(item.config.stash[STORE]) / item.path.stem
         store.mkdir(exist_ok=True)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store.as_posix()}/mlflow.db"
+        if item.path.name == "project.ipynb" and not (store / "mlflow.db").exists():
+            # MLflow would keep the models beside the notebook.
+            client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+            client.create_experiment("tracking_quick_start", (store / "mlruns").as_uri())
         if item.path.name == "02_heart_disease.ipynb":
             skip_without_heart_disease_data()
         if item.path.name == "06_scale_out.ipynb":

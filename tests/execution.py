@@ -18,7 +18,7 @@ from nbval.plugin import coalesce_streams, get_sanitize_patterns
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "tracking_quick_start"
-NOT_REBUILT = ["NOT CHECKED: rebuild_environment is off, so no environment was rebuilt.\n"]
+NOT_REBUILT = ["NOT CHECKED: REBUILD_ENVIRONMENT is off, so no environment was built.\n"]
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
@@ -46,6 +46,19 @@ def copy_project(folder: Path, notebook: str = "project.ipynb") -> Path:
     for name in (notebook, "model_requirements.txt", *programs):
         shutil.copy(ROOT / name, folder / name)
     return folder / notebook
+
+
+def edit_cells(notebook: Path, **sources: str) -> None:
+    """Replace the source of the one cell of ``notebook`` that has the tag, for each tag and source.
+
+    Raises:
+        ValueError: no cell or more than one has the tag.
+    """
+    content = nbformat.read(notebook, as_version=4)
+    for tag, source in sources.items():
+        (cell,) = [cell for cell in content.cells if tag in cell.metadata.get("tags", [])]
+        cell.source = source
+    nbformat.write(content, notebook)
 
 
 def finished(command: list[str], folder: Path, variables: dict[str, str], limit: float) -> subprocess.CompletedProcess:

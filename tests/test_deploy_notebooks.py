@@ -129,9 +129,7 @@ def refusals(team, tmp_path_factory):
 def test_who_may_not_write_is_refused_with_a_clear_error(comer, refusals):
     process = refusals[0][comer]
     assert process.returncode == 1
-    last = process.stderr.strip().splitlines()[-1 if comer == "reader" else -2]
-    assert COMERS[comer] in last
-    assert ("Cannot use the MLflow store" in last) == (comer != "reader")
+    assert COMERS[comer] in process.stderr.strip().splitlines()[-1]
     assert secrets_in(process.stderr) == []
 
 
@@ -187,6 +185,7 @@ def test_experiment_container_runs_make_run_against_the_server(team, tmp_path):
     assert service["command"] == ["make", "run"]
     copy_project(tmp_path)
     shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
     variables = service["environment"] | {"MLFLOW_TRACKING_URI": team.address, "REBUILD_ENVIRONMENT": "off"}
     team.empty()
     # when its command is run, with this environment in place of the one in the image

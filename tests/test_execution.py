@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import mlflow
 import pytest
@@ -16,6 +15,7 @@ from execution import (
     differing_outputs,
     execute,
     git,
+    papermill,
     snapshot,
     tracking_server,
 )
@@ -39,53 +39,19 @@ def test_tracking_server_gives_the_stored_outputs(tmp_path):
     assert not (work / "mlruns").exists()
 
 
-def kernel_started_in(notebook: Path, folder: Path) -> Path:
-    """Return a copy of ``notebook`` whose kernel nbconvert starts in ``folder``."""
-    folder.mkdir()
-    return Path(shutil.copy(notebook, folder))
-
-
-@pytest.fixture(scope="module")
-def twice(tmp_path_factory):
-    """Give a folder with a project that was executed twice, and its versions after each, by their numbers.
-
-    First with the kernel in a folder ``below`` the notebook. Then with one in a folder ``elsewhere``, which has nothing
-    to do with the notebook, but is told the notebook's path as Jupyter does.
-    """
-    folder = tmp_path_factory.mktemp("twice")
-    notebook = copy_project(folder / "project")
-    versions = []
-    below = kernel_started_in(notebook, folder / "project/below")
-    elsewhere = kernel_started_in(notebook, folder / "elsewhere")
-    for copy, variables in ((below, {}), (elsewhere, {"JPY_SESSION_NAME": str(notebook)})):
-        process = execute(copy, folder, **variables)
-        assert process.returncode == 0, process.stderr
-        client = mlflow.MlflowClient(f"sqlite:///{folder.as_posix()}/project/mlflow.db")
-        versions.append({version.version: version for version in client.search_model_versions()})
-    return folder, client, *versions
-
-
-def test_kernel_started_in_a_folder_below_uses_the_store_beside_the_notebook(twice):
-    folder, _, first, _ = twice
-    assert len(first) == 2
-    assert {path.name for path in (folder / "project").iterdir()} >= {"mlflow.db", "mlruns"}
-    assert [path.name for path in (folder / "project/below").iterdir()] == ["project.ipynb"]
-
-
-def test_kernel_started_elsewhere_by_jupyter_uses_the_store_beside_the_notebook(twice):
-    folder, _, _, second = twice
-    assert len(second) == 4
-    assert [path.name for path in (folder / "elsewhere").iterdir()] == ["project.ipynb"]
-
-
-def test_second_execution_in_the_same_store_adds_versions(twice):
-    _, client, first, second = twice
-    assert sorted(map(int, second)) == [1, 2, 3, 4]
-    for number, version in first.items():
-        assert second[number].source == version.source
-    assert client.get_model_version_by_alias(MODEL, "champion").version == 3
-    experiment = client.get_experiment_by_name(MODEL).experiment_id
-    assert len(client.search_runs([experiment])) == 4
+def test_papermill_gives_the_stored_outputs_and_takes_parameters(tmp_path):
+    # given the name of an experiment and of a model
+    notebook = copy_project(tmp_path)
+    names = {"experiment_name": "an experiment", "model_name": "a_model"}
+    # when papermill executes the notebook with them
+    process = papermill(notebook, tmp_path, names)
+    # then the versions are there under these names
+    assert process.returncode == 0, process.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert {version.name for version in client.search_model_versions()} == {"a_model"}
+    assert len(client.search_runs([client.get_experiment_by_name("an experiment").experiment_id])) == 2
+    # and only the addresses of the versions, and the step left out, differ from what is stored
+    assert [text.replace("a_model", MODEL) for text in differing_outputs(tmp_path)][-1:] == NOT_REBUILT
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are a part of Linux")
@@ -100,6 +66,21 @@ def test_no_network_is_needed(tmp_path, lacking):
     # then it works
     assert process.returncode == 0, process.stderr
     assert differing_outputs(tmp_path) == NOT_REBUILT
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are a part of Linux")
+def test_without_network_the_environment_step_says_what_failed(tmp_path, lacking):
+    # given no network, and a package cache that is empty
+    unshare = ["unshare", "--map-root-user", "--net"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:
+        lacking("the right to make a network namespace", "sysctl kernel.unprivileged_userns_clone=1")
+    notebook = copy_project(tmp_path)
+    variables = {"REBUILD_ENVIRONMENT": "on", "UV_CACHE_DIR": str(tmp_path / "cache"), "UV_HTTP_RETRIES": "0"}
+    # when the notebook is executed with the step that installs packages
+    process = execute(notebook, tmp_path, prefix=(*unshare,), transport="ipc", **variables)
+    # then it fails there, with uv's own words
+    assert process.returncode != 0
+    assert "Failed to fetch" in process.stderr[-2000:]
 
 
 def installed() -> str:
@@ -118,12 +99,12 @@ def rebuilt(tmp_path_factory):
     """Give a folder where the whole notebook was executed, the step included that builds an environment.
 
     It was executed in ``my clone``, a git repository, with a Python environment under a path with a space, no Python of
-    its version on PATH, and the home folder ``home``, which has one file.
+    its version on PATH, a temporary folder with a space, and the home folder ``home``, which has one file.
     """
     if sys.platform == "win32":
         pytest.skip("making a link takes a right on Windows that users lack")
     folder = tmp_path_factory.mktemp("rebuilt")
-    for name in ("home", "caches", "my python"):
+    for name in ("home", "caches", "my python", "my tmp"):
         (folder / name).mkdir()
     (folder / "home/notes.txt").write_text("mine")
     (folder / "my python/venv").symlink_to(sys.prefix)
@@ -138,6 +119,7 @@ def rebuilt(tmp_path_factory):
         REBUILD_ENVIRONMENT="on",
         PATH="/usr/bin:/bin",
         HOME=str(folder / "home"),
+        TMPDIR=str(folder / "my tmp"),
         UV_CACHE_DIR=uv_cache(),
         IPYTHONDIR=str(folder / "caches/ipython"),
         MPLCONFIGDIR=str(folder / "caches/matplotlib"),
@@ -147,7 +129,7 @@ def rebuilt(tmp_path_factory):
     return folder, before
 
 
-def test_environment_is_rebuilt_where_the_project_has_a_space_in_its_path(rebuilt):
+def test_environment_is_built_where_the_paths_have_spaces(rebuilt):
     # then it prints what is stored, to the last line
     assert differing_outputs(rebuilt[0]) == []
 
@@ -158,4 +140,4 @@ def test_packages_git_tree_and_home_stay_as_they_were(rebuilt):
     assert git(folder / "my clone", "status", "--porcelain") == ""
     assert snapshot(folder / "home") == {"notes.txt": b"mine"}
     assert installed() == before
-    assert {path.name for path in (folder / "tmp").iterdir()} == set()
+    assert list((folder / "my tmp").iterdir()) == []

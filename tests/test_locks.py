@@ -99,9 +99,9 @@ def test_direct_versions_stand_only_in_pyproject():
     files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split()
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"].values()
     direct = [line for group in groups for line in group if isinstance(line, str)]
-    # then the versions stand there and in the locks, and nowhere else but in what the notebook prints
+    # then the versions stand there and in the locks, and nowhere else
     found = {name for name in files if any(line in (ROOT / name).read_text("latin-1") for line in direct)}
-    assert found == {"pyproject.toml", "project.ipynb", *LOCKS}
+    assert found == {"pyproject.toml", *LOCKS}
 
 
 @pytest.fixture

@@ -7,90 +7,156 @@ listens on this machine only, until Ctrl+C. Where MLFLOW_TRACKING_URI is a serve
 """
 
 import argparse
+import contextlib
+import http.client
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
-import mlflow
-
 FOLDER = Path(__file__).resolve().parent.parent
-# A server that is down should be known within seconds, and not after minutes of retries.
+# A short timeout, so that a tracking server that is down is reported within seconds.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-# The server's background jobs judge language models; without their six processes it is up sooner.
+# The server's background jobs judge language models; without their six processes it starts sooner.
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
 
-def links(server: str) -> list[str]:
-    """Return the addresses, below ``server``, of the model registered last and of its two newest versions compared.
+def labelled_links(store: str, server: str) -> str:
+    """Return the links, below ``server``, to the model registered last and to its two newest versions compared.
 
     Raises:
-        SystemExit: the store has no registered model.
+        SystemExit: the store gives no answer, or has no registered model.
     """
-    client = mlflow.MlflowClient()
+    import mlflow  # here, because it takes seconds, and Ctrl+C must end the program during them, too
+
     try:
-        models = client.search_registered_models()
+        client = mlflow.MlflowClient(store)
+        models = client.search_registered_models(max_results=1, order_by=["last_updated_timestamp DESC"])
+        if not models:
+            sys.exit("No model is registered in this store yet. Make one first: make run")
+        name = models[0].name
+        versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))
+        runs = {str(version.version): version.run_id for version in versions[-2:] if version.run_id}
+        experiments = sorted({client.get_run(run).info.experiment_id for run in runs.values()})
     except Exception as error:
         sys.exit(re.sub(r"//\S*@", "//", f"The store gives no answer: {error}\nCorrect or unset MLFLOW_TRACKING_URI."))
-    if not models:
-        sys.exit("No model is registered in this store yet. Make one first: make run")
-    name = max(models, key=lambda model: model.last_updated_timestamp).name
-    newest = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))[-2:]
-    runs = {str(version.version): version.run_id for version in newest}
-    experiments = sorted({client.get_run(run).info.experiment_id for run in runs.values()})
-    pages = {
-        "compare-model-versions": {"name": name, "runs": runs},
-        "compare-runs": {"runs": list(runs.values()), "experiments": experiments},
-        f"models/{name}": {},
-    }
-    return [
-        f"{server}/#/{page}?"
+    pages = []
+    if len(runs) == 2:
+        pages += [
+            ("The two newest versions compared", "compare-model-versions", {"name": name, "runs": runs}),
+            ("Their runs compared", "compare-runs", {"runs": list(runs.values()), "experiments": experiments}),
+        ]
+    pages += [("The registered model", f"models/{quote(name, safe='')}", {})]
+    return "\n".join(
+        f"{label}:\n  {server}/#/{page}?"
         + "".join(f"{key}={quote(json.dumps(value))}&" for key, value in query.items())
         + "workflowType=machine_learning"
-        for page, query in pages.items()
-    ]
+        for label, page, query in pages
+    )
 
 
-def main() -> None:
-    """Check the store and the port, print the links, and become the server."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=5000)
-    port = parser.parse_args().port
-    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(FOLDER / 'mlflow.db').as_posix()}"
-    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
-        sys.exit(f"There is no store at {store} yet. Make one first: make run")
-    mlflow.set_tracking_uri(store)
-    if store.startswith("http"):
-        address = re.sub(r"//\S*@", "//", store).rstrip("/")
-        print("The MLflow interface is up:", *links(address), sep="\n  ")
-        return
+def is_free(port: int) -> bool:
+    """Return whether a server can listen on ``port`` of this machine."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name != "nt":  # where it would let two servers share a port; elsewhere MLflow's server sets it, too
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            sys.exit(f"Port {port} is taken (5000 on macOS: by AirPlay). Take another: make ui PORT={port + 1}")
-    addresses = links(f"http://127.0.0.1:{port}")
-    print("The MLflow interface will be up in some seconds; Ctrl+C stops it.", *addresses, sep="\n  ", flush=True)
-    server = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        store,
-        "--workers",
-        "1",
-    ]
-    server += ["--host", "127.0.0.1", "--port", str(port)]
-    if os.name == "nt":  # no exec there that keeps the terminal
-        sys.exit(subprocess.call(server))
-    os.execv(sys.executable, server)
+            return False
+    return True
+
+
+def answers(port: int) -> bool:
+    """Return whether MLflow's server answers on ``port``."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)  # which no proxy setting diverts
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    return False
+
+
+def on_request_to_end(action: Callable) -> None:
+    """Call ``action`` when the user presses Ctrl+C or closes the terminal, or another process asks this one to end."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):  # no system has all of them
+        number = getattr(signal, name, None)
+        if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):  # nohup
+            signal.signal(number, action)
+
+
+def stop(server: subprocess.Popen) -> None:
+    """End the server and the processes that it has started."""
+    if os.name == "nt":
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(server.pid)], capture_output=True, check=False)
+        return
+    for number in (signal.SIGTERM, signal.SIGKILL):  # politely first; the second ends what the first did not
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            os.killpg(server.pid, number)
+            server.wait(10)
+
+
+def serve(store: str, port: int, text: str) -> None:
+    """Run MLflow's server until somebody asks this process to end, and print ``text`` as soon as the server answers.
+
+    Raises:
+        SystemExit: the server ended by itself.
+    """
+    asked = []
+    on_request_to_end(lambda *_: asked.append(True))
+    print("The MLflow interface starts; its links follow in some seconds.", flush=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    # A line for each request would push the links off the screen.
+    command += ["--uvicorn-opts=--log-level warning"]
+    variables = {
+        "MLFLOW_BACKEND_STORE_URI": store,  # not an option of the command, which every user of the machine can read
+        "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",  # addressed to MLflow's authors
+    }
+    # In a process group of its own, Ctrl+C does not reach the server, which would answer it with a traceback.
+    group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=os.environ | variables, **group)
+    try:
+        while not asked and server.poll() is None:
+            if text and answers(port):
+                print(text, flush=True)
+                text = ""
+            time.sleep(0.05)
+    finally:
+        stop(server)
+    if not asked:
+        sys.exit("The MLflow server has ended by itself; above is what it printed last. Start it again: make ui")
+    print("\nThe MLflow interface has stopped.")
+
+
+def main() -> None:
+    """Check the store and the port, and run the server, or print just the links if the store is a server already."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, help="5000, or the next free one, if you name none")
+    asked = parser.parse_args().port
+    if asked is not None and not 0 < asked < 65536:
+        parser.error("a port is a number from 1 to 65535")
+    on_request_to_end(lambda *_: sys.exit(0))
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(FOLDER / 'mlflow.db').as_posix()}"
+    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
+        sys.exit(f"There is no store at {store} yet. Make one first: make run")
+    if store.startswith("http"):
+        address = re.sub(r"//\S*@", "//", store).rstrip("/")
+        print("The MLflow interface is up.", labelled_links(store, address), sep="\n")
+        return
+    first = asked or 5000
+    port = next(port for port in (*range(first, 65536), *range(5000, 65536)) if is_free(port))
+    if asked and port != asked:
+        sys.exit(f"Port {asked} is taken. Take another: make ui PORT={port} (without make: --port {port})")
+    moved = f"Port {first} is taken (on macOS by AirPlay), so this is port {port}.\n" if port != first else ""
+    text = f"\n{moved}{labelled_links(store, f'http://127.0.0.1:{port}')}\nCtrl+C stops it."
+    serve(store, port, text)
 
 
 if __name__ == "__main__":

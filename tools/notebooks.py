@@ -2,16 +2,17 @@
 
 Usage: python tools/notebooks.py NOTEBOOK [NOTEBOOK ...]
 
-Each notebook is executed as a reader would on a new machine: in a new kernel, with an empty SQLite store in a temporary
-folder. What is written back depends on nothing but the notebook's source and what it prints: outputs with the rules of
-tests/sanitize.cfg applied, execution counts from 1, the metadata that a reader needs, and cell ids derived from the
-source. So nobody edits an output by hand, and a diff shows only what changed. Measured times cannot repeat: a cell that
-nbval is told to ignore keeps the outputs that it has, until its source changes.
+Each notebook runs as for a reader on a new machine: in a new kernel, with an empty store, in a temporary folder that
+holds what the notebook reads. What is written back depends on nothing but the notebook's source and what it
+prints: outputs with the rules of tests/sanitize.cfg applied, execution counts from 1, the metadata that a reader needs,
+and cell ids derived from the source. So nobody edits an output by hand, and a diff shows only what changed. Measured
+times cannot repeat: a cell that nbval is told to ignore keeps the outputs that it has, until its source changes.
 """
 
 import hashlib
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,23 +22,29 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from nbval.plugin import coalesce_streams, get_sanitize_patterns
 from traitlets.config import Config
 
-SANITIZE = Path(__file__).parent.parent / "tests" / "sanitize.cfg"
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZE = ROOT / "tests" / "sanitize.cfg"
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
 }
 
 
-def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Execute ``notebook`` in place, with ``folder`` as the kernel's working directory and a fresh store.
+def execute(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Execute ``notebook``, read from ``path``, in place, in a fresh copy of the project's files that it needs.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised an error.
     """
-    with tempfile.TemporaryDirectory() as store:
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(store).as_posix()}/mlflow.db"
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder) / path.resolve().parent.relative_to(ROOT)
+        work.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "model_requirements.txt", folder)
+        for program in path.resolve().parent.glob(f"{path.name[:3]}*.py"):
+            shutil.copy(program, work)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder).as_posix()}/mlflow.db"
         executor = ExecutePreprocessor(config=Config(KernelManager={"transport_encryption": "auto"}))
-        executor.preprocess(notebook, {"metadata": {"path": str(folder)}})
+        executor.preprocess(notebook, {"metadata": {"path": str(work)}})
 
 
 def sanitized(value):
@@ -78,7 +85,7 @@ def main(paths: list[str]) -> None:
     for path in map(Path, paths):
         notebook = nbformat.read(path, as_version=4)
         kept = {cell.source: cell.outputs for cell in measured(notebook) if cell.outputs}
-        execute(notebook, path.resolve().parent)
+        execute(notebook, path)
         for cell in measured(notebook):
             cell.outputs = kept.get(cell.source, cell.outputs)
         stable(notebook)
