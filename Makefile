@@ -30,21 +30,14 @@ unexport PYTHONPATH
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
-	@mkdir -p build
-	$(BIN)/python -m nbconvert --execute --to html --output-dir build --log-level ERROR \
-		--KernelManager.transport_encryption=auto project.ipynb
-	@echo "The executed notebook: build/project.html. Open it in a browser."
-	@echo "The runs and the model versions in the MLflow interface: make ui"
+	$(BIN)/python tools/run.py --shutdown immediate project.ipynb
 
 test: $(INSTALLED) ## run all tests that this machine has the parts for
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's store
-	@mkdir -p build
-	$(BIN)/python -m nbconvert --execute --to html --output-dir build --log-level ERROR \
-		--KernelManager.transport_encryption=auto $(filter-out $(OUT_OF_REACH),$(wildcard guides/*.ipynb))
 	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
-	@echo "The executed guides are in build/, their runs and models in the MLflow interface: make ui"
+	$(BIN)/python tools/run.py $(filter-out $(OUT_OF_REACH),$(sort $(wildcard guides/*.ipynb)))
 
 report: $(INSTALLED) ## make the report of experiment iris_classification, from its runs, into build/
 	@mkdir -p build

@@ -1,0 +1,359 @@
+"""`make run` and `make guides`: what tools/run.py prints, what it writes, how it ends, and how its page reads."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import nbformat
+import psutil
+import pytest
+from execution import ROOT, commit_all, environment, finished, git
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+PROGRAM = [sys.executable, str(ROOT / "tools" / "run.py")]
+ROW = re.compile(r"  (.+?) +(\d+\.\d) s\n")
+FAILING = """\
+def fall(depth):
+    fall(depth - 1) if depth else int("x\\n\\nno number\\nat all")
+fall(9)"""
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Give the program as a module."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import run
+
+    return run
+
+
+def write(path: Path, **sections: str) -> Path:
+    """Write a notebook with one code cell in each section; the first section is the title."""
+    cells = []
+    for name, source in sections.items():
+        cells += [new_markdown_cell(f"{'##' if cells else '#'} {name}"), new_code_cell(source)]
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def run(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Run the program in ``folder``."""
+    return finished([*PROGRAM, *arguments], folder, environment(folder, **variables), limit=120)
+
+
+def test_each_section_is_printed_with_its_seconds(tmp_path):
+    # given a notebook whose second section takes half a second
+    write(tmp_path / "small.ipynb", Title="1", Second="import time; time.sleep(0.5)", Last="2")
+    # when it is executed
+    process = run("small.ipynb", folder=tmp_path)
+    # then a line per section has its seconds, and the end says where the page is
+    assert (process.returncode, process.stderr) == (0, "")
+    rows = ROW.findall(process.stdout)
+    assert [name for name, _ in rows] == ["Title", "Second", "Last"]
+    assert 0.5 <= float(rows[1][1]) < 5
+    assert len({line.index(" s") for line in process.stdout.splitlines()[:3]}) == 1  # aligned
+    assert process.stdout.splitlines()[3:] == [
+        "The executed notebook: build/small.html. Open it in a browser.",
+        "The runs and the model versions in the MLflow interface: make ui",
+    ]
+
+
+def test_page_has_the_outputs_and_the_notebook_stays_as_it_is(tmp_path):
+    # given a notebook with an output from before, in a folder other than the one where the program starts
+    (tmp_path / "guides").mkdir()
+    path = write(tmp_path / "guides" / "small.ipynb", Title="from pathlib import Path; print(Path.cwd().name, 6 * 7)")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].outputs = [new_output("stream", text="from before")]
+    nbformat.write(notebook, path)
+    content = path.read_bytes()
+    # when it is executed into a folder that does not exist
+    process = run("--output-dir", "some/pages", "guides/small.ipynb", folder=tmp_path)
+    # then the page has the new output, from a kernel in the notebook's folder, and the notebook has the old one
+    assert process.returncode == 0, process.stderr
+    page = (tmp_path / "some" / "pages" / "small.html").read_text(encoding="utf-8")
+    assert "guides 42" in page
+    assert "from before" not in page
+    assert path.read_bytes() == content
+
+
+def test_headings_in_code_blocks_and_without_code_are_no_sections(tool):
+    # given a notebook with a comment in a code block that looks like a heading, and an end without code
+    cells = [new_code_cell("0"), new_markdown_cell("# Title\n\n```\n## no heading\n```"), new_code_cell("1")]
+    cells += [new_markdown_cell("Text\n\n## The `name`\n\n### Below"), new_code_cell("2"), new_markdown_cell("## End")]
+    # when its sections are listed
+    found = tool.sections(new_notebook(cells=cells))
+    # then they are those with code
+    assert found == [("Start", [0]), ("Title", [2]), ("The name", [4])]
+
+
+def test_failure_names_section_and_reason_and_leaves_the_traceback_to_the_page(tmp_path):
+    # given a notebook whose second section fails deep down, and whose third has an output from before
+    path = write(tmp_path / "small.ipynb", Title="print('done before')", Data=FAILING, Later="1")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[5].outputs = [new_output("stream", text="from before")]
+    nbformat.write(notebook, path)
+    # when it is executed
+    process = run("small.ipynb", folder=tmp_path)
+    # then it says in which section, why, and where to look, and no more
+    assert process.returncode == 1
+    reason = r"ValueError: invalid literal for int() with base 10: 'x\n\nno number\nat all'"
+    assert process.stderr.splitlines() == [
+        f'small.ipynb failed in section "Data": {reason}',
+        "The full traceback is in build/small.html",
+    ]
+    assert [name for name, _ in re.findall(r"  (\w+) +(\d+\.\d) s(?:  failed)?\n", process.stdout)] == ["Title", "Data"]
+    # and the page has the traceback and what ran before, and no output that is older
+    page = (tmp_path / "build" / "small.html").read_text(encoding="utf-8")
+    assert "Traceback (most recent call last)" in page
+    assert "done before" in page
+    assert "from before" not in page
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("", "KeyError"),
+        ("a cause\nand a remedy\n", "KeyError: a cause\n  and a remedy"),
+        ("first\n\nsecond\nthird\nlast\n", "KeyError: first\n  ...\n  last"),
+        ("x" * 5000, "KeyError: " + "x" * 290),
+    ],
+)
+def test_reason_is_short_however_long_the_message(tool, message, expected):
+    # given an error with that message, when it is summed up, then the result has few lines, and these are not long
+    assert tool.summary("KeyError", message) == expected
+
+
+def test_failed_notebook_can_clean_up_before_its_kernel_ends(tmp_path):
+    # given a notebook that has a temporary folder when it fails
+    write(tmp_path / "small.ipynb", Title="import tempfile; folder = tempfile.TemporaryDirectory()", Data="1 / 0")
+    # when it is executed with a kernel that is ended at once where all goes well
+    process = run("--shutdown", "immediate", "small.ipynb", folder=tmp_path)
+    # then the folder is gone
+    assert "ZeroDivisionError: division by zero" in process.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_one_failing_notebook_of_several_does_not_stop_the_others(tmp_path):
+    # given three notebooks, of which the first fails and the second does not exist
+    write(tmp_path / "first.ipynb", Title="1", Data="1 / 0")
+    write(tmp_path / "third.ipynb", Title="print(6 * 7)")
+    # when all are executed
+    process = run("first.ipynb", "missing.ipynb", "third.ipynb", folder=tmp_path)
+    # then each has its line, the others are executed, and the end lists what failed
+    assert process.returncode == 1
+    rows = [re.fullmatch(r"(\w+\.ipynb) +\d+\.\d s(  failed)?", line).groups() for line in process.stdout.splitlines()]
+    assert rows == [("first.ipynb", "  failed"), ("missing.ipynb", "  failed"), ("third.ipynb", None)]
+    assert process.stderr.splitlines() == [
+        'first.ipynb failed in section "Data": ZeroDivisionError: division by zero',
+        "The full traceback is in build/first.html",
+        "missing.ipynb: there is no such file",
+    ]
+    assert "42" in (tmp_path / "build" / "third.html").read_text(encoding="utf-8")
+
+
+def test_several_notebooks_end_with_where_their_pages_are(tmp_path):
+    # given two notebooks, when both are executed
+    process = run(*(write(tmp_path / f"{name}.ipynb", Title="1").name for name in "ab"), folder=tmp_path)
+    # then the last line says where the pages are
+    assert process.returncode == 0, process.stderr
+    end = "The executed guides are in build/, their runs and models in the MLflow interface: make ui"
+    assert process.stdout.splitlines()[2:] == [end]
+
+
+EMPTY = '{"nbformat": 4, "nbformat_minor": 5, "cells": [], "metadata": {"kernelspec": %s}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("no JSON", "this is not a notebook: Notebook does not appear to be JSON: 'no JSON'"),
+        ("{}", "this is not a notebook: Notebook could not be converted from version 1"),
+        (EMPTY % '{"name": "no"}', "this is not a notebook: 'display_name' is a required property"),
+        (EMPTY % '{"name": "no", "display_name": "No"}', "the kernel did not start: No such kernel named no"),
+    ],
+)
+def test_notebook_that_cannot_start_is_reported_in_one_line(tmp_path, content, reason):
+    # given a file that is no notebook, or one for a kernel that is not installed
+    (tmp_path / "small.ipynb").write_text(content, encoding="utf-8")
+    # when it is executed
+    process = run("small.ipynb", folder=tmp_path)
+    # then one line says why not
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"small.ipynb: {reason}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that kills")
+def test_kernel_that_dies_is_reported_in_one_line(tmp_path):
+    # given a notebook whose kernel is killed in its second section
+    write(tmp_path / "small.ipynb", Title="1", Data="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    # when it is executed
+    process = run("small.ipynb", folder=tmp_path)
+    # then one line says so
+    assert process.returncode == 1
+    assert process.stderr == 'small.ipynb failed in section "Data": the kernel died, perhaps because memory ran out\n'
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups as terminals use them")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_with_one_line_and_no_process_left(tmp_path, number):
+    # given a notebook in the middle of a long cell
+    write(tmp_path / "small.ipynb", Title="1", Data="import time; time.sleep(100)")
+    command = [*PROGRAM, "small.ipynb"]
+    options = {"cwd": tmp_path, "env": environment(tmp_path), "start_new_session": True, "text": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        assert "Title" in process.stdout.readline()
+        assert process.stdout.read(6) == "  Data"
+        kernel = psutil.Process(process.pid).children(recursive=True)
+        assert kernel
+        # when Ctrl+C is pressed in its terminal, or it is told to end
+        os.killpg(process.pid, number)
+        # then it ends with one line, and its kernel is gone
+        _, printed = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (130, "Interrupted.\n")
+    assert psutil.wait_procs(kernel, timeout=10)[1] == []
+
+
+def test_runs_are_tagged_with_their_source_and_its_commit(tmp_path):
+    # given a notebook in a folder of a git repository, all committed, that starts a run
+    work = tmp_path / "work"
+    (work / "notebooks").mkdir(parents=True)
+    write(work / "notebooks" / "small.ipynb", Title="import mlflow\nwith mlflow.start_run(): pass")
+    commit_all(work)
+    # when it is executed
+    store = f"sqlite:///{tmp_path.as_posix()}/mlflow.db"
+    arguments = ["--output-dir", str(tmp_path), str(work / "notebooks" / "small.ipynb")]
+    process = run(*arguments, folder=tmp_path, MLFLOW_TRACKING_URI=store)
+    # then the run names the notebook's path in the repository, and the commit
+    assert process.returncode == 0, process.stderr
+    (finished_run,) = mlflow.MlflowClient(store).search_runs(["0"])
+    assert finished_run.data.tags["mlflow.source.name"] == "notebooks/small.ipynb"
+    assert finished_run.data.tags["mlflow.source.git.commit"] == git(work, "rev-parse", "HEAD")
+
+
+def test_commit_is_marked_where_files_were_changed_since(tool, tmp_path):
+    # given a notebook that was changed after the commit
+    path = write(tmp_path / "small.ipynb", Title="1")
+    commit_all(tmp_path)
+    write(path, Title="2")
+    # when the tags for its runs are made
+    tags = json.loads(tool.kernel_environment(path)["MLFLOW_RUN_CONTEXT"])
+    # then the commit is marked
+    assert tags["mlflow.source.git.commit"] == git(tmp_path, "rev-parse", "HEAD") + "-dirty"
+
+
+def test_commit_is_left_out_where_there_is_no_repository(tool, tmp_path, monkeypatch):
+    # given a notebook outside of any repository
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    path = write(tmp_path / "small.ipynb", Title="1")
+    # when the tags for its runs are made
+    tags = json.loads(tool.kernel_environment(path)["MLFLOW_RUN_CONTEXT"])
+    # then they have just its name
+    assert tags == {"mlflow.source.name": "small.ipynb"}
+
+
+def test_run_tags_of_the_user_win(tool, tmp_path, monkeypatch):
+    # given run tags that the user has set
+    monkeypatch.setenv("MLFLOW_RUN_CONTEXT", '{"team": "a", "mlflow.source.name": "mine"}')
+    commit_all(write(tmp_path / "small.ipynb", Title="1").parent)
+    # when the tags for the runs are made
+    tags = json.loads(tool.kernel_environment(tmp_path / "small.ipynb")["MLFLOW_RUN_CONTEXT"])
+    # then they are kept, and only what they leave open is added
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert tags == {"team": "a", "mlflow.source.name": "mine", "mlflow.source.git.commit": commit}
+
+
+@pytest.fixture
+def quickstart(tool, tmp_path):
+    """Give the address of the quickstart as a page, with its stored outputs and a message on stderr."""
+    notebook = nbformat.read(ROOT / "project.ipynb", as_version=4)
+    code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    code.outputs = [new_output("stream", name="stderr", text="a message " * 50)]
+    (tmp_path / "page.html").write_text(tool.page(notebook, "quickstart"), encoding="utf-8")
+    return (tmp_path / "page.html").as_uri()
+
+
+@pytest.mark.parametrize("width", [800, 1280, 1920])
+def test_page_reads_well_at_any_width(page, quickstart, width):
+    # given a window of that width
+    page.set_viewport_size({"width": width, "height": 1000})
+    # when the page is opened
+    page.goto(quickstart)
+    # then it does not scroll sideways, and no line of text is too long to read
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    texts = page.locator("main p, main li")
+    assert texts.count() > 10
+    assert max(text.bounding_box()["width"] for text in texts.all()) <= 720
+    # and the contents stand beside the text where there is room, else above it
+    contents, heading = page.locator("nav").bounding_box(), page.locator("h1").bounding_box()
+    beside = contents["x"] + contents["width"] <= heading["x"]
+    above = contents["y"] + contents["height"] <= heading["y"]
+    assert (beside, above) == ((True, False) if width > 1200 else (False, True))
+
+
+def test_contents_lead_to_every_section(page, quickstart):
+    # given the page
+    page.goto(quickstart)
+    titles = [title.removesuffix("¶") for title in page.locator("main h2").all_text_contents()]
+    # when each entry of the contents is followed
+    links = page.locator("nav a")
+    assert links.all_text_contents() == titles
+    for link, heading in zip(links.all(), page.locator("main h2").all(), strict=True):
+        link.click()
+        # then its heading is in sight
+        assert 0 <= heading.bounding_box()["y"] < 800
+
+
+def test_page_needs_no_network(page, quickstart):
+    # given a browser that notes what it asks for
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    # when the page is opened
+    page.goto(quickstart, wait_until="networkidle")
+    # then that is nothing but the page itself, and what is in it
+    assert quickstart in asked
+    assert [address for address in asked if not address.startswith(("file:", "data:"))] == []
+
+
+def test_messages_are_grey_and_tracebacks_red(page, tool, tmp_path):
+    # given a page with a message on stderr, and a traceback
+    error = new_output("error", ename="ValueError", evalue="no", traceback=["Traceback", "ValueError: no"])
+    message = new_output("stream", name="stderr", text="INFO: all is well")
+    notebook = new_notebook(cells=[new_code_cell("1", outputs=[message, error], id="failed")])
+    failure = tool.NotebookFailedError("ValueError: no", "<Data>", "failed")
+    (tmp_path / "page.html").write_text(tool.page(notebook, "small", failure), encoding="utf-8")
+    # when it is opened
+    page.goto((tmp_path / "page.html").as_uri())
+
+    def ground(locator) -> list[int]:
+        colour = locator.evaluate("element => getComputedStyle(element).backgroundColor")
+        return [int(part) for part in re.findall(r"\d+", colour)]
+
+    # then the message has a grey ground, the traceback a red one
+    red, green, blue = ground(page.locator(".jp-OutputArea-output", has_text="all is well"))
+    assert red == green == blue
+    red, green, blue = ground(page.locator(".jp-OutputArea-output", has_text="ValueError"))
+    assert red > green + 20
+    # and the reason stands at the top, with a link to the cell
+    assert page.get_by_role("alert").inner_text().startswith('small failed in section "<Data>": ValueError: no')
+    page.get_by_role("link", name="Go to the cell").click()
+    assert page.locator(":target .jp-OutputArea-output").count() == 2
+
+
+@pytest.mark.parametrize("user", ["user:p@hunter2@", "user:p/hunter2@", "user:<hunter2>&@"])
+def test_password_in_the_address_of_the_store_is_not_shown(tmp_path, user):
+    # given a notebook whose cell asks a server that is down, and an address with a password
+    write(tmp_path / "small.ipynb", Title="import mlflow\n\nmlflow.set_experiment('an experiment')")
+    variables = {"MLFLOW_TRACKING_URI": f"http://{user}127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    # when it is executed
+    process = run("small.ipynb", folder=tmp_path, **variables)
+    # then error and page name the server, without the password
+    page = (tmp_path / "build" / "small.html").read_text(encoding="utf-8")
+    assert "127.0.0.1" in process.stderr
+    assert "127.0.0.1:9/api" in page
+    assert "hunter2" not in process.stdout + process.stderr + page
