@@ -19,7 +19,7 @@ STILL = r"""
 () => {
   const changing = [
     /\d+\/\d+\/\d{4}, \d+:\d+:\d+ [AP]M/g, /\d+ (second|minute|hour)s? ago|just now/g, /^\d+(\.\d+)?(ms|s|min)$/g,
-    /\b(m-)?[0-9a-f]{32}\b/g, /(?<=file:\/\/\/).*(?=\/mlruns)/g,
+    /\b(m-)?[0-9a-f]{32}\b/g, /(?<=file:\/\/\/).*(?=\/mlruns)/g, /(?<![:\/])\/.*(?=\/mlruns)/g,
   ];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode())
