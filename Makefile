@@ -30,7 +30,7 @@ unexport PYTHONPATH
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
-	$(BIN)/python tools/run.py --shutdown immediate project.ipynb
+	@$(BIN)/python tools/run.py --shutdown immediate project.ipynb || { $(BIN)/python -m lifecycle check; false; }
 
 test: $(INSTALLED) ## run all tests that this machine has the parts for
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
@@ -47,7 +47,7 @@ report: $(INSTALLED) ## make the report of experiment iris_classification, from 
 	@echo "The report: build/experiment_report.html. Its text, table and charts as files: reports/iris_classification/"
 
 ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
-	$(BIN)/python tools/interface.py $(if $(PORT),--port $(PORT))
+	$(BIN)/python -m lifecycle ui $(if $(PORT),--port $(PORT))
 
 # JUPYTER_PREFER_ENV_PATH and no JUPYTER_PATH: a kernel "python3" from elsewhere on the machine must not be taken for ours.
 lab: export JUPYTER_PREFER_ENV_PATH = 1
@@ -89,11 +89,14 @@ postgresql: $(DEVELOPMENT) ## install what the tests of the shared server need: 
 scale: $(SCALE) ## install what guide 06 needs beyond the rest: Spark, PostgreSQL and its driver; Java is yours to install
 
 clean: ## remove the environment and what was built; the store (mlflow.db, mlruns) stays
-	rm -rf .venv build .pytest_cache .ruff_cache
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+# `import lifecycle` and the command work from any folder, and follow what is edited here.
+INSTALL_LIFECYCLE = $(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 
 # pip, which every Python has, installs uv with its hash verified; uv installs the rest the same way, faster.
 $(INSTALLED): requirements.txt
@@ -103,12 +106,15 @@ $(INSTALLED): requirements.txt
 	@sed -n '/^uv==/,/^    # via/p' requirements.txt > .venv/uv.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
 	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.txt
+	@$(INSTALL_LIFECYCLE)
 	@touch $@
 
 $(DEVELOPMENT): requirements-dev.txt $(INSTALLED)
 	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements-dev.txt
+	@$(INSTALL_LIFECYCLE)
 	@touch $@
 
 $(SCALE): requirements-scale.txt $(DEVELOPMENT)
 	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements-scale.txt
+	@$(INSTALL_LIFECYCLE)
 	@touch $@

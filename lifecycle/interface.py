@@ -1,12 +1,9 @@
-"""Start the MLflow interface on the quickstart's store and print the links that open its newest comparison.
+"""Start MLflow's interface on the store of this folder, and print the links that open its newest comparison.
 
-Usage: python tools/interface.py [--port 5000]
-
-The store is the one that MLFLOW_TRACKING_URI names, else the SQLite file beside the notebook. The server
-listens on this machine only, until Ctrl+C. Where MLFLOW_TRACKING_URI is a server already, only the links are printed.
+`mlflow server` prints no links, opens in a mode without the model registry, takes no other port where its own is taken,
+and answers Ctrl+C with a traceback.
 """
 
-import argparse
 import contextlib
 import http.client
 import json
@@ -20,13 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
-
-FOLDER = Path(__file__).resolve().parent.parent
-# A short timeout, so that a tracking server that is down is reported within seconds.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-# The server's background jobs judge language models; without their six processes it starts sooner.
-os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
 
 def labelled_links(store: str, server: str) -> str:
@@ -135,29 +125,33 @@ def serve(store: str, port: int, text: str) -> None:
     print("\nThe MLflow interface has stopped.")
 
 
-def main() -> None:
-    """Check the store and the port, and run the server, or print just the links if the store is a server already."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, help="5000, or the next free one, if you name none")
-    asked = parser.parse_args().port
-    if asked is not None and not 0 < asked < 65536:
-        parser.error("a port is a number from 1 to 65535")
+def show(folder: Path, asked_port: int | None = None) -> None:
+    """Run the interface until Ctrl+C, or print just the links if MLFLOW_TRACKING_URI is a server already.
+
+    Args:
+        folder: where the SQLite file ``mlflow.db`` is, unless MLFLOW_TRACKING_URI names another store.
+        asked_port: the port to listen on; by default 5000 or the next free one.
+
+    Raises:
+        SystemExit: there is no store or no model in it, the port is taken, or the server ended by itself.
+    """
+    # A short timeout, so that a tracking server that is down is reported within seconds.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # The server's background jobs judge language models; without their six processes it starts sooner.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     on_request_to_end(lambda *_: sys.exit(0))
-    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(FOLDER / 'mlflow.db').as_posix()}"
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
     if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
         sys.exit(f"There is no store at {store} yet. Make one first: make run")
     if store.startswith("http"):
         address = re.sub(r"//\S*@", "//", store).rstrip("/")
         print("The MLflow interface is up.", labelled_links(store, address), sep="\n")
         return
-    first = asked or 5000
+    first = asked_port or 5000
     port = next(port for port in (*range(first, 65536), *range(5000, 65536)) if is_free(port))
-    if asked and port != asked:
-        sys.exit(f"Port {asked} is taken. Take another: make ui PORT={port} (without make: --port {port})")
+    if asked_port and port != asked_port:
+        sys.exit(f"Port {asked_port} is taken. Take another: make ui PORT={port} (without make: --port {port})")
     moved = f"Port {first} is taken (on macOS by AirPlay), so this is port {port}.\n" if port != first else ""
     text = f"\n{moved}{labelled_links(store, f'http://127.0.0.1:{port}')}\nCtrl+C stops it."
     serve(store, port, text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,82 @@
+"""Read a list of exact pins, and the pins that a model recorded.
+
+MLflow takes any list as ``pip_requirements``, loose ones included, and so logs models whose environment nobody can
+build again. Here a list counts only if each line pins one package to one version.
+"""
+
+import re
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+REMEDY = "Every line must pin one package, as in numpy==2.4.6. Renew the list: make lock"
+
+
+def parse_pins(text: str, source: str) -> list[str]:
+    """Return the pins in ``text``, one per package, written as MLflow records them.
+
+    Args:
+        text: lines of a requirements file; comments and blank lines are left out.
+        source: what the text is, for the error.
+
+    Raises:
+        ValueError: a line is no requirement or leaves the version open, or there is no pin at all.
+    """
+    pins = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not (line := line.partition(" #")[0].strip()) or line.startswith("#"):
+            continue
+        name = re.match(r"[\w.-]*[^\s\w:/@-]?", line).group()  # not more: an address may hold a password
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            raise ValueError(f"{source}, line {number}, is not a requirement: {name!r}. {REMEDY}") from None
+        versions = [*requirement.specifier]
+        if requirement.url or len(versions) != 1 or versions[0].operator != "==" or "*" in versions[0].version:
+            raise ValueError(f"{source}, line {number}, leaves the version open: {name!r}. {REMEDY}")
+        pins.append(str(requirement))
+    if not pins:
+        raise ValueError(f"{source} pins nothing. {REMEDY}")
+    return pins
+
+
+def read_pins(path: Path) -> list[str]:
+    """Return the pins in the file at ``path``, one per package, written as MLflow records them.
+
+    Raises:
+        ValueError: the file cannot be read, has a byte order mark, or is not a list of exact pins.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"There is no {path}. Put it there: git checkout {Path(path).name}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Write it anew: make lock") from None
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{path} begins with a byte order mark, which MLflow would record. Write it anew: make lock")
+    return parse_pins(text, str(path))
+
+
+def recorded_pins(model_uri: str) -> list[str]:
+    """Return the pins that the model at ``model_uri`` recorded, in their order.
+
+    Raises:
+        ValueError: what it recorded is not a list of exact pins.
+        mlflow.MlflowException: there is no such model, or the store gives no answer.
+    """
+    import mlflow
+
+    text = mlflow.artifacts.load_text(f"{model_uri.rstrip('/')}/requirements.txt")
+    return parse_pins(text, f"The requirements of {model_uri}")
+
+
+def find_model_requirements(folder: Path) -> Path:
+    """Return the ``model_requirements.txt`` in ``folder`` or in the nearest folder above.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for place in (Path(folder).resolve(), *Path(folder).resolve().parents):
+        if (place / "model_requirements.txt").is_file():
+            return place / "model_requirements.txt"
+    raise ValueError(f"There is no model_requirements.txt in {folder} or in a folder above. Put it there.")

@@ -1,0 +1,132 @@
+"""lifecycle.check: each thing that can be wrong here is said with its remedy."""
+
+import json
+import socket
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from execution import ROOT, environment, finished, free_port
+
+from lifecycle import check
+
+
+def test_this_environment_has_no_problem():
+    assert check.python_problems() == []
+    assert check.package_problems(ROOT / "requirements.txt") == []
+    assert check.uv_problems() == []
+    assert check.pins_problems(ROOT / "model_requirements.txt") == []
+
+
+@pytest.mark.parametrize("python", [(3, 10), (3, 14), (2, 7)])
+def test_other_python_is_said(python):
+    (problem,) = check.python_problems(python)
+    assert problem.what.startswith(f"This is Python {python[0]}.{python[1]};")
+    assert "make clean run PYTHON=" in problem.remedy
+
+
+def test_packages_that_differ_from_the_lock_are_named(tmp_path):
+    # given a lock with a package that is installed at another version, one that is missing, and one for another system
+    lock = tmp_path / "requirements.txt"
+    lock.write_text(
+        "# made by hand\nnumpy==0.1 \\\n    --hash=sha256:00\n"
+        "no-such-package==1 \\\n    --hash=sha256:00\n"
+        "pywin32==1 ; sys_platform == 'none' \\\n    --hash=sha256:00\n"
+        f"pandas=={version('pandas')} \\\n    --hash=sha256:00\n"
+    )
+    # then the first two are
+    (problem,) = check.package_problems(lock)
+    assert problem.what.endswith(f": numpy is {version('numpy')}, no-such-package is missing.")
+    assert problem.remedy == "Install them anew: touch requirements.txt && make run"
+
+
+def test_half_installed_package_is_named(tmp_path, monkeypatch):
+    # given a package of two modules, one of which never arrived
+    information = tmp_path / "packages/half-1.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: half\nVersion: 1\n")
+    (information / "RECORD").write_text("there.py,,\nmissing.py,,\n__pycache__/there.pyc,,\n")
+    (tmp_path / "packages/there.py").touch()
+    (tmp_path / "requirements.txt").write_text("half==1\n")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    # then
+    (problem,) = check.package_problems(tmp_path / "requirements.txt")
+    assert problem.what == "Files of installed packages are missing: half."
+    assert problem.remedy == "make clean run"
+
+
+def test_missing_uv_is_said(monkeypatch):
+    # given a Python that finds no installed package
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
+    monkeypatch.delitem(sys.modules, "uv", raising=False)
+    # then
+    (problem,) = check.uv_problems()
+    assert problem.what.startswith("uv is not installed beside this Python")
+
+
+def test_loose_pins_are_said_with_line_and_remedy(tmp_path):
+    (tmp_path / "model_requirements.txt").write_text("numpy==2.4\nscikit-learn>=1.9\n")
+    (problem,) = check.pins_problems(tmp_path / "model_requirements.txt")
+    assert problem.what.endswith("model_requirements.txt, line 2, leaves the version open: 'scikit-learn>'.")
+    assert problem.remedy.endswith("Renew the list: make lock")
+
+
+def test_missing_pins_are_said_with_the_remedy(tmp_path):
+    (problem,) = check.pins_problems(tmp_path / "model_requirements.txt")
+    assert problem.what == f"There is no {tmp_path / 'model_requirements.txt'}."
+    assert problem.remedy == "Put it there: git checkout model_requirements.txt"
+
+
+def test_full_disk_is_said(tmp_path):
+    # given more to be written than any disk holds
+    (problem,) = check.disk_problems(tmp_path, needed_bytes=10**18)
+    assert problem.what.startswith(f"The disk of {tmp_path} has ")
+    assert "uv cache prune" in problem.remedy
+
+
+def test_taken_port_is_said_and_a_free_one_is_not():
+    assert check.port_problems(free_port()) == []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (problem,) = check.port_problems(port)
+    assert problem.what.startswith(f"Port {port} is taken")
+
+
+def lifecycle(*arguments: str, folder: Path, temporary: Path | None = None) -> subprocess.CompletedProcess:
+    """Run the command in ``folder``, with its temporary files in ``temporary`` or there, too."""
+    variables = environment(temporary or folder)
+    return finished([sys.executable, "-m", "lifecycle", *arguments], folder, variables, limit=60)
+
+
+def test_command_says_each_problem_and_ends_with_status_1(tmp_path):
+    # given a project whose pins are loose, and whose lock is missing
+    (tmp_path / "model_requirements.txt").write_text("numpy\n")
+    # when
+    process = lifecycle("check", folder=tmp_path)
+    # then both are said, each with its remedy
+    assert process.returncode == 1
+    assert "model_requirements.txt, line 1, leaves the version open: 'numpy'.\n  Every line must pin" in process.stdout
+    assert "requirements.txt.\n  git checkout requirements.txt" in process.stdout
+    assert process.stderr == ""
+
+
+def test_command_prints_json(tmp_path):
+    process = lifecycle("check", "--json", folder=tmp_path)
+    found = json.loads(process.stdout)
+    assert {"what", "remedy"} == set(found[0])
+    assert process.returncode == 1
+
+
+def test_command_finds_nothing_wrong_with_the_project(tmp_path):
+    process = lifecycle("check", "--json", folder=ROOT, temporary=tmp_path)
+    assert [problem["what"] for problem in json.loads(process.stdout) if "Port" not in problem["what"]] == []
+
+
+def test_help_imports_no_heavy_library():
+    code = "import sys, lifecycle.__main__; print(sorted({'mlflow', 'pandas', 'sklearn', 'numpy'} & set(sys.modules)))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == "[]\n"

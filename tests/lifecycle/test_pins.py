@@ -1,0 +1,92 @@
+"""lifecycle.pins: which lists count as exact pins, and what a model recorded."""
+
+import mlflow
+import pytest
+from execution import ROOT
+from sklearn.linear_model import LogisticRegression
+
+from lifecycle.pins import find_model_requirements, parse_pins, read_pins, recorded_pins
+
+LOOSE = {
+    "no version": "scikit-learn",
+    "range": "scikit-learn>=1.9",
+    "wildcard": "scikit-learn==1.*",
+    "two conditions": "scikit-learn==1.9.1,!=1.9.0",
+    "compatible": "scikit-learn~=1.9",
+    "address": "scikit-learn @ https://user:hunter2@example.org/x==1.whl",
+    "bare address": "https://user:hunter2@example.org/x==1.whl",
+    "option": "--index-url https://user:hunter2@example.org/simple",
+    "another file": "-r other.txt",
+    "single equals": "scikit-learn = 1.9",
+}
+
+
+@pytest.mark.parametrize("line", LOOSE.values(), ids=LOOSE)
+def test_line_that_leaves_the_version_open_is_refused_by_its_number(line):
+    with pytest.raises(ValueError, match=r"the list, line 3, ") as error:
+        parse_pins(f"# a comment\nnumpy==2.4\n{line}\n", "the list")
+    assert "make lock" in str(error.value)
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n# nothing but a comment\n"])
+def test_list_without_a_pin_is_refused(text):
+    with pytest.raises(ValueError, match="the list pins nothing"):
+        parse_pins(text, "the list")
+
+
+def test_comments_blank_lines_and_line_ends_do_not_matter(tmp_path):
+    (tmp_path / "pins.txt").write_bytes(b"numpy==2.4 # the arrays\r\n\r\n    # via\r\nzipp==4.1.2\r\n")
+    assert read_pins(tmp_path / "pins.txt") == ["numpy==2.4", "zipp==4.1.2"]
+
+
+DAMAGED = {"byte order mark": b"\xef\xbb\xbfnumpy==2.4\n", "not a text": b"\xff\xfe\x00"}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_file_is_refused_by_its_name(tmp_path, content):
+    (tmp_path / "pins.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pins\.txt .*make lock"):
+        read_pins(tmp_path / "pins.txt")
+
+
+def test_missing_file_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no .*pins\.txt\. Put it there: git checkout pins\.txt"):
+        read_pins(tmp_path / "pins.txt")
+
+
+def test_pins_are_found_in_the_nearest_folder_above(tmp_path):
+    # given a list in a folder, and a second one above it
+    below = tmp_path / "one/two/three"
+    below.mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "one"):
+        (folder / "model_requirements.txt").touch()
+    # then
+    assert find_model_requirements(below) == tmp_path / "one/model_requirements.txt"
+
+
+def test_no_pins_anywhere_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"There is no model_requirements\.txt in"):
+        find_model_requirements(tmp_path)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Give a function that saves a small model with a list of requirements, and returns its address."""
+
+    def save(requirements) -> str:
+        model = LogisticRegression().fit([[0.0], [1.0]], [0, 1])
+        mlflow.sklearn.save_model(model, tmp_path / "model", pip_requirements=requirements)
+        return str(tmp_path / "model")
+
+    return save
+
+
+def test_recorded_pins_are_those_of_the_file_in_mlflows_spelling(saved):
+    path = ROOT / "model_requirements.txt"
+    assert recorded_pins(saved(str(path))) == read_pins(path)
+
+
+def test_model_that_recorded_loose_requirements_is_refused(saved):
+    with pytest.raises(ValueError, match=r"The requirements of .*model, line 2, leaves the version open: 'numpy>'"):
+        recorded_pins(saved(["mlflow-skinny==3.17.2", "numpy>=2"]))
