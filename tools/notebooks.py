@@ -39,9 +39,10 @@ def execute(notebook: nbformat.NotebookNode, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / path.resolve().parent.relative_to(ROOT)
         work.mkdir(exist_ok=True)
+        beside = [file for file in path.resolve().parent.iterdir() if file.is_file() and "mlflow.db" not in file.name]
+        for file in beside:
+            shutil.copy(file, work)
         shutil.copy(ROOT / "model_requirements.txt", folder)
-        for program in path.resolve().parent.glob(f"{path.name[:3]}*.py"):
-            shutil.copy(program, work)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder).as_posix()}/mlflow.db"
         executor = ExecutePreprocessor(config=Config(KernelManager={"transport_encryption": "auto"}))
         executor.preprocess(notebook, {"metadata": {"path": str(work)}})
