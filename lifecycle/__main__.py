@@ -27,7 +27,7 @@ def check(as_json: bool) -> None:
     elif found:
         click.echo("\n".join(map(str, found)))
     else:
-        click.echo("Nothing is wrong with Python, packages, pins, disk and port.")
+        click.echo("Nothing is wrong with Python, packages, pins, store, disk and port.")
     raise SystemExit(bool(found))
 
 

@@ -1,4 +1,4 @@
-"""What is wrong here, each with its remedy: Python, packages, uv, pins, disk and port.
+"""What is wrong here, each with its remedy: Python, packages, uv, pins, store, disk and port.
 
 MLflow reports such things in the middle of a run, in the words of whichever library met them first, or not at all.
 """
@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lifecycle.pins import read_pins
+from lifecycle.store import StoreUnusableError, check_store
 
 PYTHONS = ((3, 11), (3, 14))  # from, and up to but without
 FREE_BYTES = 200_000_000  # a first run writes about 5 MB, and the environment that it builds 330 MB in uv's cache
@@ -115,10 +116,19 @@ def port_problems(port: int = 5000) -> list[Problem]:
     return []
 
 
+def store_problems(folder: Path) -> list[Problem]:
+    """Return what is wrong with the store of ``folder``, or with the one that MLFLOW_TRACKING_URI names."""
+    try:
+        check_store(folder)
+    except StoreUnusableError as error:
+        return [Problem(error.what, error.remedy)]
+    return []
+
+
 def problems(folder: Path) -> list[Problem]:
     """Return all that is wrong in the project's ``folder``, the port of the interface included."""
     lock = folder / "requirements.txt"
     found = python_problems() + uv_problems() + pins_problems(folder / "model_requirements.txt")
     missing = Problem(f"There is no {lock}.", "git checkout requirements.txt")
     found += package_problems(lock) if lock.exists() else [missing]
-    return found + disk_problems(folder) + port_problems()
+    return found + store_problems(folder) + disk_problems(folder) + port_problems()

@@ -1,0 +1,241 @@
+"""The environment built from a model's recorded pins: what is refused, what it holds, and what it predicts.
+
+All is real: uv, the package index, the models. Refusals use six, the smallest package in the lock.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from execution import ROOT, snapshot
+from packaging.requirements import Requirement
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+
+from lifecycle import environment
+from lifecycle.environment import EnvironmentNotBuiltError, PredictionFailedError, built, predict
+from lifecycle.pins import read_pins
+
+LOCK = ROOT / "requirements.txt"
+SIX = re.search(r"^six==.+\\\n(?: +--hash=.+\n)+", LOCK.read_text(encoding="utf-8"), re.MULTILINE)[0]
+PIN = SIX.split()[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Give the folder of a model as it is downloaded, and rows whose numbers need all their digits, with one gap."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    rows = pd.DataFrame(np.random.default_rng(0).normal(size=(500, 2)), columns=["first", "second"])
+    rows.loc[3, "second"] = np.nan
+    estimator = make_pipeline(SimpleImputer(), LinearRegression()).fit(rows, rows["first"] / 3)
+    signature = mlflow.models.infer_signature(rows, estimator.predict(rows))
+    mlflow.sklearn.save_model(
+        estimator,
+        folder,
+        signature=signature,
+        pip_requirements=str(ROOT / "model_requirements.txt"),
+        serialization_format="skops",
+        skops_trusted_types=["numpy.dtype"],
+    )
+    return folder, rows
+
+
+@pytest.fixture(scope="module")
+def python(model, tmp_path_factory):
+    """Give the Python of the model's own environment, in a folder whose name has a space and a letter beyond ASCII."""
+    return built(model[0] / "requirements.txt", tmp_path_factory.mktemp("own") / "Umgebung für mich", lock=LOCK)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Give a folder with a recorded list of one package and its lock."""
+    (tmp_path / "requirements.txt").write_text(f"{PIN}\n")
+    (tmp_path / "lock.txt").write_text(SIX)
+    return tmp_path
+
+
+def build_small(folder: Path, **options) -> Path:
+    """Build the small list's environment in ``folder / "environment"``."""
+    return built(folder / "requirements.txt", folder / "environment", lock=folder / "lock.txt", **options)
+
+
+def installed_six(python: Path) -> str:
+    """Return the source of six in the environment of ``python``."""
+    command = [python, "-c", "import six, pathlib; print(pathlib.Path(six.__file__).read_text())"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def damaged(small):
+    """Give a package cache, filled by a build, in which an installed file was then edited."""
+    cache = small / "cache"
+    build_small(small, cache=cache)
+    shutil.rmtree(small / "environment")
+    (file,) = cache.rglob("six.py")
+    file.write_text(file.read_text() + "# edited\n")
+    return cache
+
+
+def without_marker(line: str) -> str:
+    """Return the pin without its marker, or nothing where the marker leaves it out."""
+    pin = Requirement(line)
+    return f"{pin.name}{pin.specifier}" if pin.marker is None or pin.marker.evaluate() else ""
+
+
+def test_environment_holds_the_recorded_packages_and_no_others(model, python):
+    # when the packages in the environment are listed
+    command = [sys.executable, "-m", "uv", "pip", "list", "--format", "json", "--python", python]
+    listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # then they are those that apply here
+    recorded = [without_marker(line) for line in read_pins(model[0] / "requirements.txt")]
+    assert {f"{package['name']}=={package['version']}" for package in listed} == set(recorded) - {""}
+
+
+def test_predictions_equal_those_in_this_process(model, python):
+    # given a model, and rows with a gap and with numbers that MLflow reads from CSV with an error
+    folder, rows = model
+    # when both environments predict
+    predictions = predict(folder, rows, python)
+    # then no number differs
+    assert predictions == mlflow.pyfunc.load_model(str(folder)).predict(rows).tolist()
+
+
+def test_failed_prediction_ends_with_the_reason(model, python):
+    folder, rows = model
+    with pytest.raises(PredictionFailedError, match=r"gave no predictions.*second"):
+        predict(folder, rows[["first"]], python)
+
+
+def test_changed_hash_is_refused_by_the_name_of_the_package(small):
+    # given a lock with other hashes
+    (small / "lock.txt").write_text(re.sub(r"sha256:....", "sha256:0000", SIX))
+    # when the environment is built, then the error names the package, and nothing is left behind
+    before = snapshot(small)
+    with pytest.raises(EnvironmentNotBuiltError, match=r"do not use it.*\n(?s:.*)six==1"):
+        build_small(small)
+    assert snapshot(small) == before
+    assert not (small / "environment").exists()
+
+
+def test_variable_that_turns_verification_off_is_ignored(small, monkeypatch):
+    monkeypatch.setenv("UV_NO_VERIFY_HASHES", "1")
+    (small / "lock.txt").write_text(re.sub(r"sha256:....", "sha256:0000", SIX))
+    with pytest.raises(EnvironmentNotBuiltError, match="Hash mismatch"):
+        build_small(small)
+
+
+def test_package_missing_in_the_lock_is_refused_by_name(small):
+    (small / "requirements.txt").write_text(f"{PIN}\npackaging==26.0\n")
+    with pytest.raises(EnvironmentNotBuiltError, match=r"no hash for this version(?s:.*)packaging==26.0"):
+        build_small(small)
+
+
+def test_missing_lock_is_said(small):
+    (small / "lock.txt").unlink()
+    with pytest.raises(EnvironmentNotBuiltError, match="There is no lock"):
+        build_small(small)
+
+
+def test_list_that_leaves_out_a_needed_package_is_refused_by_name(small):
+    # given a recorded list without six, which python-dateutil needs
+    (small / "requirements.txt").write_text("python-dateutil==2.9.0.post0\n")
+    # when it is built with the full lock, then six is not added silently
+    with pytest.raises(EnvironmentNotBuiltError, match=r"not complete(?s:.*)six"):
+        built(small / "requirements.txt", small / "environment", lock=LOCK)
+
+
+def test_folder_that_is_there_is_left_alone(small):
+    (small / "environment").mkdir()
+    (small / "environment" / "mine.txt").touch()
+    with pytest.raises(FileExistsError):
+        build_small(small)
+    assert (small / "environment" / "mine.txt").exists()
+
+
+def test_offline_with_an_empty_cache_is_said(small):
+    with pytest.raises(EnvironmentNotBuiltError, match=r"Build once online with the same cache(?s:.*)six"):
+        build_small(small, cache=small / "cache", offline=True)
+
+
+def test_offline_with_a_filled_cache_works(small):
+    # given a cache that a build has filled
+    build_small(small, cache=small / "cache")
+    shutil.rmtree(small / "environment")
+    # when it is built offline, then the package is there
+    assert "def with_metaclass" in installed_six(build_small(small, cache=small / "cache", offline=True))
+
+
+def test_silent_index_is_said_without_its_password(small, monkeypatch):
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://me:secret@127.0.0.1:9/simple")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    with pytest.raises(EnvironmentNotBuiltError, match="index gives no answer") as error:
+        build_small(small)
+    assert "secret" not in str(error.value)
+
+
+def test_edit_in_the_users_cache_does_not_reach_the_environment(small, damaged, monkeypatch):
+    # given a user's cache in which a package was edited
+    monkeypatch.setenv("UV_CACHE_DIR", str(damaged))
+    # when an environment is built with no cache named, then it holds the package as it was published
+    assert "# edited" not in installed_six(build_small(small))
+
+
+def test_edited_file_in_a_named_cache_is_refused(small, damaged):
+    with pytest.raises(EnvironmentNotBuiltError, match=r"damaged six\.py"):
+        build_small(small, cache=damaged, offline=True)
+    assert not (small / "environment").exists()
+
+
+def test_environment_shares_no_file_with_its_cache(small):
+    python = build_small(small, cache=small / "cache")
+    files = [path for path in python.parent.parent.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert {path.stat().st_nlink for path in files} == {1}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal for one process")
+def test_interruption_leaves_nothing_behind(model, small):
+    # given a build in another process, under way
+    before = snapshot(small)
+    code = "import sys; from lifecycle.environment import built; built(*sys.argv[1:3], lock=sys.argv[3])"
+    command = [sys.executable, "-c", code, model[0] / "requirements.txt", small / "environment", LOCK]
+    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while not list(small.glob("packages-*/archive-v0/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # when it is interrupted as by Ctrl-C
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate(timeout=30)
+    # then it ends, and neither environment nor cache is there
+    assert b"KeyboardInterrupt" in error
+    assert snapshot(small) == before
+    assert sorted(path.name for path in small.iterdir()) == ["lock.txt", "requirements.txt"]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "note"),
+    [("python: 3.8.1\n", "3.8.1"), (f"python: {sys.version.split()[0]}\n", None), ("", "does not say")],
+)
+def test_other_version_of_python_is_said(tmp_path, recorded, note):
+    (tmp_path / "python_env.yaml").write_text(recorded)
+    said = environment.python_note(tmp_path)
+    assert said is None if note is None else note in said
+
+
+def test_file_that_a_named_cache_has_lost_is_noticed(small, damaged):
+    # given a cache from which an extracted file is gone
+    for path in damaged.rglob("six.py"):
+        path.unlink()
+    # then
+    with pytest.raises(EnvironmentNotBuiltError, match=r"damaged six\.py"):
+        build_small(small, cache=damaged, offline=True)

@@ -1,0 +1,491 @@
+"""lifecycle.store: a store is made whole or not at all, and each store that cannot be used is refused at once."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from execution import ROOT, commit_all, environment, free_port, git, snapshot, tracking_server
+
+from lifecycle.store import (
+    StoreUnusableError,
+    check_store,
+    make_sqlite_store,
+    open_experiment,
+    printable,
+    source_tags,
+    tracking_uri,
+)
+
+OPEN = """
+import sys
+import mlflow
+from pathlib import Path
+from lifecycle.store import open_experiment
+print(open_experiment("an experiment", "What it is for.", Path(sys.argv[1])).experiment_id)
+with mlflow.start_run() as run:
+    print(run.info.experiment_id)
+"""
+UNSHARE = ["unshare", "--map-root-user", "--mount"]
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MLFLOW_TRACKING")]:
+        monkeypatch.delenv(name)
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """Give a complete store without an experiment of a user; it is copied, since making one takes seconds."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    make_sqlite_store(path)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path, template):
+    """Give the path of a complete store of this test."""
+    return Path(shutil.copy(template, tmp_path / "mlflow.db"))
+
+
+def change(path: Path, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+
+
+def make_old(path: Path) -> None:
+    """Make the file look as if nobody had written to it for an hour."""
+    os.utime(path, (time.time() - 3600,) * 2)
+
+
+def refused(folder: Path) -> str:
+    """Return what the refusal of the store of ``folder`` says, within 20 seconds."""
+    start = time.monotonic()
+    with pytest.raises(StoreUnusableError) as error:
+        open_experiment("an experiment", "What it is for.", folder)
+    assert time.monotonic() - start < 20
+    assert error.value.__cause__ is None  # whose text would have the password
+    assert error.value.__suppress_context__ or error.value.__context__ is None
+    return str(error.value)
+
+
+def start(folder: Path, prefix: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
+    """Start a process that opens the experiment in ``folder`` and logs a run."""
+    (folder.parent / "work").mkdir(exist_ok=True)
+    variables = environment(folder.parent / "work", PYTHONPATH=str(ROOT), **variables)
+    command = [*prefix, sys.executable, "-c", OPEN, str(folder)]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- a new store
+
+
+def test_new_store_has_the_experiment_active_with_its_description_and_its_models_beside_the_file(store, tmp_path):
+    # when
+    experiment = open_experiment("an experiment", "What it is for.", tmp_path)
+    # then
+    assert experiment.artifact_location == (tmp_path / "mlruns").as_uri()
+    assert experiment.tags == {"mlflow.note.content": "What it is for."}
+    assert mlflow.get_tracking_uri() == tracking_uri(tmp_path) == f"sqlite:///{tmp_path.as_posix()}/mlflow.db"
+    with mlflow.start_run() as run:
+        assert run.info.experiment_id == experiment.experiment_id
+    # and the second time it is the same one
+    assert open_experiment("an experiment", "Other.", tmp_path).experiment_id == experiment.experiment_id
+
+
+def test_only_the_store_is_left_where_one_was_made(template):
+    assert names(template.parent) == ["mlflow.db"]
+
+
+def test_complete_store_is_left_as_it_is(store, tmp_path):
+    before = snapshot(tmp_path)
+    make_sqlite_store(store)
+    assert snapshot(tmp_path) == before
+
+
+def test_six_starts_at_once_on_no_store_share_one_experiment(tmp_path):
+    # given no store
+    folder = tmp_path / "project"
+    folder.mkdir()
+    # when
+    processes = [start(folder) for _ in range(6)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    # then
+    assert [process.returncode for process in processes] == [0] * 6, outputs
+    assert {output for output, _ in outputs} == {"1\n1\n"}
+    assert names(folder) == ["mlflow.db"]
+
+
+def test_start_succeeds_after_starts_that_were_killed_while_they_made_the_store(tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    # given starts that are killed at several moments after they began to make the tables
+    for moment in (0, 0.4, 1):
+        process = start(folder)
+        while not list(folder.glob("mlflow.db.new-*/tables.db")) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        # then none leaves a store that is not whole
+        if (folder / "mlflow.db").exists():
+            break
+    # when
+    _, printed = (process := start(folder)).communicate(timeout=60)
+    # then it succeeds and clears up what the others left
+    assert process.returncode == 0, printed
+    assert names(folder) == ["mlflow.db"]
+
+
+# --- a half-made store
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["CREATE TABLE experiments (experiment_id INTEGER)", "CREATE TABLE runs (run_uuid TEXT)"],
+        ["CREATE TABLE alembic_version (version_num TEXT)", "CREATE TABLE experiments (experiment_id INTEGER)"],
+        [
+            "CREATE TABLE alembic_version (version_num TEXT)",
+            "INSERT INTO alembic_version VALUES ('451aebb31d03')",
+            "CREATE TABLE experiments (experiment_id INTEGER)",
+        ],
+        [],
+    ],
+    ids=["no alembic_version", "empty alembic_version", "migrations begun", "empty file"],
+)
+def test_half_made_store_is_moved_aside_and_replaced(statements, tmp_path, template, monkeypatch):
+    # given a file that a killed process left
+    path = tmp_path / "mlflow.db"
+    path.touch()
+    change(path, *statements)
+    make_old(path)
+    before = path.read_bytes()
+    # when; the tables come from the template, since making them takes seconds
+    monkeypatch.setattr(mlflow, "MlflowClient", lambda uri: shutil.copy(template, uri[10:]) and mlflow.tracking)
+    monkeypatch.setattr(mlflow.tracking, "search_experiments", list, raising=False)
+    make_sqlite_store(path)
+    # then
+    assert names(tmp_path) == ["mlflow.db", "mlflow.db.incomplete-1"]
+    assert (tmp_path / "mlflow.db.incomplete-1").read_bytes() == before
+    with contextlib.closing(sqlite3.connect(path)) as new, contextlib.closing(sqlite3.connect(template)) as whole:
+        assert [*new.iterdump()] == [*whole.iterdump()]
+
+
+def test_store_that_a_killed_mlflow_left_is_replaced_without_loss_of_the_first_one_moved_aside(tmp_path):
+    # given MLflow itself, killed while it makes the tables, and a file moved aside before
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "mlflow.db.incomplete-1").write_text("an earlier one")
+    code = "import mlflow, sys; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
+    command = [sys.executable, "-c", code, f"sqlite:///{folder}/mlflow.db"]
+    process = subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.DEVNULL)
+    while not (folder / "mlflow.db").exists() or not (folder / "mlflow.db").stat().st_size:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    make_old(folder / "mlflow.db")
+    # when
+    open_experiment("an experiment", "What it is for.", folder)
+    # then
+    assert names(folder) == ["mlflow.db", "mlflow.db.incomplete-1", "mlflow.db.incomplete-2"]
+
+
+def test_half_made_store_that_holds_a_run_is_refused_and_unchanged(store, tmp_path):
+    change(store, "DELETE FROM alembic_version", "INSERT INTO tags (key, value, run_uuid) VALUES ('a', 'b', 'c')")
+    before = snapshot(tmp_path)
+    message = refused(tmp_path)
+    assert "It holds data, so it stays as it is. Restore it from a backup" in message
+    assert snapshot(tmp_path) == before
+
+
+# --- stores that cannot be used
+
+
+@pytest.mark.parametrize(("scheme", "user"), [("http", "u:p@hunter2 x"), ("postgresql+psycopg2", "u:hunter2")])
+def test_server_that_is_down_is_refused_without_its_password(scheme, user, tmp_path, monkeypatch):
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://{user}@{address}/db")
+    before = dict(os.environ)
+    message = refused(tmp_path)
+    assert f"{scheme}://{address}/db: " in message
+    assert "hunter2" not in message
+    assert message.endswith("Start the server, or name another store in MLFLOW_TRACKING_URI.")
+    assert dict(os.environ) == before
+    assert names(tmp_path) == []
+
+
+def test_server_that_never_answers_is_refused(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # the user's own setting
+        assert "ReadTimeoutError" in refused(tmp_path)
+
+
+def test_server_decides_where_its_models_are(tmp_path, monkeypatch):
+    with tracking_server(tmp_path) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        experiment = open_experiment("an experiment", "What it is for.", tmp_path / "project")
+    assert experiment.artifact_location.startswith("mlflow-artifacts:/")
+
+
+def test_moved_store_is_refused_and_unchanged(store, tmp_path):
+    # given a folder that was moved after an experiment was opened there
+    here = tmp_path / "here"
+    here.mkdir()
+    store.rename(here / "mlflow.db")
+    open_experiment("an experiment", "What it is for.", here)
+    mlflow.set_tracking_uri(None)  # which also takes it out of the environment, where MLflow puts it
+    there = here.rename(tmp_path / "there")
+    before = snapshot(tmp_path)
+    # when, then
+    assert f"its models are in {here.as_uri()}/mlruns, so it was moved from there. Move it back" in refused(there)
+    assert snapshot(tmp_path) == before
+
+
+def test_deleted_experiment_is_refused_with_the_command_that_restores_it(store, tmp_path):
+    experiment = open_experiment("an experiment", "What it is for.", tmp_path)
+    mlflow.delete_experiment(experiment.experiment_id)
+    message = refused(tmp_path)
+    assert message.endswith(f"mlflow experiments restore --experiment-id {experiment.experiment_id}")
+    # and the command as it is printed restores it
+    command = message.partition("Restore it: ")[2].replace("mlflow exp", f"{sys.executable} -m mlflow exp")
+    subprocess.run(command, shell=True, check=True, capture_output=True, env=environment(tmp_path))
+    open_experiment("an experiment", "What it is for.", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("revision", "cause"),
+    [
+        ("fedcba987654", "a newer MLflow made its schema (fedcba987654). Install that MLflow"),
+        ("451aebb31d03", "an older MLflow made its schema (451aebb31d03). Copy the file, then run: mlflow db upgrade"),
+    ],
+)
+def test_store_of_another_mlflow_is_refused_and_unchanged(revision, cause, store, tmp_path):
+    change(store, f"UPDATE alembic_version SET version_num = '{revision}'")
+    before = snapshot(tmp_path)
+    assert cause in refused(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_locked_store_is_refused(store, tmp_path):
+    with contextlib.closing(sqlite3.connect(store)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert "database is locked. Another program holds it locked." in refused(tmp_path)
+
+
+def test_file_that_is_no_database_is_refused_and_unchanged(tmp_path):
+    (tmp_path / "mlflow.db").write_text("no database" * 100)
+    assert "file is not a database. Restore it from a backup" in refused(tmp_path)
+    assert names(tmp_path) == ["mlflow.db"]
+
+
+@pytest.mark.parametrize("name", ["what?", "a%20b"])
+def test_path_that_mlflow_misreads_is_refused_before_anything_is_written(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    assert "MLflow misreads a path with ? or %20" in refused(folder)
+    assert names(tmp_path) == [name] and names(folder) == []
+
+
+@pytest.mark.parametrize("name", ["a b", "ä", "a#b", "a'b"])
+def test_other_paths_are_taken(name, template, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(template, folder)
+    open_experiment("an experiment", "What it is for.", folder)
+    with mlflow.start_run():
+        mlflow.log_text("text", "a.txt")
+    assert len(list(folder.glob("mlruns/*/artifacts/a.txt"))) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts are made with Linux's unshare")
+@pytest.mark.parametrize("there", [True, False], ids=["store", "no store"])
+def test_read_only_folder_is_refused(there, store, tmp_path, lacking):
+    # given a folder that nobody can write to, not even root
+    if subprocess.run([*UNSHARE, "true"], capture_output=True).returncode != 0:
+        lacking("the right to make a mount namespace", "sysctl kernel.unprivileged_userns_clone=1")
+    folder = tmp_path / "project"
+    folder.mkdir()
+    if there:
+        store.rename(folder / "mlflow.db")
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    # when
+    process = start(folder, prefix=(*UNSHARE, "sh", "-c", mount, str(folder)))
+    _, printed = process.communicate(timeout=60)
+    # then
+    assert process.returncode == 1
+    assert "Make it and its folder writable, or name another store" in printed.splitlines()[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts are made with Linux's unshare")
+@pytest.mark.parametrize("kilobytes", [400, 1500])
+def test_full_disk_is_refused_and_leaves_nothing(kilobytes, tmp_path, lacking):
+    # given a disk that fills up while the tables are made, or once they are made
+    if subprocess.run([*UNSHARE, "true"], capture_output=True).returncode != 0:
+        lacking("the right to make a mount namespace", "sysctl kernel.unprivileged_userns_clone=1")
+    folder = tmp_path / "project"
+    folder.mkdir()
+    mount = f'mount -t tmpfs -o size={kilobytes}k none "$0"; "$@"; status=$?; ls -A "$0"; exit $status'
+    # when
+    process = start(folder, prefix=(*UNSHARE, "sh", "-c", mount, str(folder)))
+    left, printed = process.communicate(timeout=60)
+    # then
+    assert process.returncode == 1
+    assert "disk is full. Free 10 MB there and try again." in printed.splitlines()[-1].replace("The disk", "disk")
+    assert "mlflow.db\n" not in left and "new-" not in left
+
+
+# --- secrets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://user:hunter2@host:5000: refused",
+        "http://user:p@hunter2@host:5000: refused",
+        "http://user:p/hunter2@host:5000: refused",
+        "http://user:p hunter2@host:5000: refused",
+        "http://hunter2@host:5000: refused",
+        "http://host:5000?token=hunter2: refused",
+        "http://host:5000/a?b=c&password=hunter2&d=e: refused",
+        "http://host:5000?user=hunter2: refused",
+        "postgresql+psycopg2://u:p@host:5000/db?password=hunter2",
+        "postgresql+psycopg2://u:hunter2@host:5000/db?sslmode=require",
+        "connection to host:5000 failed: user='hunter2' password=hunter2".replace("user='hunter2' ", ""),
+        'host:5000: password authentication failed for user "hunter2"',
+    ],
+)
+def test_secret_in_any_address_is_not_printed(text):
+    assert "hunter2" not in printable(text)
+    assert "host:5000" in printable(text)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://user:1/hunter2 x@host",
+        "http://user:a'b\"hunter2&<@host",
+        "http://user:a%40hunter2@host",
+        "http://host?password=hunter2 with space",
+    ],
+)
+def test_secret_of_the_tracking_address_is_not_printed_in_any_form(address, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    secret = address.partition("user:")[2].rpartition("@")[0] or "hunter2 with space"
+    for form in (f"{address}/x refused", f"wrong: {secret}", f"wrong: {secret.replace('%40', '@')}"):
+        assert "hunter2" not in printable(form)
+        assert "space" not in printable(form)
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"])
+def test_secret_in_the_settings_is_not_printed(name, monkeypatch):
+    monkeypatch.setenv(name, "hunter2 &x")
+    for form in ("hunter2 &x", "hunter2%20%26x", "hunter2+%26x", "hunter2 &amp;x"):
+        assert "hunter2" not in printable(f"wrong: {form}.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sqlite:////home/me@work/mlflow.db",
+        "file:///home/me@work/mlruns",
+        "http://127.0.0.1:9/api failed: models:/name@champion",
+        "models:/name@champion",
+    ],
+)
+def test_text_without_a_secret_stays_as_it_is(text):
+    assert printable(text) == text
+
+
+# --- the source of a run
+
+
+def test_source_is_named_by_its_path_and_commit_in_the_repository(tmp_path):
+    # given
+    (tmp_path / "guides").mkdir()
+    (tmp_path / "guides/a.ipynb").touch()
+    commit_all(tmp_path)
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    tags = {"mlflow.source.name": "guides/a.ipynb", "mlflow.source.git.commit": commit}
+    # then
+    assert source_tags("a.ipynb", tmp_path / "guides") == tags
+    assert source_tags("guides/a.ipynb", tmp_path) == tags
+    # and a change that is not committed shows
+    (tmp_path / "guides/a.ipynb").write_text("changed")
+    tags["mlflow.source.git.commit"] += "-dirty"
+    assert source_tags("a.ipynb", tmp_path / "guides") == tags
+
+
+def test_source_outside_a_repository_has_its_name_alone(tmp_path, monkeypatch):
+    assert source_tags("a.ipynb", tmp_path) == {"mlflow.source.name": "a.ipynb"}
+    monkeypatch.setenv("PATH", str(tmp_path))  # nor where there is no git
+    assert source_tags("a.ipynb", ROOT) == {"mlflow.source.name": "a.ipynb"}
+
+
+def test_import_is_cheap():
+    code = "import sys, lifecycle.store; print([m for m in ('mlflow', 'sqlalchemy', 'alembic') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout == "[]\n"
+
+
+# --- checking, without opening
+
+
+def test_check_makes_no_store(tmp_path):
+    check_store(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_check_finds_nothing_wrong_with_a_store_that_mlflow_filled_by_itself(store, tmp_path, monkeypatch):
+    # given an experiment whose place MLflow chose, as in the quickstart
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(tracking_uri(tmp_path))
+    mlflow.set_experiment("an experiment")
+    mlflow.set_tracking_uri(None)
+    before = snapshot(tmp_path)
+    # then it can be used, and checking changes nothing
+    check_store(tmp_path)
+    assert snapshot(tmp_path) == before
+    open_experiment("an experiment", "What it is for.", tmp_path)
+
+
+def test_check_says_that_a_store_was_moved(store, tmp_path):
+    # given an experiment of another folder
+    mlflow.MlflowClient(tracking_uri(tmp_path)).create_experiment("an experiment", "/elsewhere/mlruns/1")
+    # then
+    with pytest.raises(StoreUnusableError, match=r"its models are in /elsewhere/mlruns/1, so it was moved") as error:
+        check_store(tmp_path)
+    assert error.value.remedy.startswith("Move it back, or name another store")
+
+
+def test_check_says_that_a_store_was_left_half_made(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("CREATE TABLE experiments (experiment_id INTEGER)")
+    with pytest.raises(StoreUnusableError, match="half made, and holds nothing"):
+        check_store(tmp_path)
+
+
+def test_check_says_that_a_server_is_down(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:9")
+    with pytest.raises(StoreUnusableError, match=r"Start the server") as error:
+        check_store(tmp_path)
+    assert "hunter2" not in str(error.value)
