@@ -20,6 +20,7 @@ ALLOWED = {
     "environment": {"pins", "store", "tables", "comparison"},
     "interface": {"store"},
     "check": {"pins", "store"},
+    "moved": {"store"},
     "search": {"pins", "store", "tables", "comparison"},
 }
 # Libraries that take long to import or that not everybody has, and the one module that is about each.
