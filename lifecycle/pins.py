@@ -9,7 +9,7 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-REMEDY = "Every line must pin one package, as in numpy==2.4.6. Renew the list: make lock"
+REMEDY = "Every line must pin one package, as in numpy==1.2.3. Renew the list: make lock"
 
 
 def parse_pins(text: str, source: str) -> list[str]:

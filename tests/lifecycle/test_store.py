@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -267,7 +268,7 @@ def test_deleted_experiment_is_refused_with_the_command_that_restores_it(store, 
     message = refused(tmp_path)
     assert message.endswith(f"mlflow experiments restore --experiment-id {experiment.experiment_id}")
     # and the command as it is printed restores it
-    command = message.partition("Restore it: ")[2].replace("mlflow exp", f"{sys.executable} -m mlflow exp")
+    command = message.partition("Restore it: ")[2].replace("mlflow exp", f"{shlex.quote(sys.executable)} -m mlflow exp")
     subprocess.run(command, shell=True, check=True, capture_output=True, env=environment(tmp_path))
     open_experiment("an experiment", "What it is for.", tmp_path)
 
