@@ -39,11 +39,11 @@ def check(as_json: bool, mend: bool, yes: bool) -> None:
 def mend_store(yes: bool) -> None:
     """Show what has to change in a store that was moved, and change it once somebody says yes."""
     from lifecycle.moved import changes, mend
-    from lifecycle.store import StoreUnusableError
+    from lifecycle.store import StoreUnusableError, tracking_uri
 
-    path = Path.cwd() / "mlflow.db"
+    path = Path(tracking_uri(Path.cwd()).removeprefix("sqlite:///"))
     try:
-        wanted = changes(path) if path.exists() else []
+        wanted = changes(path) if path.is_file() else []
     except StoreUnusableError as error:
         raise click.ClickException(str(error)) from None
     if not wanted:

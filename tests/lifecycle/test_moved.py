@@ -93,9 +93,10 @@ def test_store_without_its_models_is_refused_with_the_remedy(moved):
         changes(moved)
 
 
-def mended(moved, tmp_path, answer: str):
+def mended(moved, tmp_path, answer: str, folder=None, **variables: str):
+    """Run the command in ``folder``, by default the store's."""
     command = [sys.executable, "-m", "lifecycle", "check", "--mend", *([answer] if answer else [])]
-    return finished(command, moved.parent, environment(tmp_path), limit=60)
+    return finished(command, folder or moved.parent, environment(tmp_path, **variables), limit=60)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -108,8 +109,8 @@ def test_command_shows_what_it_would_change_and_changes_nothing_unasked(moved, t
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_command_mends_when_told_to(moved, tmp_path):
-    process = mended(moved, tmp_path, "--yes")
+def test_command_mends_the_store_that_mlflow_tracking_uri_names_when_told_to(moved, tmp_path):
+    process = mended(moved, tmp_path, "--yes", folder=tmp_path, MLFLOW_TRACKING_URI=tracking_uri(moved.parent))
     assert "Mended. The store as it was: " in process.stdout, process.stderr
     assert changes(moved) == []
 
