@@ -1,6 +1,5 @@
 """What all tests share: settings for nbval, the data of guide 02, and how a part that a machine lacks is reported."""
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -10,7 +9,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from nbval.plugin import IPyNbFile
-from serving import FILE, NAME, heart_disease_data, serving
+from serving import FILE, NAME, VARIABLE, heart_disease_data
 
 HERE = Path(__file__).parent
 
@@ -31,12 +30,9 @@ def pytest_configure(config):
     config.stash[STORE] = tempfile.mkdtemp()
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["REBUILD_ENVIRONMENT"] = "on"
-    # Wherever guide 02 is executed, it downloads the shared file from here; if there is none, from the public address.
-    config.stash[SERVER] = contextlib.ExitStack()
-    os.environ["HEART_DISEASE_CACHE"] = str(Path(config.stash[STORE]) / "cache")
-    if FILE.is_file() and "HEART_DISEASE_URL" not in os.environ:
-        address, _ = config.stash[SERVER].enter_context(serving(FILE.read_bytes()))
-        os.environ["HEART_DISEASE_URL"] = address
+    # Wherever guide 02 is executed, it takes the shared file, or else downloads it from the public address.
+    if FILE.is_file():
+        os.environ.setdefault(VARIABLE, str(FILE))
 
 
 @pytest.hookimpl(tryfirst=True)  # the notebook's kernel starts after this
@@ -56,18 +52,16 @@ def pytest_runtest_setup(item):
 
 
 def pytest_unconfigure(config):
-    config.stash[SERVER].close()
     shutil.rmtree(config.stash[STORE], ignore_errors=True)
 
 
 STORE = pytest.StashKey[str]()
-SERVER = pytest.StashKey[contextlib.ExitStack]()
 
 
 def skip_without_heart_disease_data():
     """Skip the test where guide 02 cannot get its data. Also where `CI` is set: nobody can install the internet."""
     if heart_disease_data() is None:
-        pytest.skip(f"{NAME} cannot be downloaded; if you have a copy: export HEART_DISEASE_FILE=<its path>")
+        pytest.skip(f"{NAME} cannot be downloaded; if you have a copy: export {VARIABLE}=<its path>")
 
 
 @pytest.fixture(scope="session")

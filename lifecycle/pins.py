@@ -70,13 +70,16 @@ def recorded_pins(model_uri: str) -> list[str]:
     return parse_pins(text, f"The requirements of {model_uri}")
 
 
-def find_model_requirements(folder: Path) -> Path:
-    """Return the ``model_requirements.txt`` in ``folder`` or in the nearest folder above.
+def find_model_requirements(folder: Path = Path()) -> Path:
+    """Return the ``model_requirements.txt`` in ``folder``, by default the current one, or in the nearest folder above.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is not a list of exact pins.
     """
     for place in (Path(folder).resolve(), *Path(folder).resolve().parents):
-        if (place / "model_requirements.txt").is_file():
-            return place / "model_requirements.txt"
+        path = place / "model_requirements.txt"
+        if path.is_file():
+            read_pins(path)
+            return path
+    folder = Path(folder).resolve()
     raise ValueError(f"There is no model_requirements.txt in {folder} or in a folder above. Put it there.")

@@ -7,15 +7,132 @@ runs of the trials are all that a search needs to go on.
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import mlflow
 import optuna
 import psutil
-from mlflow.entities import Metric, Param, Run
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from lifecycle.tables import fingerprint
+
+if TYPE_CHECKING:
+    from mlflow.data.pandas_dataset import PandasDataset
+
+
+def run_search(
+    objective: Callable[[optuna.Trial], float],
+    dataset: "PandasDataset",
+    *,
+    name: str,
+    metric: str,
+    experiment_id: str,
+    trials: int,
+    seed: int,
+    points: Sequence[dict] | None = None,
+    jobs: int = 1,
+    timeout_seconds: float | None = None,
+    tags: dict[str, str] | None = None,
+    progress: bool = False,
+) -> tuple[optuna.Study, Run]:
+    """Look for the parameters with the lowest score; go on with a search of the same name and rows that was cut off.
+
+    Args:
+        objective: takes an Optuna trial and returns its score.
+        dataset: the rows that the objective learns from and is scored on.
+        name: what is searched, as in the run's name: two searches with one name, dataset, seed and points are the same.
+        metric: the name of the score in the runs.
+        experiment_id: where the run of the search and those of its trials go.
+        trials: how many trials there shall be in the end, those before a kill included.
+        seed: of the sampler TPE. With more than one job, trials end in an order that no seed fixes.
+        points: what to try, one after the other, in place of what TPE suggests.
+        jobs: how many trials run side by side.
+        timeout_seconds: after which no new trial begins.
+        tags: go to the run of the search and to those of its trials.
+        progress: show a progress bar.
+
+    Returns:
+        The study, and the run of the search, which has the best parameters, their score and the number of trials.
+
+    Raises:
+        ValueError: a number makes no sense.
+        RuntimeError: no trial succeeded; with the error of the first.
+    """
+    if trials < 1 or jobs == 0 or (timeout_seconds is not None and timeout_seconds <= 0):
+        raise ValueError("trials must be at least 1, jobs not 0, and timeout_seconds positive or None")
+    how = "TPE" if points is None else f"{len(points)} points"
+    search = f"{name}, {how}, seed {seed}, data {fingerprint(dataset.df)}"
+    study = optuna.create_study()
+    parent, count = begin(
+        study, search, dataset, metric, experiment_id, (tags or {}) | {"mlflow.runName": f"search {name}"}
+    )
+    study.sampler = optuna.samplers.TPESampler(seed=seed + count)
+    remaining = max(trials - count, 0)
+    if points is not None:
+        tried = [trial.params for trial in study.trials]
+        left = [point for point in points if point not in tried][:remaining]
+        remaining = len(left)
+        for point in left:
+            study.enqueue_trial(point)
+    status = "FAILED"
+    try:
+        study.optimize(
+            remembered(objective),
+            remaining,
+            timeout=timeout_seconds,
+            n_jobs=jobs,
+            catch=Exception,
+            callbacks=[log_trials(parent, metric, tags, dataset)],
+            show_progress_bar=progress,
+        )
+        log_best(study, parent, metric)
+        status = "FINISHED"
+    finally:
+        mlflow.MlflowClient().set_terminated(parent.info.run_id, status)
+    return study, mlflow.get_run(parent.info.run_id)
+
+
+def begin(
+    study: optuna.Study, search: str, dataset: "PandasDataset", metric: str, experiment_id: str, tags: dict[str, str]
+) -> tuple[Run, int]:
+    """Return the run of ``search``, and how many trials ``study`` took up from it: 0 in a new run."""
+    client, own_tags = mlflow.MlflowClient(), {"search": search, "process": process_name()}
+    parent = unfinished(search, experiment_id)
+    if not parent:
+        parent = client.create_run(experiment_id, tags=tags | own_tags)
+        client.log_inputs(parent.info.run_id, [dataset_input(dataset)])
+        return parent, 0
+    count = take_up(study, parent, metric)
+    for key, value in (own_tags | {"resumed": f"with {count} trials"}).items():
+        client.set_tag(parent.info.run_id, key, value)
+    client.update_run(parent.info.run_id, status="RUNNING")
+    return parent, count
+
+
+def log_best(study: optuna.Study, parent: Run, metric: str) -> None:
+    """Log the best parameters, their score and the number of trials to the run of the search.
+
+    Raises:
+        RuntimeError: no trial succeeded; with the error of the first.
+    """
+    completed = study.get_trials(states=[TrialState.COMPLETE])
+    if not completed:
+        errors = [trial.user_attrs["error"] for trial in study.trials if "error" in trial.user_attrs]
+        raise RuntimeError(f"No trial succeeded. The first failed with {errors[0] if errors else 'no record'}")
+    now = milliseconds(datetime.now())
+    values = [Metric(metric, study.best_value, now, 0), Metric("trials", len(completed), now, 0)]
+    best = [Param(name, str(value)) for name, value in study.best_params.items()]
+    mlflow.MlflowClient().log_batch(parent.info.run_id, values, best)
+
+
+def dataset_input(dataset: "PandasDataset") -> DatasetInput:
+    """Return ``dataset`` as an input of a run, with its fingerprint as the tag ``sha256``."""
+    tags = [InputTag("mlflow.data.context", "training"), InputTag("sha256", fingerprint(dataset.df))]
+    return DatasetInput(Dataset(**dataset.to_dict()), tags)
 
 
 def process_name(process: psutil.Process | None = None) -> str:
@@ -37,15 +154,18 @@ def remembered(objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.T
     return wrapped
 
 
-def log_trials(parent: Run, metric: str, tags: dict[str, str] | None = None) -> Callable:
+def log_trials(
+    parent: Run, metric: str, tags: dict[str, str] | None = None, dataset: "PandasDataset | None" = None
+) -> Callable:
     """Return a callback for ``study.optimize`` that logs each trial, as it ends, as a child run of ``parent``.
 
     Args:
         parent: the run of the search.
         metric: the name under which the trial's value is logged; beside it goes ``duration_seconds``.
         tags: go to every child, such as the commit.
+        dataset: what the trials learn from, which becomes an input of every child.
     """
-    client = mlflow.MlflowClient()
+    client, inputs = mlflow.MlflowClient(), [dataset_input(dataset)] if dataset else []
 
     def log_trial(study: optuna.Study, trial: FrozenTrial) -> None:
         distributions = {name: distribution_to_json(value) for name, value in trial.distributions.items()}
@@ -60,6 +180,8 @@ def log_trials(parent: Run, metric: str, tags: dict[str, str] | None = None) -> 
         began, ended = milliseconds(trial.datetime_start), milliseconds(trial.datetime_complete)
         run = client.create_run(parent.info.experiment_id, began, marks, f"trial {trial.number:03d}").info
         values = [Metric(name, value, ended, 0) for name, value in metrics.items()]
+        if inputs:
+            client.log_inputs(run.run_id, inputs)
         client.log_batch(run.run_id, values, [Param(name, str(value)) for name, value in trial.params.items()])
         client.set_terminated(run.run_id, "FINISHED" if completed else "FAILED", ended)
 

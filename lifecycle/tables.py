@@ -1,14 +1,55 @@
-"""Read a table of rows from a CSV file, and refuse one that cannot give a fair comparison.
+"""Tables of rows: read one from a CSV file, refuse one that cannot give a fair comparison, recognise one again.
 
-scikit-learn and MLflow take such tables, and answer with an error in the middle of a run, or not at all.
+scikit-learn and MLflow take a table that is unfit for it, and answer with an error in the middle of a run, or not at
+all. MLflow's digest of a dataset covers the first 10,000 rows, and skips some columns.
 """
 
 import csv
 import hashlib
+import os
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from mlflow.data.pandas_dataset import PandasDataset
+    from mlflow.entities import Run
+
+
+def verified_file(
+    address: str, sha256: str, variable: str, *, cache: Path | None = None, timeout_seconds: float = 10
+) -> Path:
+    """Return the path of a file with the SHA-256 ``sha256``, downloaded once.
+
+    Args:
+        address: where the file is to be had, an address that begins with ``http``.
+        sha256: in hexadecimal. It does not matter who serves the file: these bytes, or an error.
+        variable: the environment variable that may name another address, or the path of a copy on this machine.
+        cache: the folder that keeps a download; by default one for this user.
+        timeout_seconds: for how long a server may be silent.
+
+    Raises:
+        ValueError: the file cannot be had, or is another one; with the remedy, and without passwords and tokens.
+    """
+    import pooch
+
+    address = os.environ.get(variable) or address
+    remedy = f"Check the connection, or set {variable} to the path or the address of a copy."
+    try:
+        if not address.startswith("http"):
+            if pooch.file_hash(address) == sha256:
+                return Path(address)
+            raise ValueError(f"its SHA-256 is not {sha256}, so it is another file")
+        pooch.get_logger().setLevel("WARNING")
+        downloader = pooch.HTTPDownloader(timeout=timeout_seconds)
+        name, folder = re.split("[?#]", address)[0].rpartition("/")[2], cache or pooch.os_cache("mlflow_quickstart")
+        return Path(pooch.retrieve(address, f"sha256:{sha256}", fname=name, path=folder, downloader=downloader))
+    except (OSError, ValueError) as error:
+        told = re.sub(r"(//)\S*@|[?]\w\S*", r"\1", f"Cannot use the data at {address} : {error}")
+        raise ValueError(f"{told}\n{remedy}") from None
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -72,3 +113,23 @@ def fingerprint(rows: pd.DataFrame) -> str:
     """
     text = rows.to_csv(index=False, na_rep="\0", quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def runs_with(dataset: "PandasDataset") -> "list[Run]":
+    """Return the runs, of all experiments of the active store, whose inputs have the very rows of ``dataset``.
+
+    A run that kept the fingerprint of its rows, as the tag ``sha256`` of that input, is recognised by it. Of any other
+    run there is only MLflow's digest.
+    """
+    import mlflow
+
+    sha256 = fingerprint(dataset.df)
+    filter_string = f"dataset.digest = '{dataset.digest}'"
+    found = mlflow.search_runs(search_all_experiments=True, filter_string=filter_string, output_format="list")
+    runs = []
+    for run in found:
+        inputs = [item for item in run.inputs.dataset_inputs if item.dataset.digest == dataset.digest]
+        kept = {tag.value for item in inputs for tag in item.tags if tag.key == "sha256"}
+        if sha256 in (kept or {sha256}):
+            runs.append(run)
+    return runs

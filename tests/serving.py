@@ -1,4 +1,4 @@
-"""Where the tests get the heart disease data of guide 02 from, and a server that gives it to the guide."""
+"""Where the tests get the heart disease data of guide 02 from, and a server that gives a file to whoever asks."""
 
 import contextlib
 import functools
@@ -12,17 +12,18 @@ from pathlib import Path
 from execution import ROOT
 
 NAME = "processed.cleveland.data"
-FILE = Path(os.environ.get("HEART_DISEASE_FILE") or ROOT.parent / "shared/data/heart_disease" / NAME)
+FILE = ROOT.parent / "shared/data/heart_disease" / NAME
+VARIABLE = "HEART_DISEASE_DATA"  # the path or address of a copy
 PUBLIC_ADDRESS = f"https://archive.ics.uci.edu/ml/machine-learning-databases/heart-disease/{NAME}"
 
 
 @functools.cache
 def heart_disease_data() -> bytes | None:
-    """Return the content of the shared file, or else of the address that guide 02 uses; None where neither is there."""
-    if FILE.is_file():
-        return FILE.read_bytes()
-    address = os.environ.get("HEART_DISEASE_URL") or PUBLIC_ADDRESS
-    with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10) as answer:
+    """Return the content of the file that guide 02 uses, from its path or address; None where it cannot be had."""
+    address = os.environ.get(VARIABLE) or PUBLIC_ADDRESS
+    if Path(address).is_file():
+        return Path(address).read_bytes()
+    with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(address, timeout=10) as answer:
         return answer.read()
     return None
 

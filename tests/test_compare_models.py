@@ -1,21 +1,24 @@
 """Guide 01 on tables of one's own: what it logs, whom it chooses, and what it refuses."""
 
 import io
-import json
 import re
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from execution import ROOT, copy_project, papermill, refusal
+from execution import ROOT, copy_project, papermill
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
+from lifecycle.comparison import choose, folds_interval
+from lifecycle.tables import fingerprint
+
 GUIDE = "guides/01_compare_models.ipynb"
+PREFIX = "customers_csv_"
 ESTIMATORS = {
     "LogisticRegression": LogisticRegression(max_iter=1000, random_state=42),
     "SVC": SVC(random_state=42),
@@ -49,7 +52,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def runs(client):
     """Give the runs of the execution by name."""
-    experiment = client.get_experiment_by_name("compare_models")
+    experiment = client.get_experiment_by_name(f"{PREFIX}compare_models")
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
@@ -61,7 +64,7 @@ def rows_test():
 
 
 def test_three_models_are_children_of_the_comparison(runs):
-    assert set(runs) == {"comparison", *ESTIMATORS}
+    assert set(runs) == {"comparison", "autolog", *ESTIMATORS}
     for name in ESTIMATORS:
         assert runs[name].data.tags["mlflow.parentRunId"] == runs["comparison"].info.run_id
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
@@ -76,15 +79,13 @@ def test_all_hyperparameters_are_logged(runs, name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_metrics_are_those_of_the_registered_model_on_the_rows_held_back(client, runs, rows_test, name):
     # given the registered version of that name
-    actual, predicted = (
-        rows_test["left"],
-        mlflow.pyfunc.load_model(f"models:/{name}/1").predict(rows_test.drop(columns="left")),
-    )
+    model = mlflow.pyfunc.load_model(f"models:/{PREFIX}{name}/1")
+    actual, predicted = rows_test["left"], model.predict(rows_test.drop(columns="left"))
     # then the metrics of its run are what scikit-learn finds for it
-    assert client.get_model_version(name, "1").run_id == runs[name].info.run_id
+    assert client.get_model_version(f"{PREFIX}{name}", "1").run_id == runs[name].info.run_id
     macro = {"average": "macro"}
     expected = {
-        "test_accuracy": accuracy_score(actual, predicted),
+        "accuracy": accuracy_score(actual, predicted),
         "precision_macro": precision_score(actual, predicted, **macro),
         "recall_macro": recall_score(actual, predicted, **macro),
         "f1_macro": f1_score(actual, predicted, **macro),
@@ -92,16 +93,32 @@ def test_metrics_are_those_of_the_registered_model_on_the_rows_held_back(client,
     logged = runs[name].data.metrics
     assert set(logged) == {"cv_accuracy_mean", "cv_accuracy_std", *expected}
     assert {key: logged[key] for key in expected} == pytest.approx(expected)
-    assert 0.5 < logged["cv_accuracy_mean"] < 1
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_metrics_tell_on_which_rows_they_were_measured(client, runs, name):
+def test_scores_of_cross_validation_are_those_of_the_logged_folds(runs, name):
+    run = runs[name]
+    folds = logged_json(run, "fold_scores.json")
+    assert list(folds) == ["repeat", "fold", "accuracy"]
+    assert len(folds) == 15
+    assert run.data.metrics["cv_accuracy_mean"] == pytest.approx(folds["accuracy"].mean())
+    assert run.data.metrics["cv_accuracy_std"] == pytest.approx(folds["accuracy"].std(ddof=0))
+    assert 0.5 < run.data.metrics["cv_accuracy_mean"] < 1
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_model_has_its_test_scores_and_none_of_cross_validation(client, runs, name):
     model = client.get_logged_model(runs[name].outputs.model_outputs[0].model_id)
     measured_on = {metric.key: metric.dataset_name for metric in model.metrics}
-    training = {key for key, dataset in measured_on.items() if dataset == "customers_train"}
-    assert training == {"cv_accuracy_mean", "cv_accuracy_std"}
-    assert set(measured_on.values()) == {"customers_train", "customers_test"}
+    assert measured_on == dict.fromkeys(
+        ["accuracy", "precision_macro", "recall_macro", "f1_macro"], "customers_csv_test"
+    )
+
+
+def logged_json(run, name: str) -> pd.DataFrame:
+    """Return the table ``name`` that ``mlflow.log_table`` put among the artifacts of ``run``."""
+    content = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{name}")
+    return pd.DataFrame(content["data"], columns=content["columns"])
 
 
 def logged_table(run, name: str) -> pd.DataFrame:
@@ -115,34 +132,64 @@ def test_run_has_confusion_matrix_evaluation_and_datasets(client, runs, name):
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"confusion_matrix.png", "evaluation.csv"} <= files
     assert mlflow.artifacts.load_image(f"runs:/{run.info.run_id}/confusion_matrix.png").size[0] > 300
-    report = pd.read_csv(
-        io.StringIO(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/evaluation.csv")), index_col=0
-    )
+    report = logged_table(run, "evaluation.csv")
     assert list(report.index) == ["no", "yes", "macro avg", "weighted avg"]
     assert report.loc["macro avg", "f1-score"] == pytest.approx(run.data.metrics["f1_macro"])
-    assert [dataset.dataset.name for dataset in run.inputs.dataset_inputs] == ["customers_train", "customers_test"]
+    assert [dataset.dataset.name for dataset in run.inputs.dataset_inputs] == [
+        "customers_csv_train",
+        "customers_csv_test",
+    ]
 
 
-def test_comparison_run_holds_chart_and_table_of_all_metrics(client, runs):
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_dataset_keeps_the_sha256_of_all_its_rows(runs, part):
+    # given the rows of the part, made anew
+    table = customers()
+    rows = train_test_split(table, test_size=0.2, stratify=table["left"], random_state=42)[part == "test"]
+    # then their SHA-256 is a tag of the dataset
+    (item,) = [item for item in runs["SVC"].inputs.dataset_inputs if item.dataset.name == f"customers_csv_{part}"]
+    assert {tag.key: tag.value for tag in item.tags}["sha256"] == fingerprint(rows)
+
+
+def test_comparison_run_holds_chart_and_table_of_all_metrics(runs):
     comparison = runs["comparison"]
-    assert json.loads(comparison.data.tags["compared_runs"]) == {name: runs[name].info.run_id for name in ESTIMATORS}
     assert mlflow.artifacts.load_image(f"runs:/{comparison.info.run_id}/model_comparison.png").size[0] > 600
-    text = mlflow.artifacts.load_text(f"runs:/{comparison.info.run_id}/model_comparison.csv")
-    table = pd.read_csv(io.StringIO(text), index_col=0)
+    table = logged_table(comparison, "model_comparison.csv")
     for name in ESTIMATORS:
-        assert table.loc[name, list(runs[name].data.metrics)].to_dict() == pytest.approx(
-            runs[name].data.metrics, abs=1e-4
+        logged = runs[name].data.metrics
+        assert table.loc[name, list(logged)].to_dict() == pytest.approx(logged, abs=1e-4)
+
+
+def test_comparison_run_holds_the_intervals_and_their_figure(runs):
+    # given the folds that the runs logged
+    scores = {name: logged_json(runs[name], "fold_scores.json")["accuracy"] for name in ESTIMATORS}
+    # then the intervals in the comparison run are those of these folds
+    intervals = logged_json(runs["comparison"], "differences.json").set_index("model")
+    for name in ("SVC", "RandomForestClassifier"):
+        expected = folds_interval(scores[name], scores["LogisticRegression"], 1 / 5)
+        assert intervals.loc[name, ["difference", "low", "high"]].to_list() == pytest.approx(
+            [expected.difference, expected.low, expected.high]
         )
+    assert mlflow.artifacts.load_image(f"runs:/{runs['comparison'].info.run_id}/differences.png").size[0] > 600
 
 
-def test_best_in_cross_validation_is_champion_with_the_reason(client, runs):
-    scores = {name: runs[name].data.metrics["cv_accuracy_mean"] for name in ESTIMATORS}
-    best = max(scores, key=scores.get)
-    champions = {name for name in ESTIMATORS if "champion" in client.get_registered_model(name).aliases}
-    assert champions == {best}
-    description = client.get_model_version(best, "1").description
-    assert f"cross-validated accuracy on customers: {scores[best]:.4f}" in description
-    assert "Tied" not in description
+def test_champion_has_one_address_and_the_reason(client, runs):
+    # given the folds, and the rule
+    scores = {name: logged_json(runs[name], "fold_scores.json")["accuracy"] for name in ESTIMATORS}
+    chosen = choose(list(ESTIMATORS), lambda name, other: folds_interval(scores[name], scores[other], 1 / 5))
+    # then the champion is a copy of that model's version, and its description gives the intervals
+    version = client.get_model_version_by_alias(f"{PREFIX}best", "champion")
+    assert version.source == f"models:/{PREFIX}{chosen}/1"
+    assert f"By the rule: {chosen}." in version.description
+    assert str(folds_interval(scores["SVC"], scores["LogisticRegression"], 1 / 5)) in version.description
+    assert (
+        mlflow.pyfunc.load_model(f"models:/{PREFIX}best@champion").predict(customers().drop(columns="left")).size == 150
+    )
+
+
+def test_autologged_run_has_training_scores_and_no_model(runs):
+    assert {name.split("_")[0] for name in runs["autolog"].data.metrics} == {"training"}
+    assert not runs["autolog"].outputs.model_outputs
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -150,19 +197,19 @@ def test_model_takes_raw_rows_with_gaps_and_categories_never_seen(client, name):
     # given a row with no age and a colour that was not in the table
     rows = pd.DataFrame({"age": [np.nan], "colour": ["violet"], "visits": [3], "member": [True], "city": ["none"]})
     # then
-    assert mlflow.pyfunc.load_model(f"models:/{name}/1").predict(rows)[0] in {"yes", "no"}
+    assert mlflow.pyfunc.load_model(f"models:/{PREFIX}{name}/1").predict(rows)[0] in {"yes", "no"}
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_version_carries_the_pins_and_only_the_reviewed_types(client, name):
-    model = mlflow.models.get_model_info(f"models:/{name}/1")
+    model = mlflow.models.get_model_info(f"models:/{PREFIX}{name}/1")
     reviewed = ["numpy.dtype", "pandas._libs.missing.NAType"] + ["sklearn.tree._tree.Tree"] * (
         name == "RandomForestClassifier"
     )
     assert model.flavors["sklearn"]["skops_trusted_types"] == reviewed
     assert model.flavors["sklearn"]["serialization_format"] == "skops"
     assert model.saved_input_example_info is not None
-    recorded = mlflow.artifacts.load_text(f"models:/{name}/1/requirements.txt")
+    recorded = mlflow.artifacts.load_text(f"models:/{PREFIX}{name}/1/requirements.txt")
     assert pinned(recorded) == pinned((ROOT / "model_requirements.txt").read_text(encoding="utf-8"))
 
 
@@ -171,73 +218,26 @@ def pinned(text: str) -> list[str]:
     return re.findall(r"^[\w.-]+==[^\s;]+", text, flags=re.MULTILINE)
 
 
-def test_tie_goes_to_the_simplest_and_is_named(tmp_path):
-    # given a table that all three models learn without a fault, and a champion of an earlier comparison
+def test_tie_goes_to_the_simplest_and_another_table_does_not_mix_with_iris(tmp_path):
+    # given a table that all three models learn without a fault, called iris.csv, and a champion on Iris
     table = customers().assign(age=lambda rows: np.where(rows["left"] == "yes", 90, 10))
-    table[["age", "left"]].to_csv(tmp_path / "easy.csv", index=False)
+    table[["age", "left"]].to_csv(tmp_path / "iris.csv", index=False)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
-    client.create_registered_model("SVC")
-    client.create_model_version("SVC", (tmp_path / "earlier").as_uri())
-    client.set_registered_model_alias("SVC", "champion", "1")
-    # when
-    process = papermill(copy_project(tmp_path, GUIDE), tmp_path, {"data": "easy.csv", "target": "left"})
-    # then
+    client.create_registered_model("iris_best")
+    client.create_model_version("iris_best", (tmp_path / "earlier").as_uri())
+    client.set_registered_model_alias("iris_best", "champion", "1")
+    # when it is compared, with a prefix
+    parameters = {"data": "iris.csv", "target": "left", "prefix": "ana_"}
+    process = papermill(copy_project(tmp_path, GUIDE), tmp_path, parameters)
+    # then the simplest is the champion, under names of its own, and the other is where it was
     assert process.returncode == 0, process.stderr
-    version = client.get_model_version_by_alias("LogisticRegression", "champion")
-    assert version.description.endswith("Tied with SVC, RandomForestClassifier; the simplest of them was taken.")
-    assert not client.get_registered_model("SVC").aliases
-
-
-def repeated_names(table: pd.DataFrame) -> str:
-    return table.to_csv(index=False).replace("colour", "age", 1)
-
-
-REFUSED = {
-    "empty": (b"", "the file is empty"),
-    "an image": (b"\x89PNG\r\n\x1a\n\x00\x00\x00\xff" * 9, "this is not a CSV file"),
-    "prose": (b"Dear all,\nthis is, as you see, a letter.\n", "more fields than its header"),
-    "no target": (
-        customers().drop(columns="left"),
-        "no column 'left'; the columns are: age, colour, visits, member, city",
-    ),
-    "one class": (customers().assign(left="no"), "has one class only: no"),
-    "rare class": (
-        customers().assign(left=["yes"] * 4 + ["no"] * 146),
-        "class yes of 'left' has 4 rows, too few for 5",
-    ),
-    "target with gaps": (
-        customers().assign(left=[None] * 7 + ["yes", "no", "no"] * 47 + ["no"] * 2),
-        "missing in 7 of 150",
-    ),
-    "repeated names": (repeated_names(customers()).encode(), "more than once: age"),
-    "infinite values": (customers().replace({"visits": {0: np.inf}}), "infinite values: visits"),
-    "semicolons": (customers().to_csv(index=False, sep=";").encode(), "columns beside the target, separated by commas"),
-    "in another encoding": ("größe,left\n1,yes\n".encode("latin-1"), "this is not a CSV file in UTF-8"),
-    "no rows": (customers().head(0), "there must be rows"),
-    "target alone": (customers()[["left"]], "columns beside the target"),
-    "absent": (None, "there is no such file (looked for "),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_unusable_table_is_refused_with_the_reason(tmp_path, monkeypatch, case):
-    # given a table that cannot be used, or none
-    content, message = REFUSED[case]
-    if content is not None:
-        text = content if isinstance(content, bytes) else content.to_csv(index=False).encode()
-        (tmp_path / "my.csv").write_bytes(text)
-    monkeypatch.chdir(tmp_path)
-    # then
-    told = refusal(GUIDE, data="my.csv", target="left")
-    assert told.startswith("Cannot use my.csv: ")
-    assert message in told
-
-
-def test_share_that_has_no_room_for_the_classes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    customers().to_csv("my.csv", index=False)
-    told = refusal(GUIDE, data="my.csv", target="left", test_share=0.01)
-    assert "a test_share of 0.01 of 150 rows is too small for 2 classes" in told
+    names = {model.name for model in client.search_registered_models()}
+    assert names == {"iris_best", "ana_iris_csv_best", *(f"ana_iris_csv_{name}" for name in ESTIMATORS)}
+    version = client.get_model_version_by_alias("ana_iris_csv_best", "champion")
+    assert version.source == "models:/ana_iris_csv_LogisticRegression/1"
+    assert "SVC +0.0000 (95 % interval +0.0000 to +0.0000)" in version.description
+    assert client.get_experiment_by_name("ana_iris_csv_compare_models") is not None
+    assert client.get_model_version_by_alias("iris_best", "champion").source == (tmp_path / "earlier").as_uri()
 
 
 def test_unusable_table_is_refused_before_anything_is_written(tmp_path):

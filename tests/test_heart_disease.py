@@ -2,9 +2,6 @@
 
 import io
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
@@ -12,11 +9,19 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from execution import ROOT, copy_project, differing_outputs, environment, executed, free_port, papermill, text_outputs
+from execution import ROOT, copy_project, differing_outputs, executed, papermill, text_outputs
 from scipy import stats
-from serving import NAME, PUBLIC_ADDRESS, serving
-from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
-from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score, train_test_split
+from serving import PUBLIC_ADDRESS, serving
+from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, make_scorer, precision_score, recall_score
+from sklearn.model_selection import (
+    RepeatedStratifiedKFold,
+    TunedThresholdClassifierCV,
+    cross_val_score,
+    train_test_split,
+)
+
+from lifecycle.comparison import folds_interval
+from lifecycle.tables import fingerprint
 
 GUIDE = "guides/02_heart_disease.ipynb"
 CODES = ["sex", "cp", "fbs", "restecg", "exang", "slope", "thal"]
@@ -36,22 +41,16 @@ PARAMETERS = {
 
 
 @pytest.fixture(scope="module")
-def served(heart_disease):
-    """Give the address of a server that has the data, and the list of requests that it got."""
-    with serving(heart_disease) as (address, requests):
-        yield address, requests
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, served):
-    """Give a folder in which the guide has been executed once. No test here writes to its store.
+def folder(tmp_path_factory, heart_disease):
+    """Give a folder in which the guide has been executed once, on a download. No test here writes to its store.
 
     The address of the data has a password and a token, of which the server takes no notice.
     """
     folder = tmp_path_factory.mktemp("guide")
-    address = served[0].replace("//", "//user:hunter2@") + "?token=hunter2"
-    cache = str(folder / "cache")
-    process = papermill(copy_project(folder, GUIDE), folder, HEART_DISEASE_URL=address, HEART_DISEASE_CACHE=cache)
+    with serving(heart_disease) as (address, _):
+        address = address.replace("//", "//user:hunter2@") + "?token=hunter2"
+        cache = {"XDG_CACHE_HOME": str(folder / "cache"), "HEART_DISEASE_DATA": address}
+        process = papermill(copy_project(folder, GUIDE), folder, **cache)
     assert process.returncode == 0, process.stderr
     return folder
 
@@ -81,23 +80,15 @@ def test_stored_outputs_are_reproduced_from_the_served_file(folder):
     assert differing_outputs(folder, GUIDE) == []
 
 
-def test_file_is_requested_once_from_the_address_in_the_environment(folder, served, heart_disease):
-    assert served[1] == [f"/{NAME}?token=hunter2"]
-    assert {path.name: path.read_bytes() for path in (folder / "cache").iterdir()} == {NAME: heart_disease}
-
-
-def test_public_address_is_the_last_resort():
-    assert 'os.environ.get("HEART_DISEASE_URL") or public_address' in download_cell()
-    assert f'public_address = "{PUBLIC_ADDRESS}"' in download_cell()
-
-
-def test_two_runs_are_finished_under_their_names(runs):
-    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(FILES, "FINISHED")
+def test_two_runs_are_children_of_the_comparison_and_all_are_finished(runs):
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(["comparison", *FILES], "FINISHED")
+    for name in FILES:
+        assert runs[name].data.tags["mlflow.parentRunId"] == runs["comparison"].info.run_id
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_parameters_are_those_of_the_reference(runs, name):
-    assert runs[name].data.params == PARAMETERS[name]
+    assert runs[name].data.params.items() >= PARAMETERS[name].items()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -116,6 +107,7 @@ def test_metrics_are_those_of_the_registered_model_on_the_patients_held_back(cli
         "recall": recall_score(target, predictions, pos_label="present"),
         "f1_score": f1_score(target, predictions, pos_label="present"),
         "roc_auc": ((ill > well) + 0.5 * (ill == well)).mean(),
+        "brier_score": brier_score_loss(target == "present", probabilities),
     }
     # then the run has just these, and those of the cross-validation
     assert version.run_id == runs[name].info.run_id
@@ -142,14 +134,85 @@ def fold_scores(folder, parts):
 
 def test_cross_validated_metrics_are_those_of_the_folds(runs, fold_scores):
     for (name, metric), scores in fold_scores.items():
+        assert logged_json(runs[name], "fold_scores.json")[metric].to_numpy() == pytest.approx(scores)
         assert runs[name].data.metrics[f"cv_{metric}_mean"] == pytest.approx(scores.mean())
         assert runs[name].data.metrics[f"cv_{metric}_std"] == pytest.approx(scores.std())
+
+
+def logged_json(run, name: str) -> pd.DataFrame:
+    """Return the table ``name`` that ``mlflow.log_table`` put among the artifacts of ``run``."""
+    content = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{name}")
+    return pd.DataFrame(content["data"], columns=content["columns"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_model_has_its_test_scores_and_none_of_cross_validation(client, runs, name):
+    model = client.get_logged_model(runs[name].outputs.model_outputs[0].model_id)
+    measured_on = {metric.key: metric.dataset_name for metric in model.metrics}
+    names = ["test_accuracy", "precision", "recall", "f1_score", "roc_auc", "brier_score"]
+    assert measured_on == dict.fromkeys(names, "heart_disease_test")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_test_score_has_an_interval_around_it(runs, name):
+    table = logged_json(runs[name], "test_scores.json").set_index("measure")
+    assert table["score"].to_dict() == pytest.approx({key: runs[name].data.metrics[key] for key in table.index})
+    assert len(table) == 6
+    assert ((table["low"] < table["score"]) & (table["score"] < table["high"])).all()
+    assert (table["high"] - table["low"]).between(0.05, 0.35).all()
+
+
+def test_interval_of_the_accuracy_is_about_the_binomial_one(runs):
+    table = logged_json(runs["LogisticRegression"], "test_scores.json").set_index("measure")
+    right = round(table.loc["test_accuracy", "score"] * 61)
+    expected = stats.binomtest(right, 61).proportion_ci(method="wilson")
+    assert table.loc["test_accuracy", ["low", "high"]].to_list() == pytest.approx([*expected], abs=0.06)
+
+
+def test_recall_by_sex_is_that_of_the_champion(client, runs, parts):
+    _, _, features, target = parts
+    predictions = mlflow.pyfunc.load_model("models:/heart_disease_best@champion").predict(features)
+    table = logged_json(runs["comparison"], "recall_by_sex.json").set_index("sex")
+    for sex, code in {"women": 0, "men": 1}.items():
+        ill = (features["sex"] == code).to_numpy() & (target == "present")
+        assert table.loc[sex, ["ill", "found"]].to_list() == [ill.sum(), (predictions[ill] == "present").sum()]
+        assert table.loc[sex, "low"] < table.loc[sex, "recall"] < table.loc[sex, "high"]
+
+
+def test_threshold_was_chosen_on_the_patients_learned_from(client, runs, parts):
+    # given the champion, its threshold found anew for the costs that the run states
+    features, target = parts[:2]
+    model = mlflow.sklearn.load_model("models:/heart_disease_best@champion")
+    assert runs["comparison"].data.params["costs"] == "5 for a missed disease, 1 for a false alarm"
+
+    def cost(actual, predicted):
+        missed = ((actual == "present") & (predicted == "absent")).sum()
+        return (5 * missed + ((actual == "absent") & (predicted == "present")).sum()) / len(actual)
+
+    scoring = make_scorer(cost, greater_is_better=False)
+    tuned = TunedThresholdClassifierCV(model, scoring=scoring, cv=5).fit(features, target)
+    # then it is the one in the run, and a disease is suspected sooner than at 0.5
+    assert float(runs["comparison"].data.params["threshold"]) == pytest.approx(tuned.best_threshold_)
+    assert tuned.best_threshold_ < 0.4
+
+
+def test_comparison_run_holds_the_interval_its_figure_and_the_calibration(client, runs, fold_scores):
+    run = runs["comparison"]
+    difference = folds_interval(
+        fold_scores["RandomForest", "roc_auc"], fold_scores["LogisticRegression", "roc_auc"], 0.2
+    )
+    row = logged_json(run, "difference.json").iloc[0]
+    assert row[["difference", "low", "high"]].to_list() == pytest.approx(
+        [difference.difference, difference.low, difference.high]
+    )
+    for picture in ("difference.png", "calibration.png"):
+        assert mlflow.artifacts.load_image(f"runs:/{run.info.run_id}/{picture}").size[0] >= 500
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_run_has_just_the_pictures_of_the_reference(client, runs, name):
     run_id = runs[name].info.run_id
-    files = {file.path for file in client.list_artifacts(run_id)}
+    files = {file.path for file in client.list_artifacts(run_id) if file.path.endswith(".png")}
     expected = {f"roc_curve_{FILES[name]}.png", f"confusion_matrix_{FILES[name]}.png"}
     if name == "RandomForest":
         expected.add("feature_importance_random_forest.png")
@@ -160,24 +223,20 @@ def test_run_has_just_the_pictures_of_the_reference(client, runs, name):
         assert 0.01 < (image < 128).mean() < 0.5  # something is drawn
 
 
-def test_printed_results_are_the_logged_metrics_of_both_models(folder, runs):
-    cell = next(cell for cell in executed(folder).cells if "results.loc[" in cell.source)
-    table = pd.read_csv(io.StringIO(cell.outputs[-1].data["text/plain"]), sep=r"\s+", index_col=0)
-    assert list(table) == list(FILES)
-    for name in FILES:
-        assert table[name].to_dict() == pytest.approx(runs[name].data.metrics, abs=5.1e-5)
-
-
 @pytest.mark.parametrize("name", FILES)
-def test_datasets_are_inputs_and_name_their_source_without_secrets(runs, served, name):
-    inputs = runs[name].inputs.dataset_inputs
-    assert {data.dataset.name for data in inputs} == {"heart_disease_train", "heart_disease_test"}
-    assert {data.dataset.source for data in inputs} == {f'{{"url": "{served[0]}"}}'}
+def test_datasets_are_inputs_with_their_public_source_and_sha256(runs, parts, name):
+    inputs = {item.dataset.name: item for item in runs[name].inputs.dataset_inputs}
+    rows = {"train": parts[0].assign(disease=parts[1]), "test": parts[2].assign(disease=parts[3])}
+    assert set(inputs) == {"heart_disease_train", "heart_disease_test"}
+    for part, expected in rows.items():
+        item = inputs[f"heart_disease_{part}"]
+        assert item.dataset.source == f'{{"url": "{PUBLIC_ADDRESS}"}}'
+        assert {tag.key: tag.value for tag in item.tags}["sha256"] == fingerprint(expected)
 
 
-def test_neither_secret_nor_address_nor_path_is_printed(folder, served):
+def test_neither_secret_nor_address_nor_path_is_printed(folder):
     printed = "\n".join(text_outputs(executed(folder)))
-    for private in ("hunter2", served[0].split("/")[2], str(folder)):
+    for private in ("hunter2", "127.0.0.1", str(folder)):
         assert private not in printed
 
 
@@ -221,193 +280,30 @@ def test_model_leaves_a_code_out_that_it_never_saw(client, parts, name):
 
 
 def test_champion_is_the_simpler_model_where_the_interval_contains_zero(client, fold_scores):
-    # given the difference in each fold, and the interval of Nadeau and Bengio, for 5 folds
-    difference = fold_scores["RandomForest", "roc_auc"] - fold_scores["LogisticRegression", "roc_auc"]
-    error = (difference.var(ddof=1) * (1 / 25 + 1 / 4)) ** 0.5
-    lower, upper = stats.t.interval(0.95, 24, difference.mean(), error)
-    assert lower < 0 < upper
-    # then the alias and the reason, with these numbers, are at the simpler model, and nowhere else
-    version = client.get_model_version_by_alias("heart_disease_logistic_regression", "champion")
-    assert str(version.version) == "1"
-    assert f": {difference.mean():.4f}, 95 % interval from {lower:.4f} to {upper:.4f}. " in version.description
-    assert "neither is shown to be better, and the simpler one was taken: LogisticRegression" in version.description
-    assert client.get_registered_model("heart_disease_random_forest").aliases == {}
-
-
-@pytest.fixture(scope="module")
-def forest_ahead(tmp_path_factory, folder, served):
-    """Give a folder in which the guide was executed with a forest that is far ahead in every fold.
-
-    The other model was the champion before, and the data has been downloaded before.
-    """
-    ahead = tmp_path_factory.mktemp("ahead")
-    client = mlflow.MlflowClient(f"sqlite:///{ahead.as_posix()}/mlflow.db")
-    client.create_registered_model("heart_disease_logistic_regression")
-    client.create_model_version("heart_disease_logistic_regression", (ahead / "old").as_uri())
-    client.set_registered_model_alias("heart_disease_logistic_regression", "champion", "1")
-    guide = copy_project(ahead, GUIDE)
-    notebook = nbformat.read(guide, as_version=4)
-    after = next(number for number, cell in enumerate(notebook.cells) if cell.source.startswith("splitter")) + 1
-    notebook.cells.insert(after, nbformat.v4.new_code_cell('scores["RandomForest"]["test_roc_auc"] += 0.3'))
-    nbformat.write(notebook, guide)
-    cache = str(folder / "cache")
-    process = papermill(guide, ahead, HEART_DISEASE_URL=served[0], HEART_DISEASE_CACHE=cache)
-    assert process.returncode == 0, process.stderr
-    return ahead
-
-
-def test_champion_is_the_model_that_is_ahead_where_the_interval_leaves_out_zero(forest_ahead):
-    client = mlflow.MlflowClient(f"sqlite:///{forest_ahead.as_posix()}/mlflow.db")
-    version = client.get_model_version_by_alias("heart_disease_random_forest", "champion")
-    assert "It leaves out 0, so one is better: RandomForest." in version.description
-    printed = "".join(text_outputs(executed(forest_ahead)))
-    assert "The intervals of the two models do not overlap." in printed
-    assert "The forest is ahead in 25 of 25 folds." in printed
-
-
-def test_former_champion_gives_the_alias_up(forest_ahead):
-    client = mlflow.MlflowClient(f"sqlite:///{forest_ahead.as_posix()}/mlflow.db")
-    former = client.get_registered_model("heart_disease_logistic_regression")
-    assert former.aliases == {}
-    assert len(client.search_model_versions(f"name = '{former.name}'")) == 2
-
-
-def test_second_execution_downloads_nothing(forest_ahead, served):
-    assert len(served[1]) == 1
+    difference = folds_interval(
+        fold_scores["RandomForest", "roc_auc"], fold_scores["LogisticRegression", "roc_auc"], 0.2
+    )
+    assert not difference.counts
+    version = client.get_model_version_by_alias("heart_disease_best", "champion")
+    assert version.source == "models:/heart_disease_logistic_regression/1"
+    assert f": {difference}. By the rule: LogisticRegression." in version.description
 
 
 def test_numbers_in_the_closing_words_are_those_of_the_data(rows):
     cells = nbformat.read(ROOT / GUIDE, as_version=4).cells
     closing = next(cell.source for cell in cells if "may not be used for" in cell.source)
-    words = re.sub(r"\(http.*?\)\)?|\d\. ", "", closing.partition("## In this guide")[0])
+    words = re.sub(
+        r"\(http.*?\)\)?|\d\. ", "", closing.partition("The model may not")[2].partition("## In this guide")[0]
+    )
     women = rows[rows["sex"] == 0]
     counts = [len(rows), (rows["num"] > 0).sum(), len(women), (women["num"] > 0).sum()]
     assert [int(number) for number in re.findall(r"\b\d{2,3}\b", words)] == counts
 
 
-def download_cell() -> str:
-    """Return the source of the guide's cell that downloads the data."""
-    cells = nbformat.read(ROOT / GUIDE, as_version=4).cells
-    return next(cell.source for cell in cells if "pooch.retrieve" in cell.source)
-
-
-def download(folder: Path, address: str = "", prefix: tuple[str, ...] = (), source: str = "") -> str:
-    """Run the guide's download cell alone, with a cache in ``folder``, and return its last words.
-
-    Args:
-        folder: where the cache is.
-        address: what HEART_DISEASE_URL is set to.
-        prefix: a command to run it under.
-        source: what to run in place of the cell as it is.
-    """
-    program = "import logging, os, re\nimport pooch\nurl = ''\n" + (source or download_cell())
-    variables = {"HEART_DISEASE_URL": address, "HEART_DISEASE_CACHE": str(folder / "cache")}
-    command = [*prefix, sys.executable, "-W", "error", "-c", program]
-    process = subprocess.run(command, env=environment(folder, **variables), capture_output=True, text=True, timeout=60)
-    assert process.stdout == ""
-    return process.stderr
-
-
-def cached(folder: Path) -> list[str]:
-    """Return the names of all files in the cache that ``download`` uses."""
-    return [path.name for path in (folder / "cache").glob("*")]
-
-
-def test_download_prints_nothing_and_leaves_one_file(tmp_path, heart_disease):
-    with serving(heart_disease) as (address, _):
-        assert download(tmp_path, address) == ""
-    assert cached(tmp_path) == [NAME]
-
-
-def test_wrong_bytes_are_refused_before_anything_is_written(tmp_path, heart_disease):
-    # given a server whose file differs in its line ends
+def test_data_that_cannot_be_had_is_refused_before_anything_is_written(tmp_path):
     notebook = copy_project(tmp_path / "project", GUIDE)
-    with serving(heart_disease.replace(b"\n", b"\r\n")) as (address, _):
-        # when the guide is executed
-        process = papermill(
-            notebook, tmp_path / "project", HEART_DISEASE_URL=address, HEART_DISEASE_CACHE=str(tmp_path / "cache")
-        )
-    # then it says what is wrong and what to do, and leaves neither a file in the cache nor a store
+    process = papermill(notebook, tmp_path / "project", HEART_DISEASE_DATA="nowhere.data")
     assert process.returncode != 0
-    assert f"Cannot get the data from {address}" in process.stderr
-    assert "does not match the known hash" in process.stderr
-    assert "let url or HEART_DISEASE_URL name another address" in process.stderr
-    assert cached(tmp_path) == []
+    assert "ValueError: Cannot use the data at nowhere.data" in process.stderr
+    assert "set HEART_DISEASE_DATA to the path or the address of a copy" in process.stderr
     assert not (tmp_path / "project" / "mlflow.db").exists()
-
-
-def test_address_in_the_parameter_goes_before_the_environment_and_its_404_is_told(tmp_path, served):
-    # given a server without the file, and another that has it
-    notebook = copy_project(tmp_path / "project", GUIDE)
-    before = len(served[1])
-    with serving(b"", status=404) as (address, requests):
-        # when the parameter names the first, the environment the second
-        process = papermill(
-            notebook,
-            tmp_path / "project",
-            {"url": address},
-            HEART_DISEASE_URL=served[0],
-            HEART_DISEASE_CACHE=str(tmp_path / "cache"),
-        )
-    # then only the first is asked, and its answer told
-    assert len(requests) == 1
-    assert len(served[1]) == before
-    assert process.returncode != 0
-    assert f"Cannot get the data from {address} : 404 Client Error" in process.stderr
-    assert "let url or HEART_DISEASE_URL name another address" in process.stderr
-    assert cached(tmp_path) == []
-    assert not (tmp_path / "project" / "mlflow.db").exists()
-
-
-def test_server_that_is_down_is_named_without_secrets(tmp_path):
-    port = free_port()
-    told = download(tmp_path, f"http://user:p@hunter2@127.0.0.1:{port}/{NAME}?token=hunter2")
-    assert f"Cannot get the data from http://127.0.0.1:{port}/{NAME}" in told
-    assert "Check the connection" in told
-    assert "hunter2" not in told
-    assert cached(tmp_path) == []
-
-
-def test_server_that_does_not_answer_is_given_up(tmp_path):
-    # given a server that takes the request and keeps silent, and a second of patience in place of ten
-    source = download_cell().replace("timeout=10", "timeout=1")
-    assert source != download_cell()
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        told = download(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}/{NAME}", source=source)
-    assert "Read timed out" in told
-    assert "Check the connection" in told
-    assert cached(tmp_path) == []
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are a part of Linux")
-def test_without_network_the_public_address_and_the_remedies_are_named(tmp_path, lacking):
-    unshare = ("unshare", "--map-root-user", "--net")
-    if subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:
-        lacking("the right to make a network namespace", "sysctl kernel.unprivileged_userns_clone=1")
-    told = download(tmp_path, prefix=unshare)
-    assert f"Cannot get the data from {PUBLIC_ADDRESS}" in told
-    assert "Check the connection" in told
-    assert "HEART_DISEASE_CACHE" in told
-    assert cached(tmp_path) == []
-
-
-def test_address_that_is_none_is_told(tmp_path):
-    assert f"Cannot get the data from {NAME} : Invalid URL" in download(tmp_path, NAME)
-    assert cached(tmp_path) == []
-
-
-def test_spoilt_file_in_the_cache_is_replaced(tmp_path, heart_disease):
-    # given a cache whose file was cut off
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / NAME).write_bytes(heart_disease[:1000])
-    # when the file is downloaded
-    with serving(heart_disease) as (address, _):
-        assert download(tmp_path, address) == ""
-    # then the cache has it whole
-    assert (tmp_path / "cache" / NAME).read_bytes() == heart_disease
-
-
-def test_file_put_into_the_cache_by_hand_needs_no_server(tmp_path, heart_disease):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / NAME).write_bytes(heart_disease)
-    assert download(tmp_path, f"http://127.0.0.1:{free_port()}/{NAME}") == ""

@@ -1,22 +1,14 @@
-"""Guide 03: what the comparison, the search and the release log, and that a search survives errors and kills."""
-
-import contextlib
-import platform
-import shutil
-import subprocess
-import sys
-import time
-from collections import Counter
+"""Guide 03: what the comparison, the killed search, the final evaluation and the release log."""
 
 import mlflow
-import nbformat
-import psutil
+import pandas as pd
 import pytest
-from execution import ROOT, copy_project, environment, papermill, refusal
-from kernels import execute_in, running_kernel
+from execution import copy_project, executed, papermill, text_outputs
 from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
+
+from lifecycle.tables import fingerprint
 
 GUIDE = "guides/03_search_and_evaluate.ipynb"
 EXPERIMENT = "iris_classification"
@@ -28,9 +20,9 @@ COMBINATIONS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Give a folder in which the guide has been executed once, with six trials. No test here writes to its store."""
+    """Give a folder in which the guide has been executed once, with its thirty trials. No test here writes to its store."""
     folder = tmp_path_factory.mktemp("search")
-    process = papermill(copy_project(folder, GUIDE), folder, {"n_trials": 6})
+    process = papermill(copy_project(folder, GUIDE), folder)
     assert process.returncode == 0, process.stderr
     return folder
 
@@ -79,9 +71,28 @@ def searches(client: mlflow.MlflowClient) -> list:
 def test_run_of_a_combination_has_tags_metrics_data_and_confusion_matrix(client, runs, name):
     run = runs[name]
     assert [run.data.tags["model"], run.data.tags["feature_set"]] == name.split("_")
-    assert set(run.data.metrics) == {"train_accuracy", "train_f1", "validation_accuracy", "validation_f1"}
+    measured = {"train_accuracy", "train_f1", "validation_accuracy", "validation_f1"}
+    assert set(run.data.metrics) == {*measured, "cv_f1_mean"}
+    model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    assert {metric.key for metric in model.metrics} == measured  # a score of cross-validation belongs to no model
     assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["iris_train", "iris_validation"]
     assert "confusion_matrix.png" in {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_run_of_a_combination_keeps_the_score_of_each_fold(runs, name):
+    content = mlflow.artifacts.load_dict(f"runs:/{runs[name].info.run_id}/fold_scores.json")
+    folds = pd.DataFrame(content["data"], columns=content["columns"])
+    assert list(folds) == ["repeat", "fold", "f1"]
+    assert len(folds) == 15
+    assert runs[name].data.metrics["cv_f1_mean"] == pytest.approx(folds["f1"].mean())
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_datasets_keep_the_sha256_of_their_rows(runs, name):
+    features, target = part_of_iris("validation")
+    (item,) = [item for item in runs[name].inputs.dataset_inputs if item.dataset.name == "iris_validation"]
+    assert {tag.key: tag.value for tag in item.tags}["sha256"] == fingerprint(features.assign(species=target))
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -102,20 +113,25 @@ def test_squared_feature_set_gives_the_model_squares(runs):
 def test_every_trial_is_a_child_run_with_parameters_score_and_duration(client):
     (parent,) = searches(client)
     found = children(client, parent)
-    assert [run.info.run_name for run in found] == [f"trial {number:03d}" for number in range(6)]
+    assert [run.info.run_name for run in found] == [f"trial {number:03d}" for number in range(30)]
     for run in found:
         assert set(run.data.params) == {"C", "l1_ratio"}
         assert set(run.data.metrics) == {"cv_log_loss", "duration_seconds"}
         assert 0 < run.data.metrics["duration_seconds"] < 60
+        assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["iris_development"]
     assert parent.data.metrics["cv_log_loss"] == min(run.data.metrics["cv_log_loss"] for run in found)
-    assert parent.data.metrics["trials"] == 6
-    assert "resumed" not in parent.data.tags
+    assert parent.data.metrics["trials"] == 30
 
 
-def test_pictures_of_the_search_are_with_its_parent(client):
+def test_search_was_killed_and_went_on(client):
     (parent,) = searches(client)
-    for name in ("history.png", "importance.png"):
-        assert mlflow.artifacts.load_image(f"runs:/{parent.info.run_id}/{name}").size[0] > 300
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["resumed"] == "with 10 trials"
+
+
+def test_picture_of_the_search_is_with_its_parent(client):
+    (parent,) = searches(client)
+    assert mlflow.artifacts.load_image(f"runs:/{parent.info.run_id}/search.png").size[0] > 600
 
 
 def test_final_run_is_marked_and_scored_on_the_test_rows(client, runs):
@@ -130,9 +146,14 @@ def test_final_run_is_marked_and_scored_on_the_test_rows(client, runs):
 
 def test_no_other_run_saw_the_test_rows(runs):
     others = [run for run in runs.values() if "final_evaluation" not in run.data.tags]
-    assert len(others) == 6 + 1 + 6
+    assert len(others) == 6 + 1 + 30
     assert not [run for run in others if "iris_test" in {item.dataset.name for item in run.inputs.dataset_inputs}]
     assert not [run for run in others if any(name.startswith("test") for name in run.data.metrics)]
+
+
+def test_final_run_says_who_used_the_test_rows_before(folder, client, runs):
+    assert runs["final LogisticRegression_subset"].data.tags["earlier_runs_on_test_rows"] == "0"
+    assert "In this store, 0 earlier runs have used these test rows." in "".join(text_outputs(executed(folder)))
 
 
 def test_production_is_the_final_version_and_the_older_one_is_still_there(client, runs):
@@ -141,160 +162,21 @@ def test_production_is_the_final_version_and_the_older_one_is_still_there(client
     assert client.get_model_version(MODEL, "2").run_id == runs["final LogisticRegression_subset"].info.run_id
 
 
-@contextlib.contextmanager
-def begun(notebook, folder, **parameters):
-    """Execute ``notebook`` by papermill in the background; at the end of the block it and its kernel are killed."""
-    command = [sys.executable, "-m", "papermill", str(notebook), "begun.ipynb", "--no-progress-bar"]
-    for name, value in parameters.items():
-        command += ["-p", name, str(value)]
-    options = {"cwd": folder, "env": environment(folder), "stdin": subprocess.DEVNULL}
-    with (folder / "begun.log").open("w") as log:
-        process = psutil.Popen(command, stdout=log, stderr=log, **options)
-        try:
-            yield process
-        finally:
-            family = [*process.children(recursive=True), process]
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-            psutil.wait_procs(family)
-
-
-def test_killed_search_goes_on_with_its_trials(tmp_path):
-    # given a search that is killed when it has some of its forty trials
-    notebook = copy_project(tmp_path, GUIDE)
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
-    with begun(notebook, tmp_path, n_trials=40) as process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "mlruns").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        while not (searches(client) and len(children(client, searches(client)[0])) >= 4):
-            assert process.is_running() and time.monotonic() < deadline, (tmp_path / "begun.log").read_text()
-            time.sleep(0.05)
-    (parent,) = searches(client)
-    assert parent.info.status == "RUNNING"
-    before = [run.info.run_id for run in children(client, parent) if run.info.status == "FINISHED"]
-    assert 3 <= len(before) < 40
-    # when the guide is started again
-    process = papermill(notebook, tmp_path, {"n_trials": 40})
-    # then the same search is finished: it tells so, has its old trials, and every number once
+def test_version_that_is_not_better_than_the_holder_does_not_go_into_production(tmp_path):
+    # given a store in which a run has used the test rows, and a search that is too short to find anything
+    features, target = part_of_iris("test")
+    rows = mlflow.data.from_pandas(features.assign(species=target))
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+    mlflow.set_experiment(experiment_id=mlflow.create_experiment("earlier", tmp_path.as_uri()))
+    with mlflow.start_run():
+        mlflow.log_input(rows)
+    mlflow.set_tracking_uri(None)
+    # when
+    process = papermill(copy_project(tmp_path, GUIDE), tmp_path, {"n_trials": 6})
+    # then both versions are there, and the first stays in production
     assert process.returncode == 0, process.stderr
-    (parent,) = searches(client)
-    assert parent.info.status == "FINISHED"
-    assert parent.data.tags["resumed"] == f"with {len(before)} trials"
-    finished = [run for run in children(client, parent) if run.info.status == "FINISHED"]
-    assert set(before) <= {run.info.run_id for run in finished}
-    assert Counter(run.info.run_name for run in finished) == Counter(f"trial {number:03d}" for number in range(40))
-    assert len({str(run.data.params) for run in finished}) == 40
-
-
-def process_tag() -> str:
-    """Return the name that the guide would give to this very process, which is alive."""
-    process = psutil.Process()
-    return f"{platform.node()} {process.pid} {process.create_time():.0f}"
-
-
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    with running_kernel(tmp_path_factory.mktemp("kernel")) as kernel:
-        yield kernel
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory):
-    """Give a database that has its tables, which take a second or two to make, and nothing in them."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path.as_posix()}")
-    return path
-
-
-@pytest.fixture
-def search(kernel, empty_database, tmp_path):
-    """Give a function that executes the guide as far as its search, in a store of the test's own.
-
-    It takes the parameters, the condition under which a trial is to fail, and environment variables; it returns the
-    error, a client of the store, and the kinds of output that there were.
-    """
-    copy_project(tmp_path, GUIDE)
-    shutil.copy(empty_database, tmp_path)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
-
-    def run(fails_if: str = "False", variables: dict | None = None, **parameters) -> tuple[str, object, set]:
-        notebook = nbformat.read(ROOT / GUIDE, as_version=4)
-        last = next(i for i, cell in enumerate(notebook.cells) if "study.optimize(" in cell.source)
-        notebook.cells = notebook.cells[: last + 1]
-        (cell,) = [cell for cell in notebook.cells if "def objective(trial):" in cell.source]
-        line = "        candidate = pipeline("
-        assert line in cell.source
-        raising = f'        if {fails_if}:\n            raise MemoryError("no memory left")\n'
-        cell.source = cell.source.replace(line, raising + line)
-        error = execute_in(kernel, notebook, tmp_path, variables, parameters)
-        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-        return error, client, {kind for output in outputs for kind in output.get("data", {})}
-
-    return run
-
-
-def test_search_that_is_finished_or_in_progress_elsewhere_is_left_alone(search):
-    # given a finished search, and one like it that a living process is at
-    error, client, _ = search(n_trials=2)
-    assert error == ""
-    (finished,) = searches(client)
-    tags = {"search": finished.data.tags["search"], "process": process_tag()}
-    other = client.create_run(finished.info.experiment_id, tags=tags).info.run_id
-    # when the guide is executed again, then it makes a search of its own
-    assert search(n_trials=2)[0] == ""
-    (own,) = [run for run in searches(client) if run.info.run_id not in (finished.info.run_id, other)]
-    assert len(children(client, own)) == 2
-    assert len(children(client, finished)) == 2
-    assert client.get_run(other).info.status == "RUNNING"
-    assert "resumed" not in client.get_run(other).data.tags
-
-
-def test_trial_that_raises_is_recorded_and_the_search_goes_on(search):
-    error, client, _ = search("trial.number == 1", n_trials=4)
-    assert error == ""
-    found = children(client, searches(client)[0])
-    assert [run.info.status for run in found] == ["FINISHED", "FAILED", "FINISHED", "FINISHED"]
-    assert found[1].data.tags["error"] == "MemoryError('no memory left')"
-    assert "cv_log_loss" not in found[1].data.metrics
-
-
-def test_search_in_which_all_trials_fail_says_why(search):
-    error, client, _ = search("True", n_trials=2)
-    assert error == "RuntimeError: No trial succeeded. The first failed with MemoryError('no memory left')"
-    assert [run.info.status for run in children(client, searches(client)[0])] == ["FAILED", "FAILED"]
-
-
-def test_grid_is_tried_point_by_point_by_two_jobs(search):
-    error, client, _ = search(sampler="grid", n_trials=100, n_jobs=2)
-    assert error == ""
-    found = children(client, searches(client)[0])
-    points = Counter((float(run.data.params["C"]), float(run.data.params["l1_ratio"])) for run in found)
-    assert points == Counter((c, ratio) for c in (0.01, 0.1, 1, 10, 100) for ratio in (0, 0.5, 1))
-    assert {run.info.status for run in found} == {"FINISHED"}
-
-
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-def test_timeout_ends_the_search(search):
-    error, client, kinds = search(n_trials=100_000, timeout=1)
-    assert error == ""
-    assert 0 < len(children(client, searches(client)[0])) < 1000
-    assert WIDGET not in kinds
-
-
-def test_person_sees_a_progress_bar(search):
-    # given a frontend with a person before it, as Jupyter tells its kernels
-    error, _, kinds = search(variables={"JPY_SESSION_NAME": "a notebook"}, n_trials=1)
-    assert error == ""
-    assert WIDGET in kinds
-
-
-IMPOSSIBLE = "sampler is tpe or grid; n_trials is at least 1, n_jobs not 0, timeout positive seconds"
-
-
-@pytest.mark.parametrize("parameters", [{"sampler": "best"}, {"n_trials": 0}, {"n_jobs": 0}, {"timeout": -1}], ids=str)
-def test_impossible_parameter_is_refused(parameters):
-    assert refusal(GUIDE, **parameters).startswith(IMPOSSIBLE)
+    assert str(client.get_model_version_by_alias(MODEL, "production").version) == "1"
+    assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
+    # and the final run says who has used the test rows before
+    assert runs_by_name(client)["final LogisticRegression_subset"].data.tags["earlier_runs_on_test_rows"] == "1"

@@ -1,10 +1,16 @@
-"""lifecycle.tables: which tables are refused, and when two tables have the same rows."""
+"""lifecycle.tables: which tables are refused, what is downloaded, and when two tables have the same rows."""
+
+import hashlib
+import socket
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from execution import free_port
+from serving import NAME, serving
 
+from lifecycle import tables
 from lifecycle.tables import check_table, fingerprint, read_table
 
 GOOD = "weight,kind\n" + "".join(f"{number},{'ab'[number % 2]}\n" for number in range(40))
@@ -105,3 +111,128 @@ def test_fingerprint_survives_a_csv_file(tmp_path):
     rows = large_table()
     rows.to_csv(tmp_path / "rows.csv", index=False)
     assert fingerprint(read_table(tmp_path / "rows.csv")) == fingerprint(rows)
+
+
+# A file that is downloaded and verified. The content is the test's own.
+
+CONTENT = b"1,2,3\n" * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+VARIABLE = "A_COPY_OF_THE_DATA"
+
+
+def had(address, folder, **options):
+    """Return the path of the file, or what the error says, with a cache in ``folder``."""
+    try:
+        return tables.verified_file(address, SHA256, VARIABLE, cache=folder / "cache", **options)
+    except ValueError as error:
+        return str(error)
+
+
+def cached(folder):
+    return [path.name for path in (folder / "cache").glob("*")]
+
+
+def test_file_is_downloaded_once_and_nothing_is_printed(tmp_path, capfd):
+    with serving(CONTENT) as (address, requests):
+        first, second = had(address, tmp_path), had(address, tmp_path)
+    assert first == second
+    assert first.read_bytes() == CONTENT
+    assert requests == [f"/{NAME}"]
+    assert cached(tmp_path) == [NAME]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_variable_names_a_copy_by_its_path(tmp_path, monkeypatch):
+    (tmp_path / "copy").write_bytes(CONTENT)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "copy"))
+    assert had("http://127.0.0.1:9/data", tmp_path) == tmp_path / "copy"
+    assert cached(tmp_path) == []
+
+
+def test_variable_names_a_copy_by_its_address(tmp_path, monkeypatch):
+    with serving(CONTENT) as (address, requests):
+        monkeypatch.setenv(VARIABLE, address)
+        assert had("http://127.0.0.1:9/data", tmp_path).read_bytes() == CONTENT
+    assert len(requests) == 1
+
+
+def test_copy_that_is_another_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "copy").write_bytes(CONTENT.replace(b"\n", b"\r\n"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "copy"))
+    assert f"its SHA-256 is not {SHA256}, so it is another file" in had("http://127.0.0.1:9/data", tmp_path)
+
+
+def test_wrong_bytes_from_a_server_are_refused_and_not_kept(tmp_path):
+    with serving(CONTENT.replace(b"\n", b"\r\n")) as (address, _):
+        told = had(address, tmp_path)
+    assert told.startswith(f"Cannot use the data at {address} : ")
+    assert "does not match the known hash" in told
+    assert cached(tmp_path) == []
+
+
+def test_answer_404_is_told_with_the_remedy(tmp_path):
+    with serving(b"", status=404) as (address, _):
+        told = had(address, tmp_path)
+    assert "404 Client Error" in told
+    assert told.endswith(f"Check the connection, or set {VARIABLE} to the path or the address of a copy.")
+
+
+def test_server_that_is_down_is_named_without_secrets(tmp_path):
+    port = free_port()
+    told = had(f"http://user:p@hunter2@127.0.0.1:{port}/{NAME}?token=hunter2", tmp_path)
+    assert told.startswith(f"Cannot use the data at http://127.0.0.1:{port}/{NAME}")
+    assert "hunter2" not in told
+
+
+def test_server_that_does_not_answer_is_given_up(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        told = had(f"http://127.0.0.1:{silent.getsockname()[1]}/{NAME}", tmp_path, timeout_seconds=0.5)
+    assert "Read timed out" in told
+
+
+def test_spoilt_file_in_the_cache_is_replaced(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / NAME).write_bytes(CONTENT[:100])
+    with serving(CONTENT) as (address, _):
+        assert had(address, tmp_path).read_bytes() == CONTENT
+
+
+def test_file_put_into_the_cache_by_hand_needs_no_server(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / NAME).write_bytes(CONTENT)
+    assert had(f"http://127.0.0.1:{free_port()}/{NAME}", tmp_path).read_bytes() == CONTENT
+
+
+# Runs that used the same rows
+
+
+@pytest.fixture
+def store(tmp_path):
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+def logged(experiment, rows, tags=None):
+    """Log ``rows`` as the dataset of a run in ``experiment``, and return the run's id."""
+    mlflow.set_experiment(experiment)
+    with mlflow.start_run() as run:
+        mlflow.log_input(mlflow.data.from_pandas(rows), tags=tags)
+    return run.info.run_id
+
+
+def test_runs_with_the_same_rows_are_found_in_all_experiments(store):
+    rows = pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, 4.0]})
+    expected = {logged("one", rows), logged("two", rows, {"sha256": tables.fingerprint(rows)})}
+    logged("two", rows.assign(b=0.0))
+    assert {run.info.run_id for run in tables.runs_with(mlflow.data.from_pandas(rows))} == expected
+
+
+def test_run_whose_fingerprint_differs_is_another_though_the_digest_is_the_same(store):
+    # given two tables that differ in a truth value, which MLflow's digest leaves out
+    rows = pd.DataFrame({"a": [1.0, 2.0], "b": [True, False]})
+    others = rows.assign(b=True)
+    assert mlflow.data.from_pandas(rows).digest == mlflow.data.from_pandas(others).digest
+    logged("one", others, {"sha256": tables.fingerprint(others)})
+    expected = logged("one", rows, {"sha256": tables.fingerprint(rows)})
+    assert [run.info.run_id for run in tables.runs_with(mlflow.data.from_pandas(rows))] == [expected]

@@ -10,12 +10,14 @@ import time
 
 import mlflow
 import optuna
+import pandas as pd
 import psutil
 import pytest
 from execution import environment
 from optuna.trial import TrialState
 
 from lifecycle import search
+from lifecycle.tables import fingerprint
 
 METRIC = "loss"
 
@@ -166,19 +168,156 @@ def test_name_with_a_quote_is_refused(experiment_id):
         search.unfinished("Zoë's search", experiment_id)
 
 
+# A whole search
+
+
+ROWS = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [0.0, 1.0, 0.0]})
+
+
+def run(experiment_id, objective=objective, rows=ROWS, **options):
+    """Run a search of six trials, and return what it returns."""
+    options = {"name": "a search", "metric": METRIC, "trials": 6, "seed": 1} | options
+    dataset = mlflow.data.from_pandas(rows, name="rows")
+    return search.run_search(objective, dataset, experiment_id=experiment_id, **options)
+
+
+def searches(experiment_id):
+    return [found for found in mlflow.search_runs([experiment_id], output_format="list") if "search" in found.data.tags]
+
+
+def test_run_of_the_search_has_the_best_parameters_and_score(experiment_id):
+    study, parent = run(experiment_id, tags={"commit": "abc"})
+    assert parent.info.run_name == "search a search"
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {name: str(value) for name, value in study.best_params.items()}
+    assert parent.data.metrics == {METRIC: study.best_value, "trials": 5}  # the third of six fails
+    assert parent.data.tags["commit"] == "abc"
+    assert "resumed" not in parent.data.tags
+
+
+def test_search_and_trials_have_the_dataset_with_its_sha256(experiment_id):
+    _, parent = run(experiment_id)
+    for found in [parent, *children(parent)]:
+        (item,) = found.inputs.dataset_inputs
+        assert item.dataset.name == "rows"
+        assert {tag.key: tag.value for tag in item.tags}["sha256"] == fingerprint(ROWS)
+
+
+def test_search_that_is_finished_is_not_taken_up(experiment_id):
+    _, first = run(experiment_id)
+    _, second = run(experiment_id)
+    assert first.info.run_id != second.info.run_id
+    assert len(children(first)) == len(children(second)) == 6
+
+
+def interrupted(trial):
+    if trial.number == 4:
+        raise KeyboardInterrupt
+    return objective(trial)
+
+
+def test_interrupted_search_goes_on(experiment_id):
+    # given a search of six trials that Ctrl+C ends in the fifth
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment_id, interrupted)
+    assert [found.info.status for found in searches(experiment_id)] == ["FAILED"]
+    # when it is started again
+    _, parent = run(experiment_id)
+    # then it is one search, with each number once
+    assert parent.data.tags["resumed"] == "with 4 trials"
+    assert [found.info.run_name for found in children(parent)] == [f"trial {number:03d}" for number in range(6)]
+    assert len(searches(experiment_id)) == 1
+
+
+DIFFERENT = {
+    "name": {"name": "another"},
+    "seed": {"seed": 2},
+    "rows": {"rows": ROWS.assign(y=1.0)},
+    "points": {"points": [{"x": 0.5, "n": 1}]},
+}
+
+
+@pytest.mark.parametrize("options", DIFFERENT.values(), ids=DIFFERENT)
+def test_search_that_differs_is_another(experiment_id, options):
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment_id, interrupted)
+    _, parent = run(experiment_id, **options)
+    assert "resumed" not in parent.data.tags
+    assert len(searches(experiment_id)) == 2
+
+
+def test_points_are_tried_each_once_by_two_jobs(experiment_id):
+    points = [{"x": x, "n": n} for x in (0.0, 0.5, 1.0) for n in (1, 2, 3)]
+    study, parent = run(experiment_id, lambda trial: objective_of_points(trial), points=points, trials=100, jobs=2)
+    assert sorted(str(trial.params) for trial in study.trials) == sorted(map(str, points))
+    assert len(children(parent)) == 9
+    assert study.best_params == {"x": 0.5, "n": 1}
+
+
+def objective_of_points(trial):
+    return (trial.suggest_float("x", -1, 1) - 0.5) ** 2 + trial.suggest_int("n", 1, 9)
+
+
+def test_interrupted_search_over_points_tries_the_others(experiment_id):
+    points = [{"x": 0.1 * number, "n": 1} for number in range(6)]
+
+    def cut_off(trial):
+        if trial.number == 3:
+            raise KeyboardInterrupt
+        return objective_of_points(trial)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment_id, cut_off, points=points)
+    study, parent = run(experiment_id, objective_of_points, points=points)
+    assert sorted(trial.params["x"] for trial in study.trials) == [point["x"] for point in points]
+    assert parent.data.metrics["trials"] == 6
+
+
+def test_timeout_ends_the_search(experiment_id):
+    _, parent = run(experiment_id, objective_of_points, trials=100_000, timeout_seconds=0.5)
+    assert 0 < len(children(parent)) < 1000
+
+
+def test_search_in_which_all_trials_fail_says_why(experiment_id):
+    def failing(trial):
+        raise MemoryError("no memory left")
+
+    with pytest.raises(
+        RuntimeError, match=r"No trial succeeded. The first failed with MemoryError\('no memory left'\)"
+    ):
+        run(experiment_id, failing, trials=2)
+    (parent,) = searches(experiment_id)
+    assert parent.info.status == "FAILED"
+    assert [found.info.status for found in children(parent)] == ["FAILED", "FAILED"]
+
+
+@pytest.mark.parametrize("options", [{"trials": 0}, {"jobs": 0}, {"timeout_seconds": -1}], ids=str)
+def test_impossible_number_is_refused_before_anything_is_logged(experiment_id, options):
+    with pytest.raises(ValueError, match="trials must be at least 1, jobs not 0, and timeout_seconds positive"):
+        run(experiment_id, **options)
+    assert searches(experiment_id) == []
+
+
+def test_progress_bar_is_shown_on_request_alone(experiment_id, capfd):
+    run(experiment_id)
+    assert "%" not in capfd.readouterr().err
+    run(experiment_id, progress=True)
+    assert "100%" in capfd.readouterr().err
+
+
 PROGRAM = """
     import sys, time
-    import mlflow, optuna
+    import mlflow
+    import pandas as pd
     from lifecycle import search
 
     def objective(trial):
         time.sleep(0.05)
         return trial.suggest_float("x", -1, 1) ** 2
 
-    client = mlflow.MlflowClient()
-    parent = client.create_run(sys.argv[1], tags={"search": "a search", "process": search.process_name()})
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=1))
-    study.optimize(objective, 1000, callbacks=[search.log_trials(parent, "loss")])
+    rows = mlflow.data.from_pandas(pd.DataFrame({"x": [1.0]}))
+    options = {"name": "a search", "metric": "loss", "trials": 40, "seed": 1, "experiment_id": sys.argv[1]}
+    search.run_search(objective, rows, **options)
 """
 
 
@@ -191,13 +330,15 @@ def test_killed_search_goes_on_with_its_trials(experiment_id, store, tmp_path):
         while len(mlflow.search_runs([experiment_id])) < 8 and time.monotonic() < deadline:
             time.sleep(0.1)
         os.kill(process.pid, signal.SIGKILL)
-    # when it is looked for and taken up
-    parent = search.unfinished("a search", experiment_id)
-    study = optuna.create_study()
-    count = search.take_up(study, parent, "loss")
-    # then every trial that ended is there once, and the search goes on after them
-    assert count >= 5
-    study.optimize(lambda trial: trial.suggest_float("x", -1, 1) ** 2, 2, callbacks=[search.log_trials(parent, "loss")])
-    ended = [run for run in children(parent) if run.info.status == "FINISHED"]
-    numbers = [json.loads(run.data.tags["trial"])["number"] for run in ended]
-    assert len(numbers) == len(set(numbers)) == count + 2
+    # when the same program is started again
+    (before,) = searches(experiment_id)
+    assert before.info.status == "RUNNING"
+    kept = {found.info.run_id for found in children(before) if found.info.status == "FINISHED"}
+    subprocess.run(command, env=variables, check=True, stderr=subprocess.DEVNULL)
+    # then the search is finished, with its old trials, and each number once
+    (parent,) = searches(experiment_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["resumed"] == f"with {len(kept)} trials"
+    ended = [found for found in children(parent) if found.info.status == "FINISHED"]
+    assert kept <= {found.info.run_id for found in ended}
+    assert [json.loads(found.data.tags["trial"])["number"] for found in ended] == list(range(40))
