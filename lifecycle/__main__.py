@@ -4,6 +4,8 @@ Libraries are imported by the subcommand that needs them, so that ``--help`` ans
 """
 
 import json
+import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,6 +57,46 @@ def mend_store(yes: bool) -> None:
     if not yes:
         click.confirm("Change these paths, after a copy of the store?", abort=True)
     click.echo(f"Mended. The store as it was: {mend(path, wanted)}")
+
+
+@main.command()
+@click.argument("experiment")
+@click.option("--metric", default="validation_f1", show_default=True, help="To compare by. More of it is better.")
+@click.option("--registered-model", metavar="NAME", help="To look up in production; EXPERIMENT_best_model by default.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="reports/EXPERIMENT by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the report says as JSON.")
+def report(experiment: str, metric: str, registered_model: str | None, output: Path | None, as_json: bool) -> None:
+    """Write the report of EXPERIMENT: who wins, who is tied, what was left out and why; with table and charts."""
+    import mlflow
+
+    from lifecycle.report import make_report, verdict, write
+    from lifecycle.store import printable
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        use_store()
+        made = make_report(experiment, metric, registered_model)
+        folder = output or Path("reports") / re.sub(r"[^\w.-]|^[.]+", "_", experiment)
+        write(made, folder)
+    except (ValueError, RuntimeError, OSError, mlflow.MlflowException) as error:
+        raise click.ClickException(" ".join(printable(str(error)).split())) from None
+    if as_json:
+        click.echo(json.dumps(asdict(made), indent=2))
+    else:
+        click.echo(f"{verdict(made)}\nThe report: {folder / 'experiment_report.md'}")
+
+
+def use_store() -> None:
+    """Make the store of this folder the active one; refuse one that is not there, and make none."""
+    import mlflow
+
+    from lifecycle.store import StoreUnusableError, check_store, tracking_uri
+
+    uri = tracking_uri(Path.cwd())
+    if uri.startswith("sqlite") and not Path(uri.partition(":///")[2]).is_file():
+        raise StoreUnusableError(f"There is no store at {uri} yet.", "Make one first: make run")
+    check_store(Path.cwd())
+    mlflow.set_tracking_uri(uri)
 
 
 @main.command()

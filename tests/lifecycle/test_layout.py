@@ -21,6 +21,8 @@ ALLOWED = {
     "interface": {"store"},
     "check": {"pins", "store"},
     "moved": {"store"},
+    "ranking": {"pins", "store", "tables", "comparison"},
+    "report": {"pins", "store", "tables", "comparison", "ranking"},
     "search": {"pins", "store", "tables", "comparison"},
 }
 # Libraries that take long to import or that not everybody has, and the one module that is about each.
