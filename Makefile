@@ -3,6 +3,7 @@
 # `make help` lists the rest. Nothing needs an activated environment.
 
 PYTHON ?= python3
+EXPERIMENT ?= iris_classification
 NOTEBOOKS ?= $(shell git ls-files '*.ipynb' ':!benchmarks')
 
 ifeq ($(OS),Windows_NT)
@@ -39,12 +40,10 @@ guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's stor
 	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
 	$(BIN)/python tools/run.py $(filter-out $(OUT_OF_REACH),$(sort $(wildcard guides/*.ipynb)))
 
-report: $(INSTALLED) ## make the report of experiment iris_classification, from its runs, into build/
-	@mkdir -p build
-	$(BIN)/python -m nbconvert --execute --to html --no-input --output-dir build --output experiment_report \
-		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags release --log-level ERROR \
-		--KernelManager.transport_encryption=auto guides/04_release_and_report.ipynb
-	@echo "The report: build/experiment_report.html. Its text, table and charts as files: reports/iris_classification/"
+report: $(INSTALLED) ## make the report of an experiment, from its runs, into build/ (EXPERIMENT=name for another one)
+	@$(BIN)/python -m lifecycle report '$(EXPERIMENT)' --output 'reports/$(EXPERIMENT)'
+	@$(BIN)/python tools/report_page.py 'reports/$(EXPERIMENT)' build/experiment_report.html
+	@echo "As a page: build/experiment_report.html"
 
 ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
 	$(BIN)/python -m lifecycle ui $(if $(PORT),--port $(PORT))
