@@ -2,12 +2,12 @@
 
 Usage: python benchmarks/search.py [--trials 30 300] [--rounds 3] [--storage-trials 30 60]
 
-What is measured is guide 03 itself: its cells are executed up to the search, in an empty SQLite store, and then its own
-objective is run by its own sampler in three ways:
+The objective is that of guide 03: a linear model on Iris, cross-validated by log loss. It is run by the same sampler in
+three ways:
 
 - untracked: plain Optuna, trials in memory.
-- tracked: the same, with the guide's callback, which makes each trial a child run.
-- storage: the same, with its trials kept by `mlflow.optuna.storage.MlflowStorage`. Its cost grows with the number of
+- tracked: by `lifecycle.search.run_search`, as in the guide, which makes each trial a child run.
+- storage: plain Optuna, its trials kept by `mlflow.optuna.storage.MlflowStorage`. Its cost grows with the number of
   trials, so it is measured at other numbers.
 
 A round runs the ways in turn; a ratio is formed within a round, and its median over the rounds is the figure. The last
@@ -15,63 +15,70 @@ lines compare the mean cost per trial in the last tenth of a tracked search with
 """
 
 import argparse
-import contextlib
-import io
 import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import matplotlib as mpl
-import nbformat
+import mlflow
+import optuna
+from mlflow.optuna.storage import MlflowStorage
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-ROOT = Path(__file__).resolve().parent.parent
-GUIDE = ROOT / "guides" / "03_search_and_evaluate.ipynb"
+from lifecycle.search import run_search
 
-
-def cells_before_the_search() -> list[str]:
-    """Return the source of the guide's code cells that stand before the one that runs the search.
-
-    Raises:
-        ValueError: not just one cell runs a search.
-    """
-    notebook = nbformat.read(GUIDE, as_version=4)
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    (position,) = [number for number, source in enumerate(sources) if "study.optimize(" in source]
-    return sources[:position]
+SEED = 42
+IRIS = load_iris(as_frame=True)
+ROWS = IRIS.data.assign(species=IRIS.target_names[IRIS.target])
+SPLITTER = StratifiedKFold(5, shuffle=True, random_state=SEED)
 
 
-def search(guide: dict, way: str, trials: int) -> list[float]:
+def objective(trial: optuna.Trial) -> float:
+    """Return the log loss of a linear model on the petals, cross-validated, as in guide 03."""
+    tried = {"C": trial.suggest_float("C", 1e-2, 1e3, log=True), "l1_ratio": trial.suggest_float("l1_ratio", 0, 1)}
+    estimator = LogisticRegression(solver="saga", max_iter=10_000, random_state=SEED, **tried)
+    model = make_pipeline(StandardScaler(), estimator)
+    scores = cross_val_score(model, IRIS.data.iloc[:, 2:], ROWS["species"], cv=SPLITTER, scoring="neg_log_loss")
+    return round(-scores.mean(), 6)
+
+
+def search(experiment_id: str, way: str, trials: int) -> list[float]:
     """Run ``trials`` trials in one of the three ways and return the seconds from the start to the end of each.
 
     Args:
-        guide: the names that the guide's cells define.
+        experiment_id: where they are logged.
         way: "untracked", "tracked" or "storage".
         trials: how many.
     """
-    mlflow, optuna = guide["mlflow"], guide["optuna"]
-    with mlflow.start_run(run_name=way) as run:
-        guide["search_id"], guide["experiment_id"] = run.info.run_id, run.info.experiment_id
-        storage = None
-        if way == "storage":
-            from mlflow.optuna.storage import MlflowStorage
+    ended = []
 
-            storage = MlflowStorage(experiment_id=run.info.experiment_id)
-        began = time.perf_counter()
-        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=guide["seed"]), storage=storage)
-        ended = []
-        callbacks = [guide["log_trial"]] if way == "tracked" else []
-        callbacks.append(lambda study, trial: ended.append(time.perf_counter() - began))
-        study.optimize(guide["objective"], trials, callbacks=callbacks)
-    return ended
+    def timed(trial: optuna.Trial) -> float:
+        if trial.number:  # the one before has ended, and was logged
+            ended.append(time.perf_counter() - began)
+        return objective(trial)
+
+    dataset = mlflow.data.from_pandas(ROWS, name="iris", targets="species")
+    began = time.perf_counter()
+    if way == "tracked":
+        options = {"name": "benchmark", "metric": "cv_log_loss", "experiment_id": experiment_id, "seed": SEED}
+        run_search(timed, dataset, trials=trials, **options)
+    else:
+        storage = MlflowStorage(experiment_id=experiment_id) if way == "storage" else None
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=SEED), storage=storage)
+        study.optimize(timed, trials)
+    return [*ended, time.perf_counter() - began]
 
 
-def compare(guide: dict, way: str, trials: int, rounds: int) -> None:
+def compare(experiment_id: str, way: str, trials: int, rounds: int) -> None:
     """Print the ratio of ``way`` to the untracked search, at that number of trials."""
     ratios, ends = [], []
     for _ in range(rounds):
-        untracked, other = search(guide, "untracked", trials), search(guide, way, trials)
+        untracked, other = search(experiment_id, "untracked", trials), search(experiment_id, way, trials)
         ratios.append(other[-1] / untracked[-1])
         tenth = max(trials // 10, 1)
         ends.append(((other[-1] - other[-1 - tenth]) / tenth) / (other[tenth] / (tenth + 1)))
@@ -82,26 +89,21 @@ def compare(guide: dict, way: str, trials: int, rounds: int) -> None:
 
 
 def main() -> None:
-    """Execute the guide's cells and compare."""
+    """Compare the three ways."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="*", default=[30, 300])
     parser.add_argument("--storage-trials", type=int, nargs="*", default=[30, 60])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    mpl.use("Agg")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder).as_posix()}/mlflow.db"
-        os.chdir(ROOT)
-        guide = {"__name__": "guide"}
-        with contextlib.redirect_stdout(io.StringIO()):
-            for source in cells_before_the_search():
-                exec(source, guide)
-        guide["optuna"].logging.set_verbosity(guide["optuna"].logging.ERROR)
-        search(guide, "tracked", 3)  # to warm up
+        experiment_id = mlflow.create_experiment("benchmark", Path(folder).as_uri())
+        search(experiment_id, "tracked", 3)  # to warm up
         for trials in options.trials:
-            compare(guide, "tracked", trials, options.rounds)
+            compare(experiment_id, "tracked", trials, options.rounds)
         for trials in options.storage_trials:
-            compare(guide, "storage", trials, 1)
+            compare(experiment_id, "storage", trials, 1)
 
 
 if __name__ == "__main__":

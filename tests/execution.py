@@ -149,7 +149,7 @@ def refusal(notebook: str, **parameters) -> str:
     """
     names = {"__name__": "__main__"}
     for cell in nbformat.read(ROOT / notebook, as_version=4).cells:
-        if cell.source.startswith("tracking_uri = "):
+        if cell.source.startswith("open_experiment("):
             break
         if cell.cell_type == "code" and not cell.source.startswith("os.environ"):
             try:

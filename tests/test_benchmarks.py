@@ -4,6 +4,7 @@ import ast
 import re
 from collections import Counter
 
+import mlflow
 import nbformat
 from execution import ROOT
 
@@ -23,16 +24,38 @@ def test_plain_script_makes_the_notebooks_mlflow_calls():
     assert calls["mlflow.sklearn.log_model"] == 1
 
 
-def test_search_that_is_measured_is_the_guides(monkeypatch):
-    # given what the benchmark executes of guide 03
+def test_ways_to_search_that_are_measured_run_the_same_trials(monkeypatch, tmp_path):
+    # given the three ways, with a store of their own
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
     import search
 
-    cells = search.cells_before_the_search()
-    # then objective and callback are in it, and the guide runs its own search with just these
-    for definition in ("def objective(trial):", "def log_trial(study, trial):"):
-        assert sum(definition in cell for cell in cells) == 1
-    guide = nbformat.read(search.GUIDE, as_version=4)
-    (cell,) = [cell.source for cell in guide.cells if "study.optimize(" in cell.source]
-    assert "study.optimize(objective, " in cell
-    assert '"callbacks": [log_trial]' in cell
+    experiment_id = mlflow.create_experiment("benchmark", tmp_path.as_uri())
+    tried, objective = {}, search.objective
+    for way in ("untracked", "tracked", "storage"):
+        tried[way] = []
+        monkeypatch.setattr(
+            search, "objective", lambda trial, way=way: tried[way].append(objective(trial)) or tried[way][-1]
+        )
+        # when each makes four trials, then it gives four times, one after the other
+        ended = search.search(experiment_id, way, 4)
+        assert len(ended) == 4
+        assert ended == sorted(ended)
+    # and they tried the same
+    assert tried["untracked"] == tried["tracked"] == tried["storage"]
+
+
+def test_objective_that_is_measured_is_that_of_guide_03():
+    # given the calls in both
+    notebook = nbformat.read(ROOT / "guides/03_search_and_evaluate.ipynb", as_version=4)
+    guide = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    benchmark = (ROOT / "benchmarks/search.py").read_text(encoding="utf-8")
+    # then they suggest the same parameters, to the same solver, by the same score
+    for part in (
+        '{"C": trial.suggest_float("C", 1e-2, 1e3, log=True), "l1_ratio": trial.suggest_float("l1_ratio", 0, 1)}',
+        "10_000",
+        "StratifiedKFold(5, shuffle=True, random_state=",
+        'scoring="neg_log_loss"',
+    ):
+        assert part in guide
+        assert part in benchmark

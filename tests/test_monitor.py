@@ -86,7 +86,7 @@ def guide(project, monkeypatch):
         def run(rows=None, served=False, **parameters):
             os.environ["REBUILD_ENVIRONMENT"] = "on" if served else "off"
             names = {"__name__": "__main__"}
-            starts = ["import ", "newer = ", "os.environ", "iris = ", "def loaded_key", "tracking_uri = "]
+            starts = ["import ", "newer = ", "os.environ", "iris = ", "def loaded_key", "open_experiment("]
             starts += ["def keep", "loader = ", "def registered"]
             run_cells(GUIDE, starts, names, **{"resamples": 1, "allow_unchecked": True} | parameters)
             ends.callback(names["scratch"].cleanup)

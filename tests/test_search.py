@@ -20,7 +20,7 @@ COMBINATIONS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Give a folder in which the guide has been executed once, with its thirty trials. No test here writes to its store."""
+    """Give a folder in which the guide has been executed once. No test here writes to its store."""
     folder = tmp_path_factory.mktemp("search")
     process = papermill(copy_project(folder, GUIDE), folder)
     assert process.returncode == 0, process.stderr
