@@ -59,7 +59,7 @@ notebooks: $(INSTALLED) ## execute the committed notebooks in a fresh store and 
 	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
 
 screenshots: browser ## take the pictures in docs/images
-	$(BIN)/python -m pytest tests/test_interface.py tests/test_guides_interface.py --pictures docs/images
+	$(BIN)/python -m pytest tests/notebooks/test_interface.py tests/notebooks/test_guides_interface.py --pictures docs/images
 
 benchmark: $(INSTALLED) ## measure the quickstart, the search of guide 03, and guide 06 where Spark is, against their peers
 	$(BIN)/python benchmarks/quickstart.py
@@ -81,7 +81,7 @@ lint: $(DEVELOPMENT) ## check code and notebooks with ruff
 	$(BIN)/ruff format --check
 
 browser: $(DEVELOPMENT) ## install what the tests of the interface need: a browser and its driver
-	$(BIN)/python tests/browser.py
+	$(BIN)/python tests/helpers/browser.py
 
 postgresql: $(DEVELOPMENT) ## install what the tests of the shared server need: PostgreSQL and its driver
 

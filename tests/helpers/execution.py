@@ -16,7 +16,7 @@ import nbformat
 import psutil
 from nbval.plugin import coalesce_streams, get_sanitize_patterns
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "tracking_quick_start"
 NOT_REBUILT = ["NOT CHECKED: REBUILD_ENVIRONMENT is off, so no environment was built.\n"]
 

@@ -1,10 +1,9 @@
-"""The notebooks on the team's server: their stored outputs, many at once, and what users may not do."""
+"""The quickstart on the team's server: its stored outputs, many at once, and what users may not do."""
 
 import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,33 +16,12 @@ from execution import (
     copy_project,
     differing_outputs,
     execute,
-    executed,
     finished,
-    git,
-    papermill,
-    text_outputs,
 )
 from mlflow.exceptions import MlflowException
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
 GRANT = "3.0/mlflow/users/permissions/grant"
-GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
-
-
-@pytest.mark.parametrize("name", GUIDES)
-def test_guides_give_their_stored_outputs_with_a_users_credentials(name, team, tmp_path_factory, request, lacking):
-    team.empty()
-    source = (ROOT / name).read_text(encoding="utf-8")
-    if "pyspark" in source and find_spec("pyspark") is None:
-        lacking("PySpark", "make scale")
-    if "heart_disease" in name:
-        request.getfixturevalue("heart_disease")
-    # a short name, since guide 06 starts a PostgreSQL in it, and a socket's path has about 100 characters
-    notebook = copy_project(tmp_path_factory.mktemp("guide") / "project", name)
-    process = papermill(notebook, notebook.parent, **team.as_user("ana"), REBUILD_ENVIRONMENT="on")
-    assert process.returncode == 0, process.stderr
-    assert differing_outputs(notebook.parent, name) == []
-    assert secrets_in(process.stderr + "".join(text_outputs(executed(notebook.parent)))) == []
 
 
 def test_quickstart_gives_its_stored_outputs_and_eight_at_once_lose_nothing(team, tmp_path):

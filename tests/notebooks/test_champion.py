@@ -21,18 +21,33 @@ def execute_well(notebook, folder):
     assert process.returncode == 0, process.stderr
 
 
+def add_decoys(client):
+    """Log three runs that look better: one failed, one was measured on other rows, one has no version."""
+    run = client.get_run(client.get_model_version_by_alias(MODEL, "champion").run_id)
+    for status, dataset, registered in (("FAILED", 1, True), ("FINISHED", 0, True), ("FINISHED", 1, False)):
+        decoy = client.create_run(run.info.experiment_id).info
+        client.log_inputs(decoy.run_id, datasets=[run.inputs.dataset_inputs[dataset]])
+        client.log_metric(decoy.run_id, "accuracy", 1.0)
+        client.set_terminated(decoy.run_id, status)
+        if registered:
+            client.create_model_version(MODEL, decoy.artifact_uri, decoy.run_id)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Give a client of a store, and its versions after each of three executions.
+    """Give a client of a store, and its versions and the champion after each of three executions.
 
-    The first two are of the notebook as it is, the third with two configurations that are worse.
+    The first two are of the notebook as it is. Then come the decoys, and the third has two configurations that are
+    worse.
     """
     folder = tmp_path_factory.mktemp("champion")
     notebook = copy_project(folder)
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     executions = []
     for sources in ({}, {}, {"model": WORSE}):
-        edit_cells(notebook, **sources)
+        if sources:
+            add_decoys(client)
+            edit_cells(notebook, **sources)
         execute_well(notebook, folder)
         versions = {int(version.version): version for version in client.search_model_versions()}
         executions.append((versions, client.get_model_version_by_alias(MODEL, "champion").version))
@@ -57,35 +72,29 @@ def test_in_a_tie_the_oldest_stays_champion(store):
 
 
 def test_worse_configurations_leave_the_champion_where_it_was(store):
+    # given the third execution, whose versions follow the two of the decoys
     client, [*_, (versions, champion)] = store
-    assert max(accuracy(client, versions[number]) for number in (5, 6)) < accuracy(client, versions[1])
+    assert max(accuracy(client, versions[number]) for number in (7, 8)) < accuracy(client, versions[1])
+    assert champion == 1
+
+
+@pytest.mark.parametrize("number", [5, 6], ids=["failed", "other rows"])
+def test_runs_that_failed_or_used_other_rows_do_not_compete(store, number):
+    client, [*_, (versions, champion)] = store
+    assert accuracy(client, versions[number]) == 1.0
+    assert champion != number
+
+
+def test_run_without_a_version_does_not_compete(store):
+    client, [*_, (versions, champion)] = store
+    best = client.search_runs(["1"], order_by=["metrics.accuracy DESC", "attributes.start_time DESC"])[0]
+    assert best.data.metrics["accuracy"] == 1.0
+    assert best.info.run_id not in {version.run_id for version in versions.values()}
     assert champion == 1
 
 
 def test_each_execution_adds_two_versions_and_keeps_the_old_ones(store):
     _, executions = store
-    assert [sorted(versions) for versions, _ in executions] == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]
+    assert [sorted(versions) for versions, _ in executions] == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
     for (before, _), (after, _) in itertools.pairwise(executions):
         assert all(after[number].source == version.source for number, version in before.items())
-
-
-def test_only_finished_runs_on_the_same_rows_with_a_version_compete(tmp_path):
-    # given an executed notebook, and three runs that look better: one failed, one was measured on other rows, one has
-    # no version
-    notebook = copy_project(tmp_path)
-    execute_well(notebook, tmp_path)
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    champion = client.get_model_version_by_alias(MODEL, "champion")
-    run = client.get_run(champion.run_id)
-    for status, dataset, registered in (("FAILED", 1, True), ("FINISHED", 0, True), ("FINISHED", 1, False)):
-        decoy = client.create_run(run.info.experiment_id).info
-        client.log_inputs(decoy.run_id, datasets=[run.inputs.dataset_inputs[dataset]])
-        client.log_metric(decoy.run_id, "accuracy", 1.0)
-        client.set_terminated(decoy.run_id, status)
-        if registered:
-            client.create_model_version(MODEL, decoy.artifact_uri, decoy.run_id)
-    # when the notebook is executed again
-    execute_well(notebook, tmp_path)
-    # then none of them is the champion
-    assert len(client.search_model_versions()) == 6
-    assert client.get_model_version_by_alias(MODEL, "champion").version == champion.version

@@ -3,10 +3,9 @@
 import re
 import statistics
 
-import mlflow
 import nbformat
 import pytest
-from execution import ROOT, copy_project, differing_outputs, git, papermill, tracking_server
+from execution import ROOT, git
 
 NOTEBOOKS = git(ROOT, "ls-files", "*.ipynb", ":!benchmarks").splitlines()
 GUIDES = [name for name in NOTEBOOKS if name.startswith("guides/")]
@@ -83,43 +82,3 @@ def test_printed_commands_name_the_environment_and_links_lead_to_files(name):
     for target in re.findall(r"\]\(([^)#]+)", prose):
         if not target.startswith("http"):
             assert (ROOT / "guides" / target).exists(), target
-
-
-@pytest.fixture(scope="module", params=GUIDES)
-def on_a_server(request, tmp_path_factory):
-    """Execute a guide twice on a tracking server, from folders that are not the guide's.
-
-    Give the guide's name, the two finished processes, the folders in which they left their copies, and for each the
-    registered versions afterwards, by name and number.
-    """
-    if "heart_disease" in request.param:
-        request.getfixturevalue("heart_disease")
-    if "scale_out" in request.param:
-        request.getfixturevalue("spark")
-    folder = tmp_path_factory.mktemp("server")
-    processes, folders, versions = [], [folder / "project/first", folder / "project/second"], []
-    notebook = copy_project(folder / "project", request.param)
-    with tracking_server(folder) as address:
-        client = mlflow.MlflowClient(address)
-        for work in folders:
-            work.mkdir()
-            processes.append(papermill(notebook, work, MLFLOW_TRACKING_URI=address, REBUILD_ENVIRONMENT="on"))
-            versions.append(
-                {(version.name, str(version.version)): version for version in client.search_model_versions()}
-            )
-    return request.param, processes, folders, versions
-
-
-def test_tracking_server_and_papermill_give_the_stored_outputs(on_a_server):
-    name, processes, folders, _ = on_a_server
-    assert processes[0].returncode == 0, processes[0].stderr
-    assert differing_outputs(folders[0], name) == []
-
-
-def test_second_execution_works_and_keeps_the_versions(on_a_server):
-    _, processes, _, (before, after) = on_a_server
-    assert processes[1].returncode == 0, processes[1].stderr
-    assert before
-    for key, version in before.items():
-        assert after[key].source == version.source
-        assert after[key].run_id == version.run_id

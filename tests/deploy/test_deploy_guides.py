@@ -1,0 +1,53 @@
+"""Every guide on the team's server: its stored outputs with a user's credentials, and a second execution."""
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+from deployment import secrets_in
+from execution import ROOT, copy_project, differing_outputs, executed, git, papermill, text_outputs
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
+GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
+
+
+@pytest.fixture(scope="module", params=GUIDES)
+def on_the_server(request, team, tmp_path_factory, lacking):
+    """Execute a guide twice as ana, from folders that are not the guide's.
+
+    Give the guide's name, the two finished processes, the folders in which they left their copies, and for each the
+    registered versions afterwards, by name and number.
+    """
+    team.empty()
+    name = request.param
+    if "pyspark" in (ROOT / name).read_text(encoding="utf-8") and find_spec("pyspark") is None:
+        lacking("PySpark", "make scale")
+    if "heart_disease" in name:
+        request.getfixturevalue("heart_disease")
+    # a short name, since guide 06 starts a PostgreSQL in it, and a socket's path has about 100 characters
+    folder = tmp_path_factory.mktemp("guide")
+    notebook = copy_project(folder / "project", name)
+    processes, folders, versions = [], [folder / "project/first", folder / "project/second"], []
+    for work in folders:
+        work.mkdir()
+        processes.append(papermill(notebook, work, **team.as_user("ana"), REBUILD_ENVIRONMENT="on"))
+        with team.client("ana") as client:
+            found = client.search_model_versions()
+        versions.append({(version.name, str(version.version)): version for version in found})
+    return name, processes, folders, versions
+
+
+def test_guide_gives_its_stored_outputs_with_a_users_credentials(on_the_server):
+    name, processes, folders, _ = on_the_server
+    assert processes[0].returncode == 0, processes[0].stderr
+    assert differing_outputs(folders[0], name) == []
+    assert secrets_in(processes[0].stderr + "".join(text_outputs(executed(folders[0])))) == []
+
+
+def test_second_execution_works_and_keeps_the_versions(on_the_server):
+    _, processes, _, (before, after) = on_the_server
+    assert processes[1].returncode == 0, processes[1].stderr
+    assert before
+    for key, version in before.items():
+        assert after[key].source == version.source
+        assert after[key].run_id == version.run_id
