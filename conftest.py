@@ -30,6 +30,8 @@ def pytest_configure(config):
     config.stash[STORE] = tempfile.mkdtemp()
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["REBUILD_ENVIRONMENT"] = "on"
+    # Java compiles for a start that is quick, not for work that takes long: half the time of what is tested here.
+    os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
     # Wherever guide 02 is executed, it takes the shared file, or else downloads it from the public address.
     if FILE.is_file():
         os.environ.setdefault(VARIABLE, str(FILE))

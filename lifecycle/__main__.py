@@ -3,11 +3,14 @@
 Libraries are imported by the subcommand that needs them, so that ``--help`` answers at once.
 """
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 
@@ -15,6 +18,25 @@ import click
 @click.group()
 def main() -> None:
     """Do what MLflow lacks for model versions that a team can trust."""
+
+
+QUIET = {
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """Keep MLflow quiet in the block, and end the command with an expected error in one line, and exit status 1."""
+    with patch.dict(os.environ, QUIET | os.environ):  # the user's own settings win
+        import mlflow
+
+        try:
+            yield
+        except (ValueError, RuntimeError, OSError, mlflow.MlflowException) as error:
+            raise click.ClickException(" ".join(str(error).split())) from None
 
 
 @main.command()
@@ -106,6 +128,45 @@ def ui(port: int | None) -> None:
     from lifecycle.interface import show
 
     show(Path.cwd(), port)
+
+
+@main.command()
+@click.argument("uri")
+@click.option("--rows", required=True, metavar="PARQUET", help="A Parquet file or a folder of them.")
+@click.option("--result", required=True, metavar="FOLDER", help="Where keys and predictions go; not there yet.")
+@click.option("--key", default="id", show_default=True, help="The column of integers that tells the rows apart.")
+@click.option("--gaps", is_flag=True, help="Values may be missing: the model fills them.")
+@click.option("--master", default="local[*]", show_default=True, help="Spark's address.")
+@click.option("--lock", default="requirements.txt", show_default=True, help="The hashes for the model's environment.")
+@click.option("--this-environment", is_flag=True, help="Score in this environment, and build none.")
+@click.option("--experiment", default="scoring", show_default=True, help="Where the run goes.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was scored as JSON.")
+def score(uri: str, as_json: bool, experiment: str, lock: str, this_environment: bool, **settings) -> None:
+    """Score a Parquet data set with the model at URI on Spark, in the environment that the model recorded."""
+    with in_one_line():
+        from lifecycle.scoring import score
+        from lifecycle.store import open_experiment
+
+        open_experiment(experiment, "Data sets scored by registered models.", Path.cwd())
+        rows, result = settings.pop("rows"), settings.pop("result")
+        scored = score(uri, rows, result, lock=None if this_environment else lock, **settings)
+    done = f"{scored.rows} rows (digest {scored.digest}) scored into {result}, recorded in run {scored.run_id}"
+    click.echo(json.dumps(asdict(scored)) if as_json else done)
+
+
+@main.command()
+@click.argument("run_id")
+@click.option("--objective", required=True, metavar="FILE.py:FUNCTION", help="Takes a trial, returns its value.")
+def search_worker(run_id: str, objective: str) -> None:
+    """Run trials of the search RUN_ID until its queue, in the PostgreSQL that SEARCH_STORAGE names, is empty."""
+    with in_one_line():
+        from lifecycle.store import check_store
+        from lifecycle.workers import load_objective, work
+
+        if "SEARCH_STORAGE" not in os.environ:
+            raise ValueError("SEARCH_STORAGE must name the PostgreSQL of the search: postgresql://user@host/database")
+        check_store(Path.cwd())
+        work(run_id, load_objective(objective), os.environ["SEARCH_STORAGE"], objective.rpartition(":")[0])
 
 
 if __name__ == "__main__":

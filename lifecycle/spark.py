@@ -1,0 +1,147 @@
+"""A Spark session that leaves nothing behind, and a model's environment whose archives are verified.
+
+PySpark starts a Java process that lives as long as Python, listens on every interface, and writes on the screen.
+MLflow's ``spark_udf(env_manager="uv")`` builds the environment of a model without hashes (mlflow#4886, mlflow#12478).
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+from lifecycle.store import printable
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+class SparkMissingError(RuntimeError):
+    """Spark cannot be started here."""
+
+
+class EnvironmentRefusedError(RuntimeError):
+    """MLflow cannot build a model's environment with archives that are verified."""
+
+
+@contextlib.contextmanager
+def spark_session(master: str, scratch: Path) -> Iterator["SparkSession"]:
+    """Start Spark, quietly, and give its session to the block; at its end Java has ended. A process can do this once.
+
+    A local Spark listens on the loopback interface only, and keeps its files in ``scratch``.
+
+    Args:
+        master: Spark's address: ``local[*]`` is all cores of this machine.
+        scratch: a folder, which the caller removes. What Spark and its workers print is in ``spark.log`` there.
+
+    Raises:
+        SparkMissingError: PySpark or Java is missing, or Spark does not start.
+    """
+    if find_spec("pyspark") is None:
+        raise SparkMissingError("PySpark is missing. Install it: make scale")
+    if not shutil.which("java") and not os.environ.get("JAVA_HOME"):
+        raise SparkMissingError("Java 17 or later is missing. On Debian: apt-get install openjdk-17-jre-headless")
+    from pyspark import SparkConf, SparkContext
+    from pyspark.errors import PySparkRuntimeError
+    from pyspark.java_gateway import launch_gateway
+    from pyspark.sql import SparkSession
+
+    log = Path(scratch) / "spark.log"
+    python = {"PYSPARK_PYTHON": os.environ.get("PYSPARK_PYTHON", sys.executable)}
+    with log.open("a") as output, contextlib.ExitStack() as stack:
+        try:
+            with patch.dict(os.environ, python):
+                configuration = SparkConf().setAll(list(spark_settings(master, Path(scratch)).items()))
+                gateway = launch_gateway(configuration, {"stdout": output, "stderr": output})
+                stack.callback(end_java, gateway)
+                session = SparkSession(SparkContext(conf=configuration, gateway=gateway))
+        except ConnectionRefusedError:
+            raise SparkMissingError("Spark has ended in this process and cannot start again. Use a new one.") from None
+        except PySparkRuntimeError:
+            said = re.findall(r"(?im)^.*(?:error|unrecognized|unsupported).*$", log.read_text(errors="replace"))
+            raise SparkMissingError(f"Java did not start Spark, which needs Java 17: {' '.join(said[:1])}") from None
+        stack.callback(session.stop)
+        yield session
+
+
+def spark_settings(master: str, scratch: Path) -> dict[str, str]:
+    """Return the settings of a quiet session; where the master is a cluster, all others are the cluster's own."""
+    settings = {"spark.master": master, "spark.app.name": "lifecycle", "spark.log.level": "ERROR"}
+    settings |= {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
+    if master.startswith("local"):
+        temporary = shlex.quote(f"-Djava.io.tmpdir={scratch}")
+        settings |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
+        settings |= {"spark.local.dir": f"{scratch}/spark", "spark.sql.warehouse.dir": f"{scratch}/warehouse"}
+        settings |= {"spark.driver.extraJavaOptions": f"{temporary} -XX:-UsePerfData"}
+        settings |= {"spark.sql.artifact.isolation.enabled": "false"}  # its folder would be in the working directory
+    return settings
+
+
+def end_java(gateway) -> None:
+    """End the Java process behind a session that has stopped, and wait until it is gone."""
+    gateway.shutdown()
+    if gateway.proc:
+        gateway.proc.stdin.close()  # the sign for it to end
+        try:
+            gateway.proc.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            gateway.proc.kill()
+            gateway.proc.wait()
+
+
+@contextlib.contextmanager
+def verified_archives(lock: str | Path) -> Iterator[None]:
+    """Let MLflow build a model's environment by uv in this block, every archive downloaded and verified by ``lock``.
+
+    uv takes hashes from its constraints, and is told so by environment variables. What it prints is kept from the
+    screen. An environment that this process has built before, MLflow takes again as it is. On a cluster the machines
+    build it, and need the same variables there.
+
+    Args:
+        lock: the project's list, with the hashes of every archive, those of pip, setuptools and wheel included.
+
+    Raises:
+        EnvironmentRefusedError: an archive is not the one in the lock, or a package is not in it; in uv's own words.
+    """
+    from mlflow.utils.process import ShellCommandException
+
+    if not Path(lock).is_file():
+        raise EnvironmentRefusedError(f"There is no {lock} with the hashes. Put it there: git checkout {lock}")
+    if " " in tempfile.gettempdir():
+        raise EnvironmentRefusedError(f"Set TMPDIR to a folder without a space, not {tempfile.gettempdir()}")
+    programs = [sysconfig.get_path("scripts"), str(Path(sys.executable).resolve().parent), os.environ["PATH"]]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        shutil.copy(lock, f"{folder}/lock.txt")  # uv takes a space in a path for the end of it
+        variables = {"PATH": os.pathsep.join(programs), "UV_CACHE_DIR": f"{folder}/cache", "UV_NO_BUILD": "true"}
+        variables |= {"UV_REQUIRE_HASHES": "true", "UV_CONSTRAINT": f"{folder}/lock.txt"}
+        try:
+            with patch.dict(os.environ, variables), printing_to(log):
+                os.environ.pop("UV_NO_VERIFY_HASHES", None)
+                yield
+        except ShellCommandException:
+            log.seek(0)
+            said = re.search(r"(?:error:|\u00d7)[^\n]*(?:\n[^\S\n]*╰─▶[^\n]*)?", log.read())
+            words = re.sub(r"\s*╰─▶", ":", said[0]) if said else "uv gave no reason."
+            raise EnvironmentRefusedError(f"The model's environment was not built. {printable(words)}") from None
+
+
+@contextlib.contextmanager
+def printing_to(log) -> Iterator[None]:
+    """Send what this process and its children print to the file ``log``."""
+    sys.stdout.flush(), sys.stderr.flush()
+    screen = os.dup(1), os.dup(2)
+    os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(screen[0], 1), os.dup2(screen[1], 2)
+        os.close(screen[0]), os.close(screen[1])

