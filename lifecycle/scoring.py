@@ -7,13 +7,11 @@ work in the middle, and a gap, or a key that is there twice, may go unnoticed. I
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lifecycle.spark import spark_session, verified_archives
-from lifecycle.store import printable
+from lifecycle.spark import in_a_line, spark_session, verified_archives
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -33,10 +31,6 @@ TYPES = {  # a type in a signature: what the column may be in the files
 
 class UnfitRowsError(ValueError):
     """A data set cannot be scored by this model."""
-
-
-class NotScoredError(RuntimeError):
-    """Spark could not do what it was told."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ def check_rows(
     Raises:
         UnfitRowsError: a column is missing or of another type; there are no rows; a value is missing or infinite; or
             two rows have the same key.
-        NotScoredError: Spark cannot read the files.
+        SparkFailedError: Spark cannot read the files.
     """
     from pyspark.sql import functions as F  # noqa: N812
 
@@ -134,24 +128,6 @@ def check_rows(
     if keys < count:
         raise UnfitRowsError(f"{refusal} {count} rows have {keys} different values of the key {key}")
     return CheckedRows(rows.select(*columns), count, f"{int(digest) % 2**64:016x}")
-
-
-@contextlib.contextmanager
-def in_a_line(refusal: str) -> Iterator[None]:
-    """Say after ``refusal``, in a line, what Spark says in a page of Java.
-
-    Raises:
-        NotScoredError: Spark failed in the block.
-    """
-    from py4j.protocol import Py4JError
-    from pyspark.errors import PySparkException
-
-    try:
-        yield
-    except (PySparkException, Py4JError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = [line for line in lines if re.match(r"[\w.]*(Error|Exception): |\[[A-Z_.]+\] ", line)]
-        raise NotScoredError(f"{refusal} {printable((told or lines)[-1])}") from None
 
 
 def summary(predictions: "DataFrame") -> dict[str, float]:
@@ -191,7 +167,7 @@ def score(
 
     Raises:
         FileExistsError, UnfitRowsError, SparkMissingError, EnvironmentRefusedError: before anything is written.
-        NotScoredError: Spark failed.
+        SparkFailedError: Spark failed.
     """
     import mlflow
     from mlflow.data.meta_dataset import MetaDataset

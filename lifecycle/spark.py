@@ -29,6 +29,10 @@ class SparkMissingError(RuntimeError):
     """Spark cannot be started here."""
 
 
+class SparkFailedError(RuntimeError):
+    """Spark could not do what it was told."""
+
+
 class EnvironmentRefusedError(RuntimeError):
     """MLflow cannot build a model's environment with archives that are verified."""
 
@@ -44,7 +48,8 @@ def spark_session(master: str, scratch: Path) -> Iterator["SparkSession"]:
         scratch: a folder, which the caller removes. What Spark and its workers print is in ``spark.log`` there.
 
     Raises:
-        SparkMissingError: PySpark or Java is missing, or Spark does not start.
+        SparkMissingError: PySpark or Java is missing, or Java does not start.
+        SparkFailedError: Spark does not start, such as with a master that it does not reach.
     """
     if find_spec("pyspark") is None:
         raise SparkMissingError("PySpark is missing. Install it: make scale")
@@ -63,12 +68,13 @@ def spark_session(master: str, scratch: Path) -> Iterator["SparkSession"]:
                 configuration = SparkConf().setAll(list(spark_settings(master, Path(scratch)).items()))
                 gateway = launch_gateway(configuration, {"stdout": output, "stderr": output})
                 stack.callback(end_java, gateway)
-                session = SparkSession(SparkContext(conf=configuration, gateway=gateway))
+                with in_a_line("Spark did not start:"):
+                    session = SparkSession(SparkContext(conf=configuration, gateway=gateway))
         except ConnectionRefusedError:
             raise SparkMissingError("Spark has ended in this process and cannot start again. Use a new one.") from None
         except PySparkRuntimeError:
-            said = re.findall(r"(?im)^.*(?:error|unrecognized|unsupported).*$", log.read_text(errors="replace"))
-            raise SparkMissingError(f"Java did not start Spark, which needs Java 17: {' '.join(said[:1])}") from None
+            said = re.findall(r"(?im)^(?!\s).*(?:error|exception|unrecognized).*$", log.read_text(errors="replace"))
+            raise SparkMissingError(f"Java, 17 or later, did not start Spark: {' '.join(said[:1])}") from None
         stack.callback(session.stop)
         yield session
 
@@ -96,6 +102,24 @@ def end_java(gateway) -> None:
         except subprocess.TimeoutExpired:
             gateway.proc.kill()
             gateway.proc.wait()
+
+
+@contextlib.contextmanager
+def in_a_line(refusal: str) -> Iterator[None]:
+    """Say after ``refusal``, in a line, what Spark says in a page of Java.
+
+    Raises:
+        SparkFailedError: Spark failed in the block.
+    """
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = [line for line in lines if re.match(r"(: )?[\w.]*(Error|Exception): |\[[A-Z_.]+\] ", line)]
+        raise SparkFailedError(f"{refusal} {printable((told or lines)[-1].removeprefix(': '))}") from None
 
 
 @contextlib.contextmanager
@@ -129,9 +153,11 @@ def verified_archives(lock: str | Path) -> Iterator[None]:
                 yield
         except ShellCommandException:
             log.seek(0)
-            said = re.search(r"(?:error:|\u00d7)[^\n]*(?:\n[^\S\n]*╰─▶[^\n]*)?", log.read())
-            words = re.sub(r"\s*╰─▶", ":", said[0]) if said else "uv gave no reason."
-            raise EnvironmentRefusedError(f"The model's environment was not built. {printable(words)}") from None
+            text = " ".join(log.read().split())  # uv breaks lines as wide as the terminal
+            said = re.search(r"(?:error: |\u00d7 )(.+?)(?= Expected:| hint:| \d{4}/\d\d/|$)", text)
+            cause = said[1].replace(" ╰─▶", ":") if said else "uv gave no reason"
+            what = f"The model's environment was not built. {printable(cause)}."
+            raise EnvironmentRefusedError(f"{what} Give the lock that the model was logged with.") from None
 
 
 @contextlib.contextmanager

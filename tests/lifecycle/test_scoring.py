@@ -186,7 +186,7 @@ def test_model_without_named_columns_is_refused(inputs):
 def test_files_that_spark_cannot_read_are_refused_in_a_line(session, signature, tmp_path, content):
     if content:
         (tmp_path / "rows.parquet").write_bytes(content)
-    with pytest.raises(scoring.NotScoredError) as error:
+    with pytest.raises(sparks.SparkFailedError) as error:
         scoring.check_rows(session, tmp_path / "rows.parquet", signature)
     assert str(error.value).startswith(f"Cannot score {tmp_path / 'rows.parquet'}: ")
     assert "\n" not in str(error.value)
@@ -306,7 +306,10 @@ def test_java_that_does_not_start_is_named(spark, tmp_path, monkeypatch):
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     # when, then
     session = sparks.spark_session("local", tmp_path)
-    with pytest.raises(sparks.SparkMissingError, match="needs Java 17: Unrecognized option: --add-modules"), session:
+    with (
+        pytest.raises(sparks.SparkMissingError, match="did not start Spark: Unrecognized option"),
+        session,
+    ):
         pass
 
 
@@ -386,7 +389,7 @@ def test_spark_overwrites_no_result(session, tmp_path):
     frame = session.sql("SELECT 1 AS id")
     frame.write.mode("error").parquet(str(tmp_path / "result"))
     before = snapshot(tmp_path)
-    with pytest.raises(scoring.NotScoredError, match="PATH_ALREADY_EXISTS"), scoring.in_a_line("Scoring failed:"):
+    with pytest.raises(sparks.SparkFailedError, match="PATH_ALREADY_EXISTS"), sparks.in_a_line("Scoring failed:"):
         frame.write.mode("error").parquet(str(tmp_path / "result"))
     # then
     assert snapshot(tmp_path) == before
