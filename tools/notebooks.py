@@ -42,7 +42,8 @@ def execute(notebook: nbformat.NotebookNode, path: Path) -> None:
         beside = [file for file in path.resolve().parent.iterdir() if file.is_file() and "mlflow.db" not in file.name]
         for file in beside:
             shutil.copy(file, work)
-        shutil.copy(ROOT / "model_requirements.txt", folder)
+        for name in ("model_requirements.txt", "requirements.txt"):
+            shutil.copy(ROOT / name, folder)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder).as_posix()}/mlflow.db"
         executor = ExecutePreprocessor(config=Config(KernelManager={"transport_encryption": "auto"}))
         executor.preprocess(notebook, {"metadata": {"path": str(work)}})
