@@ -27,14 +27,17 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test guides report ui lab notebooks screenshots benchmark lock lint browser postgresql scale clean help
+.PHONY: run test test-all guides report ui lab notebooks screenshots benchmark lock lint browser postgresql scale clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
 	@$(BIN)/python tools/run.py --shutdown immediate project.ipynb || { $(BIN)/python -m lifecycle check; false; }
 
-test: $(INSTALLED) ## run all tests that this machine has the parts for
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+test: $(INSTALLED) ## run the tests that need nothing but the basic set-up
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not extended"
+
+test-all: $(INSTALLED) ## run all tests that this machine has the parts for
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's store
 	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
@@ -92,10 +95,14 @@ clean: ## remove the environment and what was built; the store (mlflow.db, mlrun
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
 
 # `import lifecycle` and the command work from any folder, and follow what is edited here.
 INSTALL_LIFECYCLE = $(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+
+# Copies of the files in uv's cache and no links to them: else an edit in .venv would change the cache, and with it every
+# environment that is built from it afterwards. It takes 8 seconds in place of 2.
+SYNC = $(UV) pip sync --quiet --link-mode copy --python $(BIN)/python --require-hashes
 
 # pip, which every Python has, installs uv with its hash verified; uv installs the rest the same way, faster.
 $(INSTALLED): requirements.txt
@@ -104,16 +111,16 @@ $(INSTALLED): requirements.txt
 	$(PYTHON) -m venv .venv
 	@sed -n '/^uv==/,/^    # via/p' requirements.txt > .venv/uv.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
-	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.txt
+	$(SYNC) requirements.txt
 	@$(INSTALL_LIFECYCLE)
 	@touch $@
 
 $(DEVELOPMENT): requirements-dev.txt $(INSTALLED)
-	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements-dev.txt
+	$(SYNC) requirements-dev.txt
 	@$(INSTALL_LIFECYCLE)
 	@touch $@
 
 $(SCALE): requirements-scale.txt $(DEVELOPMENT)
-	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements-scale.txt
+	$(SYNC) requirements-scale.txt
 	@$(INSTALL_LIFECYCLE)
 	@touch $@

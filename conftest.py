@@ -37,6 +37,13 @@ def pytest_configure(config):
         os.environ.setdefault(VARIABLE, str(FILE))
 
 
+def pytest_collection_modifyitems(items):
+    """Mark as ``extended`` what needs a browser, PostgreSQL, Spark or containers, which `make test` leaves out."""
+    for item in items:
+        if item.path.name == "06_scale_out.ipynb" or EXTENDED & set(getattr(item, "fixturenames", ())):
+            item.add_marker("extended")
+
+
 @pytest.hookimpl(tryfirst=True)  # the notebook's kernel starts after this
 def pytest_runtest_setup(item):
     if isinstance(item.parent, IPyNbFile):
@@ -58,6 +65,7 @@ def pytest_unconfigure(config):
 
 
 STORE = pytest.StashKey[str]()
+EXTENDED = {"page", "team", "spark"}  # the fixtures that give a browser, the team's server, and Spark
 
 
 def skip_without_heart_disease_data():
