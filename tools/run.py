@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import html
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +22,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+from lifecycle.store import begin_store, printable, source_tags
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -77,27 +78,14 @@ def summary(name: str, message: str) -> str:
     return "\n  ".join(lines if len(lines) <= 3 else [lines[0], "...", lines[-1]])
 
 
-def printable(text: str) -> str:
-    """Return ``text`` without the user and password of MLFLOW_TRACKING_URI, which MLflow prints in errors."""
-    secret = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")[2].rpartition("@")[0]
-    return text.replace(f"{html.escape(secret)}@", "").replace(f"{secret}@", "") if secret else text
-
-
 def kernel_environment(path: Path) -> dict[str, str]:
     """Return the environment variables for the kernel of the notebook at ``path``.
 
     MLflow takes run tags from MLFLOW_RUN_CONTEXT. It cannot find out a notebook's name and commit itself, so they are
     added there, unless the user has set them.
     """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(path.parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    tags = {"mlflow.source.name": path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name}
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no repository, or nothing committed
-        tags["mlflow.source.git.commit"] = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-        tags["mlflow.source.name"] = git("rev-parse", "--show-prefix") + path.name
+    inside = path.is_relative_to(ROOT)
+    tags = source_tags(path.relative_to(ROOT).as_posix(), ROOT) if inside else source_tags(path.name, path.parent)
     with contextlib.suppress(ValueError):  # what is not JSON stays as it is: MLflow reports it
         tags |= json.loads(os.environ.get("MLFLOW_RUN_CONTEXT") or "{}")
         return os.environ | {"MLFLOW_RUN_CONTEXT": json.dumps(tags)}
@@ -137,11 +125,15 @@ def execute(notebook: NotebookNode, path: Path, *, shutdown: str = "graceful", s
     client.create_kernel_manager()
     # What cells print goes into the notebook. The log has the rest, such as why the kernel did not start.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        # The quickstart's store is made while the kernel imports its libraries. A guide makes its store itself.
+        store = begin_store(path.parent) if (path.parent / "model_requirements.txt").exists() else None
         try:
             client.start_new_kernel(cwd=str(path.parent), env=kernel_environment(path), stderr=log)
             import_module("nbconvert.exporters")  # for the page, while the kernel starts, which takes longer
             with client.setup_kernel():
                 for title, indices in parts:
+                    if store and title != parts[0][0]:
+                        store.wait()
                     with timed(f"  {title:<{width}}") if show else contextlib.nullcontext():
                         for index in indices:
                             cell = notebook.cells[index]
@@ -156,6 +148,9 @@ def execute(notebook: NotebookNode, path: Path, *, shutdown: str = "graceful", s
             reason = (log.read().strip() or str(error)).splitlines()[-1]
             raise NotebookFailedError(f"the kernel did not start: {reason}") from error
         finally:
+            if store and store.poll() is None:
+                store.kill()
+                store.wait()
             if client.km is not None and client.km.has_kernel:  # interrupted while it started or ended
                 with contextlib.suppress(InvalidStateError):  # because that is not finished
                     run_sync(client.km.shutdown_kernel)(now=True)
@@ -170,8 +165,26 @@ def page(notebook: NotebookNode, title: str, failure: NotebookFailedError | None
     return exporter.from_notebook_node(notebook, {"metadata": {"name": title}, "failure": failure})[0]
 
 
-def run(path: Path, target: Path, **options) -> None:
+def relinked(text: str, folder: Path, output_dir: Path, names: set[str]) -> str:
+    """Return the page ``text`` with its links to files below ``folder`` written for a page in ``output_dir``.
+
+    A link to a notebook leads to its page, if that is there or its name is among ``names``, which are made now.
+    """
+
+    def link(match: re.Match) -> str:
+        target = (folder / unquote(match[1])).resolve()
+        page_of_it = output_dir / f"{target.stem}.html"
+        if target.suffix == ".ipynb" and (page_of_it.name in names or page_of_it.exists()):
+            return f'href="{quote(page_of_it.name)}"'
+        return f'href="{quote(Path(os.path.relpath(target, output_dir)).as_posix())}"' if target.exists() else match[0]
+
+    return re.sub(r'href="(?![a-z]+:|[#/])([^"#?]+)"', link, text)
+
+
+def run(path: Path, target: Path, names: set[str], **options) -> None:
     """Execute the notebook at ``path`` into the HTML page ``target``, with the ``options`` of ``execute``.
+
+    ``names`` are those of all pages that are made now.
 
     Raises:
         NotebookFailedError: it cannot be read, or did not run to its end; the page then shows how far it got.
@@ -190,7 +203,8 @@ def run(path: Path, target: Path, **options) -> None:
         execute(notebook, path.resolve(), **options)
     except NotebookFailedError as error:
         failure = error
-    target.write_text(printable(page(notebook, path.stem, failure)), encoding="utf-8")
+    text = relinked(page(notebook, path.stem, failure), path.resolve().parent, target.resolve().parent, names)
+    target.write_text(printable(text), encoding="utf-8")
     if failure:
         raise failure
 
@@ -205,12 +219,12 @@ def main() -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     several = len(arguments.notebooks) > 1
     width = max(len(str(path)) for path in arguments.notebooks)
-    failures = []
+    failures, names = [], {f"{path.stem}.html" for path in arguments.notebooks}
     for path in arguments.notebooks:
         target = arguments.output_dir / f"{path.stem}.html"
         try:
             with timed(f"{path!s:<{width}}") if several else contextlib.nullcontext():
-                run(path, target, shutdown=arguments.shutdown, show=not several)
+                run(path, target, names, shutdown=arguments.shutdown, show=not several)
         except NotebookFailedError as failure:
             where = f"\nThe full traceback is in {target.as_posix()}" if failure.cell else ""
             failures.append(f"{path.as_posix()}{failure}{where}")

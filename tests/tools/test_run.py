@@ -1,9 +1,11 @@
 """`make run` and `make guides`: what tools/run.py prints, what it writes, how it ends, and how its page reads."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +81,64 @@ def test_page_has_the_outputs_and_the_notebook_stays_as_it_is(tmp_path):
     assert "guides 42" in page
     assert "from before" not in page
     assert path.read_bytes() == content
+
+
+def test_links_of_a_page_lead_to_files_that_are_there(tmp_path):
+    # given two notebooks, each with links to the other, to a file, to a page of the web, and to nothing
+    (tmp_path / "guides").mkdir()
+    (tmp_path / "notes (1).md").write_text("notes")
+    links = "[a](b.ipynb) [b](a.ipynb) [c](../c.ipynb) [n](../notes%20(1).md) [w](https://example.org/x) [no](no.md)"
+    for name in ("guides/a.ipynb", "guides/b.ipynb", "c.ipynb"):
+        nbformat.write(
+            new_notebook(cells=[new_markdown_cell(f"# Title\n\n{links}"), new_code_cell("1")]), tmp_path / name
+        )
+    # when two of the three are executed
+    process = run("guides/a.ipynb", "guides/b.ipynb", folder=tmp_path)
+    # then links lead to the pages of these, to the files of the others, and are else as they were
+    assert process.returncode == 0, process.stderr
+    text = (tmp_path / "build/a.html").read_text(encoding="utf-8")
+    found = dict(re.findall(r'<a href="([^"]+)">([a-z]+)</a>', text)[-6:][::-1])
+    found = {label: target for target, label in found.items()}
+    assert found == {
+        "a": "b.html",
+        "b": "a.html",
+        "c": "../c.ipynb",
+        "n": "../notes%20%281%29.md",
+        "w": "https://example.org/x",
+        "no": "no.md",
+    }
+
+
+def test_store_of_the_quickstart_is_whole_before_its_second_section(tmp_path):
+    # given a notebook beside its pins, which looks at the store without MLflow
+    (tmp_path / "model_requirements.txt").write_text("")
+    look = "import sqlite3; print(sqlite3.connect('mlflow.db').execute('SELECT name FROM experiments').fetchall())"
+    write(tmp_path / "small.ipynb", Title="1", Second=look)
+    # when it is executed where there is no store
+    process = run("small.ipynb", folder=tmp_path)
+    # then the store is there, and nothing else
+    assert process.returncode == 0, process.stderr
+    assert "Default" in (tmp_path / "build/small.html").read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model_requirements.txt",
+        "small.ipynb",
+        "build",
+        "mlflow.db",
+        "tmp",
+    }
+
+
+def test_half_made_store_is_replaced_and_kept_aside(tmp_path):
+    # given a store that a kill left half made
+    (tmp_path / "model_requirements.txt").write_text("")
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("CREATE TABLE experiments (name TEXT)")
+    os.utime(tmp_path / "mlflow.db", (0, 0))  # long ago: nobody is making it now
+    write(tmp_path / "small.ipynb", Title="1", Second="2")
+    # when a notebook is executed there, then the store is whole
+    assert run("small.ipynb", folder=tmp_path).returncode == 0
+    assert (tmp_path / "mlflow.db.incomplete-1").exists()
+    assert mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db").search_experiments()
 
 
 def test_headings_in_code_blocks_and_without_code_are_no_sections(tool):
