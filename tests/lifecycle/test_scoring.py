@@ -195,26 +195,29 @@ def test_files_that_spark_cannot_read_are_refused_in_a_line(session, signature, 
 # The predictions
 
 
-def predictions(frame, predict) -> pd.Series:
-    scored = frame.select("id", predict(*[scoring.quoted(name) for name in COLUMNS]).alias("prediction"))
-    return scored.toPandas().set_index("id")["prediction"].sort_index()
-
-
 def expected(uri, flowers) -> pd.Series:
     here = mlflow.pyfunc.load_model(uri).predict(flowers[COLUMNS])
     return pd.Series(here, index=flowers["id"], name="prediction")
 
 
+@pytest.fixture(scope="module")
+def scoring_here(session, uri, signature, folder, flowers):
+    """Give the rows, sorted by key, and the model as a function of columns, in the environment of the tests."""
+    frame = scoring.check_rows(session, folder / "data", signature).frame.orderBy("id").cache()
+    return frame, mlflow.pyfunc.spark_udf(session, uri, env_manager="local")
+
+
 @pytest.mark.parametrize(("partitions", "rows"), [(1, 1000), (2, 1000), (7, 1000), (9, 4)])
-def test_partitions_change_no_prediction(session, uri, signature, folder, flowers, partitions, rows):
+def test_partitions_change_no_prediction(scoring_here, uri, flowers, partitions, rows):
     # given the rows dealt out in so many partitions, of which some may be empty
-    frame = scoring.check_rows(session, folder / "data", signature).frame
-    frame = frame.orderBy("id").limit(rows).repartition(partitions)
+    frame, predict = scoring_here
+    frame = frame.limit(rows).repartition(partitions)
     assert frame.rdd.getNumPartitions() == partitions
     # when they are scored
-    found = predictions(frame, mlflow.pyfunc.spark_udf(session, uri, env_manager="local"))
+    columns = [scoring.quoted(name) for name in COLUMNS]
+    found = frame.select("id", predict(*columns).alias("prediction")).toPandas().set_index("id")["prediction"]
     # then they are those of this process, by key
-    pd.testing.assert_series_equal(found, expected(uri, flowers.head(rows)))
+    pd.testing.assert_series_equal(found.sort_index(), expected(uri, flowers.head(rows)))
 
 
 @pytest.fixture(scope="module")
