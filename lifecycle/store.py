@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 ELSEWHERE = "or name another store in MLFLOW_TRACKING_URI."
-REMEDIES = {  # what an error says: what to do
+REMEDIES = {  # what an error says: what to do; the first that fits
+    r"(?i)\b40[13]\b|unauth|permission_denied": "Check your rights, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN.",
     "locked": f"Another program holds it locked. Close that program and try again, {ELSEWHERE}",
     "disk is full|No space left": "The disk is full. Free 10 MB there and try again.",
     "(?i)read-?only|unable to open|permission denied": f"Make it and its folder writable, {ELSEWHERE}",
     "not a database|malformed": f"Restore it from a backup or move it away, {ELSEWHERE}",
-    r"(?i)\b40[13]\b|unauth|permission_denied": "Check your rights, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN.",
     "(?i)max retries|connection|timed out|resolve|not known": f"Start the server, {ELSEWHERE}",
 }
 
@@ -196,8 +196,11 @@ def _refuse_at_once(path: Path) -> None:
         raise _unusable(path, f"an older MLflow made its schema ({revision})", remedy)
 
 
-def _ask(uri: str, name: str) -> "Experiment | None":
-    """Return the experiment called ``name``; short timeouts, so that a server that is down is reported in seconds."""
+def _ask(uri: str, name: str = "") -> "Experiment | None":
+    """Return the experiment called ``name``; without a name, ask for any that this user may read.
+
+    The timeouts are short, so that a server that is down is reported within seconds.
+    """
     from unittest.mock import patch
 
     import mlflow
@@ -209,7 +212,11 @@ def _ask(uri: str, name: str) -> "Experiment | None":
             socket.create_connection((url.host, url.port or ports[url.get_backend_name()]), timeout=5).close()
     hurry = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     with patch.dict(os.environ, hurry | os.environ):  # the user's own settings win
-        return mlflow.MlflowClient(uri).get_experiment_by_name(name)
+        client = mlflow.MlflowClient(uri)
+        if name:
+            return client.get_experiment_by_name(name)
+        client.search_experiments(max_results=1)
+        return None
 
 
 def _create(uri: str, name: str, location: str | None, tags: dict[str, str]) -> "Experiment":
@@ -254,7 +261,7 @@ def check_store(folder: Path) -> None:
             raise _unusable(path, "it was left half made, and holds nothing", f"Delete it, {ELSEWHERE}")
         if path:
             _refuse_at_once(path)
-        _ask(uri, "Default")
+        _ask(uri)
         for experiment in mlflow.MlflowClient(uri).search_experiments() if path else []:
             if experiment.experiment_id != "0":  # Default, which MLflow makes wherever it is first started
                 _refuse_moved(path, experiment)

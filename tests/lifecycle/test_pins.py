@@ -60,9 +60,15 @@ def test_pins_are_found_in_the_nearest_folder_above(tmp_path):
     below = tmp_path / "one/two/three"
     below.mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "one"):
-        (folder / "model_requirements.txt").touch()
+        (folder / "model_requirements.txt").write_text("six==1.17.0\n")
     # then
     assert find_model_requirements(below) == tmp_path / "one/model_requirements.txt"
+
+
+def test_list_that_is_found_must_pin(tmp_path):
+    (tmp_path / "model_requirements.txt").write_text("six\n")
+    with pytest.raises(ValueError, match="leaves the version open"):
+        find_model_requirements(tmp_path)
 
 
 def test_no_pins_anywhere_is_refused(tmp_path):

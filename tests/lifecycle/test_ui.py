@@ -17,6 +17,8 @@ import psutil
 import pytest
 from execution import environment, finished, free_port
 
+pytestmark = pytest.mark.extended  # it takes long
+
 COMMAND = [sys.executable, "-m", "lifecycle", "ui"]
 END = "Ctrl+C stops it.\n"
 

@@ -6,6 +6,8 @@ import mlflow
 import pytest
 from execution import MODEL, copy_project, edit_cells, execute
 
+pytestmark = pytest.mark.extended  # it takes long
+
 WORSE = """
 def make_model(**parameters):
     return make_pipeline(StandardScaler(), LogisticRegression(**parameters))

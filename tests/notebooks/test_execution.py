@@ -20,6 +20,8 @@ from execution import (
     tracking_server,
 )
 
+pytestmark = pytest.mark.extended  # it takes long
+
 
 def test_tracking_server_gives_the_stored_outputs(tmp_path):
     # given a tracking server

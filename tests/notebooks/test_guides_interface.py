@@ -5,12 +5,15 @@ Not guide 06: it needs what few machines have, and logs nothing that the interfa
 With ``--pictures FOLDER`` the pages that the tests have checked are saved there; `make screenshots` does it.
 """
 
+import json
 import re
+from urllib.parse import quote
 
 import mlflow
 import pytest
 from browser import picture
-from execution import ROOT, copy_project, execute, executed, git, text_outputs
+from execution import ROOT, copy_project, execute, git
+from sklearn.linear_model import LogisticRegression
 
 GUIDES = git(ROOT, "ls-files", "guides/*.ipynb", ":!guides/06*").splitlines()
 MODE = "workflowType=machine_learning"
@@ -35,15 +38,6 @@ def page_of(client: mlflow.MlflowClient, experiment: str, run_name: str) -> str:
     return f"#/experiments/{found}/runs/{run.info.run_id}"
 
 
-def link(folder, interface: str, guide: str, title: str) -> str:
-    """Return where the guide's own link with that title leads, in the running interface."""
-    texts = text_outputs(executed(folder / "guides" / guide))
-    (target,) = [
-        target for text in texts for name, target in re.findall(r"\[([^]]+)]\(([^)]+)\)", text) if name == title
-    ]
-    return target.replace("http://127.0.0.1:5000", interface)
-
-
 def test_experiments_are_listed_with_their_descriptions(page, interface, pictures):
     page.goto(f"{interface}/#/experiments?{MODE}")
     for name in ("compare_models", "heart-disease-classification", "iris_classification"):
@@ -55,13 +49,17 @@ def test_experiments_are_listed_with_their_descriptions(page, interface, picture
     picture(page, pictures, "guides_experiments.png")
 
 
-def test_three_models_are_compared_by_the_link_of_guide_01(page, folder, interface, pictures):
-    page.goto(link(folder, interface, "01_compare_models", "the three runs"))
+def test_three_models_of_guide_01_are_compared_side_by_side(page, client, interface, pictures):
+    # given the page of the interface that compares runs, for the three nested runs
+    found = client.get_experiment_by_name("compare_models").experiment_id
+    children = client.search_runs([found], "tags.model != ''", order_by=["start_time ASC"])
+    runs = quote(json.dumps([run.info.run_id for run in children]))
+    page.goto(f"{interface}/#/compare-runs?runs={runs}&experiments={quote(json.dumps([found]))}&{MODE}")
     page.get_by_text("Comparing 3 Runs from 1 Experiment").wait_for()
     page.get_by_text("f1_macro").first.wait_for()
     text = page.inner_text("body")
     assert re.search(r"Run Name:\s+LogisticRegression\s+SVC\s+RandomForestClassifier", text)
-    assert re.search(r"0\.958\s+0\.967\s+0\.95\b", text)
+    assert re.search(r"0\.958\s+0\.967\s+0\.956\b", text)
     for section in ("Visualizations", "Parameters"):  # folded, so that names and metrics are seen together
         page.get_by_text(section, exact=True).first.click()
     page.set_viewport_size({"width": 1280, "height": 900})
@@ -70,8 +68,8 @@ def test_three_models_are_compared_by_the_link_of_guide_01(page, folder, interfa
 
 def test_run_of_guide_02_shows_its_metrics_and_parameters(page, client, interface, pictures):
     page.goto(f"{interface}/{page_of(client, 'heart-disease-classification', 'LogisticRegression')}?{MODE}")
-    page.get_by_text("Metrics (9)").wait_for()
-    page.get_by_text("Parameters (4)").wait_for()
+    page.get_by_text("Metrics (10)").wait_for()
+    page.get_by_text(f"Parameters ({len(LogisticRegression().get_params())})").wait_for()
     page.get_by_text("heart_disease_logistic_regression").first.wait_for()
     text = page.inner_text("body")
     for name in ("cv_accuracy_mean", "cv_accuracy_std", "test_accuracy", "precision", "recall", "f1_score", "roc_auc"):
@@ -90,11 +88,11 @@ def test_pictures_of_guide_02_are_visible_among_the_artifacts(page, client, inte
     picture(page, pictures, "guides_artifacts.png")
 
 
-def test_search_of_guide_03_shows_its_history(page, client, interface, pictures):
+def test_search_of_guide_03_shows_its_picture(page, client, interface, pictures):
     page.goto(
         f"{interface}/{page_of(client, 'iris_classification', 'search LogisticRegression_subset')}/artifacts?{MODE}"
     )
-    page.get_by_text("history.png", exact=True).first.click()
+    page.get_by_text("search.png", exact=True).first.click()
     page.locator(".image-outer-container img, img[src^='blob:']").first.wait_for()
     page.set_viewport_size({"width": 1280, "height": 560})
     picture(page, pictures, "guides_search.png")

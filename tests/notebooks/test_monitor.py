@@ -17,6 +17,8 @@ from mlflow.artifacts import load_text
 from sklearn.datasets import load_iris
 from sklearn.model_selection import train_test_split
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/05_serve_and_monitor.ipynb"
 MODEL = "iris_served"
 

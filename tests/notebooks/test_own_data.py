@@ -29,6 +29,8 @@ data.head()
 from sklearn.compose import make_column_transformer
 from sklearn.preprocessing import OneHotEncoder
 
+pytestmark = pytest.mark.extended  # it takes long
+
 
 def make_model(**parameters):
     columns = make_column_transformer((OneHotEncoder(), ["colour"]), remainder=StandardScaler())
@@ -53,7 +55,7 @@ def test_wine_and_a_random_forest_as_the_readme_says(tmp_path):
     edit_cells(copy_project(tmp_path), **readme_example())
     for name in ("tools", "tests"):
         (tmp_path / name).mkdir()
-    for name in ("Makefile", "tools/notebooks.py", "tests/sanitize.cfg"):
+    for name in ("Makefile", "requirements.txt", "tools/notebooks.py", "tests/sanitize.cfg"):
         shutil.copy(ROOT / name, tmp_path / name)
     # when its outputs are written anew, as the README says
     command = ["make", "notebooks", "NOTEBOOKS=project.ipynb", "INSTALLED=", f"BIN='{Path(sys.executable).parent}'"]

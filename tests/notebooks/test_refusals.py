@@ -11,6 +11,8 @@ import mlflow
 import pytest
 from execution import MODEL, copy_project, execute
 
+pytestmark = pytest.mark.extended  # it takes long
+
 
 def last_lines(process: subprocess.CompletedProcess) -> str:
     """Return the end of what a failed execution printed, where the error's own message is."""

@@ -23,6 +23,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/04_release_and_report.ipynb"
 MODEL = "iris_classification_best_model"
 GOLDEN = ROOT / "tests" / "golden"

@@ -21,6 +21,8 @@ from nbclient.exceptions import CellExecutionError
 from serving import serving
 from sklearn.datasets import load_iris
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/05_serve_and_monitor.ipynb"
 FEATURES = load_iris(as_frame=True).data
 

@@ -24,6 +24,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from execution import ROOT, copy_project, papermill, refusal, tracking_server
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/04_release_and_report.ipynb"
 MODEL = "iris_classification_best_model"
 

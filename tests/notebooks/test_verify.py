@@ -27,6 +27,8 @@ from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/05_serve_and_monitor.ipynb"
 FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
 FILES += ["input_example.json", "serving_input_example.json"]
