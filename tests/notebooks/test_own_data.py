@@ -7,10 +7,11 @@ from pathlib import Path
 
 import mlflow
 import nbformat
+import pytest
 from execution import ROOT, copy_project, edit_cells, environment, execute, executed, finished, text_outputs
 
+pytestmark = pytest.mark.extended  # it takes long
 TAGS = ("parameters", "data", "model")
-
 
 FRUIT = {
     "parameters": """
@@ -28,8 +29,6 @@ data.head()
     "model": """
 from sklearn.compose import make_column_transformer
 from sklearn.preprocessing import OneHotEncoder
-
-pytestmark = pytest.mark.extended  # it takes long
 
 
 def make_model(**parameters):
