@@ -33,11 +33,15 @@ unexport PYTHONPATH
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
 	@$(BIN)/python tools/run.py --shutdown immediate project.ipynb || { $(BIN)/python -m lifecycle check; false; }
 
+# One process more than there are cores, because tests also wait: for servers, kernels and locks.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)") \
+	--dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED) ## run the tests that need nothing but the basic set-up
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not extended"
+	$(PYTEST) -m "not extended"
 
 test-all: $(INSTALLED) ## run all tests that this machine has the parts for
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's store
 	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")

@@ -9,21 +9,16 @@ from execution import ROOT, copy_project, differing_outputs, executed, git, pape
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
 GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
-SMALLER = {  # what makes a second execution shorter, by the guide's number; none of them builds an environment
-    "01": {"repeats": 1},
-    "02": {"repeats": 1},
-    "03": {"n_trials": 6},
-    "04": {"allow_unchecked": True},
-    "05": {"resamples": 20, "calls": 20, "allow_unchecked": True},
-    "06": {"rows": 500, "trials": 1, "workers": 1, "rehearse": False},
-}
+# What makes a second execution shorter, by the guide's number. Guides 04 and 05 are executed again and again in
+# test_release.py and test_monitor.py, and guide 06 with other parameters in test_scale.py.
+SMALLER = {"01": {"repeats": 1}, "02": {"repeats": 1}, "03": {"n_trials": 6}}
 
 
 @pytest.fixture(scope="module", params=GUIDES)
 def on_the_server(request, team, tmp_path_factory, lacking):
-    """Execute a guide as it is, then once more with smaller numbers, as ana, from folders that are not the guide's.
+    """Execute a guide as ana, from a folder that is not the guide's, and some once more with smaller numbers.
 
-    Give the guide's name, the two finished processes, the folders in which they left their copies, and for each the
+    Give the guide's name, the finished processes, the folders in which they left their copies, and for each the
     registered versions afterwards, by name and number.
     """
     team.empty()
@@ -35,11 +30,13 @@ def on_the_server(request, team, tmp_path_factory, lacking):
     # a short name, since guide 06 starts a PostgreSQL in it, and a socket's path has about 100 characters
     folder = tmp_path_factory.mktemp("guide")
     notebook = copy_project(folder / "project", name)
-    processes, folders, versions = [], [folder / "project/first", folder / "project/second"], []
-    for work, parameters, rebuild in zip(folders, ({}, SMALLER[name[7:9]]), ("on", "off"), strict=True):
-        work.mkdir()
-        variables = team.as_user("ana") | {"REBUILD_ENVIRONMENT": rebuild}
-        processes.append(papermill(notebook, work, parameters, **variables))
+    smaller = SMALLER.get(name[7:9])
+    processes, folders, versions = [], [], []
+    for parameters in [{}] if smaller is None else [{}, smaller]:
+        folders.append(folder / "project" / str(len(folders)))
+        folders[-1].mkdir()
+        variables = team.as_user("ana") | {"REBUILD_ENVIRONMENT": "on"}
+        processes.append(papermill(notebook, folders[-1], parameters, **variables))
         with team.client("ana") as client:
             found = client.search_model_versions()
         versions.append({(version.name, str(version.version)): version for version in found})
@@ -53,6 +50,7 @@ def test_guide_gives_its_stored_outputs_with_a_users_credentials(on_the_server):
     assert secrets_in(processes[0].stderr + "".join(text_outputs(executed(folders[0])))) == []
 
 
+@pytest.mark.parametrize("on_the_server", [name for name in GUIDES if name[7:9] in SMALLER], indirect=True)
 def test_second_execution_works_and_keeps_the_versions(on_the_server):
     _, processes, _, (before, after) = on_the_server
     assert processes[1].returncode == 0, processes[1].stderr
