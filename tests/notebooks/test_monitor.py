@@ -124,6 +124,13 @@ def test_unchanged_rows_raise_no_alarm_and_shifted_ones_do(runs):
     assert newer.data.metrics["accuracy"] < usual.data.metrics["accuracy"]
 
 
+def test_model_that_answered_is_an_input_of_the_monitoring_runs(client, runs):
+    (made,) = client.get_run(runs["champion"].info.run_id).outputs.model_outputs
+    for name in ("usual", "newer"):
+        (used,) = client.get_run(runs[f"monitoring {name}"].info.run_id).inputs.model_inputs
+        assert used.model_id == made.model_id
+
+
 def test_false_alarms_are_no_more_frequent_than_the_level(printed):
     assert "30% too long: 200 alarms in 200 resamples" in printed
     (line,) = [line for line in printed.splitlines() if line.startswith("unchanged: ")]
