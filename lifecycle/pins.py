@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
 REMEDY = "Every line must pin one package, as in numpy==1.2.3. Renew the list: make lock"
 
@@ -68,6 +69,35 @@ def recorded_pins(model_uri: str) -> list[str]:
 
     text = mlflow.artifacts.load_text(f"{model_uri.rstrip('/')}/requirements.txt")
     return parse_pins(text, f"The requirements of {model_uri}")
+
+
+def locked(pins: list[str], lock: Path) -> str:
+    """Return the lines of ``lock`` for these pins, with their hashes, as a list that installs them again years later.
+
+    Args:
+        pins: as ``read_pins`` returns them.
+        lock: a compiled list with the hashes of every archive.
+
+    Raises:
+        ValueError: the lock has a pin at another version, not at all, or without a hash.
+    """
+    blocks, lines = {}, []
+    for line in Path(lock).read_text(encoding="utf-8").splitlines():
+        if line[:1].isalnum():
+            name, _, version = line.rstrip(" \\").partition(";")[0].strip().partition("==")
+            lines = blocks[canonicalize_name(name), version] = [line]
+        elif line.startswith("    --hash="):
+            lines.append(line)
+    found = []
+    for pin in pins:
+        requirement = Requirement(pin)
+        lines = blocks.get((canonicalize_name(requirement.name), requirement.specifier.__str__()[2:]), [])
+        if len(lines) < 2:
+            raise ValueError(
+                f"{lock} has no hash for {pin}. Give the lock that the pins are from, or renew it: make lock"
+            )
+        found += lines
+    return "\n".join(found) + "\n"
 
 
 def find_model_requirements(folder: Path = Path()) -> Path:

@@ -63,6 +63,12 @@ def tracking_uri(folder: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(Path(folder).resolve() / 'mlflow.db').as_posix()}"
 
 
+def store_folder(folder: Path) -> Path:
+    """Return where the store of ``folder`` is: the folder of its SQLite file, or ``folder`` if it is a server's."""
+    path = _sqlite_path(tracking_uri(folder))
+    return path.parent if path else Path(folder).resolve()
+
+
 def _unusable(store: object, cause: object, remedy: str = "") -> StoreUnusableError:
     """Return the refusal of ``store``; the remedy for an error is found by what the error says."""
     cause = str(cause).strip().split("\n")[0][:300].rstrip(". ")

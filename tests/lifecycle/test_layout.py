@@ -27,13 +27,17 @@ ALLOWED = {
     "spark": {"store"},
     "scoring": {"spark", "store"},
     "workers": {"store"},
+    "keys": {"store"},
+    "contents": {"pins"},
+    "signing": {"pins", "store", "tables", "keys"},
+    "verification": {"pins", "store", "tables", "keys", "contents", "signing"},
 }
 # Libraries that take long to import or that not everybody has, and the modules that are about each.
 HEAVY = {
     "pyspark": {"spark", "scoring"},
     "fastapi": {"guard"},
     "optuna": {"search", "workers"},
-    "model_signing": {"signing"},
+    "model_signing": {"signing", "verification"},
 }
 
 

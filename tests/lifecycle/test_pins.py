@@ -5,7 +5,7 @@ import pytest
 from execution import ROOT
 from sklearn.linear_model import LogisticRegression
 
-from lifecycle.pins import find_model_requirements, parse_pins, read_pins, recorded_pins
+from lifecycle.pins import find_model_requirements, locked, parse_pins, read_pins, recorded_pins
 
 LOOSE = {
     "no version": "scikit-learn",
@@ -96,3 +96,25 @@ def test_recorded_pins_are_those_of_the_file_in_mlflows_spelling(saved):
 def test_model_that_recorded_loose_requirements_is_refused(saved):
     with pytest.raises(ValueError, match=r"The requirements of .*model, line 2, leaves the version open: 'numpy>'"):
         recorded_pins(saved(["mlflow-skinny==3.1", "numpy>=2"]))
+
+
+def test_locked_lines_are_those_of_the_pins_with_all_their_hashes():
+    pins = read_pins(ROOT / "model_requirements.txt")
+    text = locked(pins, ROOT / "requirements.txt")
+    names = [line.partition("==")[0] for line in text.splitlines() if line[:1] != " "]
+    assert names == [pin.partition("==")[0] for pin in pins]
+    numpy = text.partition("numpy==")[2].partition("==")[0]
+    whole = (ROOT / "requirements.txt").read_text().partition("\nnumpy==")[2].partition("# via")[0]
+    assert numpy.count("--hash=sha256:") == whole.count("--hash=sha256:") > 1
+
+
+@pytest.mark.parametrize("pin", ["numpy==0.1", "not-there==1.0"])
+def test_pin_that_the_lock_does_not_have_is_refused(pin):
+    with pytest.raises(ValueError, match=rf"has no hash for {pin}. Give the lock that the pins are from"):
+        locked([pin], ROOT / "requirements.txt")
+
+
+def test_pin_without_a_hash_is_refused(tmp_path):
+    (tmp_path / "lock.txt").write_text("numpy==2.4\n    # via nothing\n")
+    with pytest.raises(ValueError, match=r"has no hash for numpy==2\.4"):
+        locked(["numpy==2.4"], tmp_path / "lock.txt")

@@ -1,0 +1,179 @@
+"""Hand out a model version only once it is verified.
+
+MLflow loads whatever the store holds (mlflow#18889), and loading a model runs what it brings. Here the files, the
+statement that was signed with them, and what they may do are checked first, on a copy that the store cannot change.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import mlflow
+import model_signing
+from mlflow.entities.model_registry import ModelVersion
+
+from lifecycle.contents import check_contents
+from lifecycle.keys import fingerprint_of
+from lifecycle.signing import EVIDENCE, Statement, every_file, evidence_place
+from lifecycle.store import printable
+
+
+class NotVerifiedError(RuntimeError):
+    """A version must not be loaded; the message says why, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A verified copy of a version on this machine. Everything in it was signed."""
+
+    uri: str
+    statement: Statement
+    folder: Path  # the model, as MLflow saved it
+    packages: Path  # the pins that it recorded, with hashes
+    training_rows: Path  # Parquet: the rows that it learned from
+    key_fingerprint: str  # the SHA-256 of the public key
+    model_id: str = ""  # of MLflow's logged model
+
+
+@contextlib.contextmanager
+def verified(
+    uri: str, public_key: Path, *, purpose: str | None = None, trusted_types: list[str] | tuple[str, ...] = ()
+) -> Iterator[Verified]:
+    """Download a version, verify it, and give the verified copy to the block; at its end the copy is removed.
+
+    Nothing is loaded, and nothing that the model brings is run.
+
+    Args:
+        uri: ``models:/name/3`` or ``models:/name@champion``.
+        public_key: the public half of the key that signed it.
+        purpose: "release" accepts only what was released, as the very alias if ``uri`` has one, and nothing older than
+            the newest release for that alias. By default a candidate is accepted, too.
+        trusted_types: what the model may hold beyond what skops knows to be harmless, as reviewed by the project.
+
+    Raises:
+        NotVerifiedError: the version is not what was signed, or holds what nobody has reviewed.
+        KeyRefusedError: the public key is none.
+        mlflow.MlflowException: there is no such version, or the store gives no answer.
+    """
+    digits = fingerprint_of(public_key)
+    name, version, alias = _version(uri)
+    with tempfile.TemporaryDirectory(prefix="verified-") as scratch:
+        root = Path(scratch).resolve() / "version"
+        try:
+            place = _newest_evidence(version, alias, purpose)
+            signature = _downloaded(root, version, place, digits)
+            verifier = model_signing.verifying.Config().set_hashing_config(every_file())
+            try:
+                verifier.use_elliptic_key_verifier(public_key=Path(public_key)).verify(root, signature)
+            except Exception as error:
+                raise ValueError(f"{_cause(error)}. It is not what was signed. Register the model anew") from None
+            statement = Statement(**json.loads((root / "statement.json").read_text(encoding="utf-8")))
+            expected = replace(statement, registered_model=name, version=str(version.version), run_id=version.run_id)
+            if statement != expected or evidence_place(statement) != place:
+                said = f"{statement.purpose} of version {statement.version} of {statement.registered_model}"
+                raise ValueError(f"What was signed is the {said}. Register the model anew")
+            if alias and statement.purpose == "release":
+                _refuse_older(name, alias, statement, Path(public_key))
+            check_contents(root / "model", root / "packages.txt", trusted_types)
+        except Exception as error:
+            raise NotVerifiedError(printable(f"Not loaded: {uri}. {_cause(error)}.")) from None
+        files = (root / "model", root / "packages.txt", root / "training_rows.parquet")
+        model_id = mlflow.models.Model.load(str(root / "model/MLmodel")).model_id
+        yield Verified(uri, statement, *files, digits, model_id)
+
+
+def released_now(name: str, alias: str) -> str:
+    """Return the time for a release of ``name``: now, or just after the newest release, if a clock went backwards."""
+    newest = max((time for _, time in _releases(name, alias)), default="")
+    now = datetime.now(UTC)
+    if newest:
+        now = max(now, datetime.fromisoformat(newest) + timedelta(microseconds=1))
+    return f"{now.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+
+
+def release_tag(alias: str) -> str:
+    """Return the name of the tag of a version that says when it was last released as ``alias``."""
+    return f"released.{alias}"
+
+
+def _cause(error: Exception) -> str:
+    """Return what an error says in one line, without hashes, quotes and brackets."""
+    text = re.sub(r"(?s): Expected .*|[\[\]\"'\\]", "", str(error)) or type(error).__name__
+    return " ".join(text.split()).rstrip(".")
+
+
+def _version(uri: str) -> tuple[str, ModelVersion, str]:
+    """Return the name in ``uri``, the version that it leads to, and the alias, empty if ``uri`` has a number."""
+    found = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([\w-]+))", uri)
+    if not found:
+        raise ValueError(f"{uri!r} names no version. Write models:/name/3 or models:/name@alias")
+    name, number, alias = found.groups()
+    client = mlflow.MlflowClient()
+    by_alias = client.get_model_version_by_alias
+    return name, client.get_model_version(name, number) if number else by_alias(name, alias), alias or ""
+
+
+def _newest_evidence(version: ModelVersion, alias: str, purpose: str | None) -> str:
+    """Return the artifact folder with the evidence to verify: the newest release, or else the candidate."""
+    above = f"signed/{version.name}/{version.version}"
+    found = [item.path for item in mlflow.MlflowClient().list_artifacts(version.run_id, above)]
+    releases = [
+        path for path in found if re.fullmatch(rf"{re.escape(alias) or '[^/@]+'}@[^/]+", path.rpartition("/")[2])
+    ]
+    if releases:
+        return max(releases, key=lambda path: path.rpartition("@")[2])
+    if f"{above}/candidate" in found and purpose != "release":
+        return f"{above}/candidate"
+    what = f"no release as {alias}" if alias and purpose == "release" else f"no {purpose or 'signature'}"
+    raise ValueError(f"There is {what} of this version. Release it: lifecycle release")
+
+
+def _downloaded(root: Path, version: ModelVersion, place: str, digits: str) -> Path:
+    """Download the model and its evidence into ``root``, and return the signature that the key has made."""
+    (root / "model").mkdir(parents=True)
+    mlflow.artifacts.download_artifacts(version.source, dst_path=str(root / "model"))
+    (root / "model/registered_model_meta").unlink(missing_ok=True)  # MLflow's note of name and number
+    evidence = Path(
+        mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path=place, dst_path=str(root.parent))
+    )
+    for file in EVIDENCE:
+        shutil.copy(evidence / file, root / file)
+    signature = evidence / f"{digits[:16]}.sig"
+    if not signature.is_file():
+        others = ", ".join(sorted(path.stem for path in evidence.glob("*.sig"))) or "none"
+        raise ValueError(f"The key {digits[:16]} has not signed it (signed by: {others}). Give the key that did")
+    return signature
+
+
+def _releases(name: str, alias: str) -> list[tuple[str, str]]:
+    """Return each version of ``name`` that says that it was released as ``alias``, and when."""
+    found, token, client = [], None, mlflow.MlflowClient()
+    while token != "":
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        found += [(str(item.version), item.tags.get(release_tag(alias), "")) for item in page]
+        token = page.token or ""
+    return [(number, time) for number, time in found if time]
+
+
+def _refuse_older(name: str, alias: str, statement: Statement, public_key: Path) -> None:
+    """Refuse a release that is older than another one for its alias, in the store or seen on this machine before."""
+    for number, time in _releases(name, alias):
+        if number != statement.version and time > statement.released_at:
+            raise ValueError(
+                f"Version {number} was released as {alias} after it. To go back: lifecycle rollback {name}"
+            )
+    seen, which = public_key.with_name("newest_releases.json"), f"{printable(mlflow.get_tracking_uri())} {name}@{alias}"
+    newest = json.loads(seen.read_text(encoding="utf-8")) if seen.is_file() else {}
+    if newest.get(which, "") > statement.released_at:
+        raise ValueError(f"A newer release of {alias} was seen here before. To go back: lifecycle rollback {name}")
+    if newest.get(which) != statement.released_at:
+        with contextlib.suppress(OSError):  # where the folder is read-only, this machine remembers nothing
+            draft = seen.with_name(f"{seen.name}.new")
+            draft.write_text(json.dumps(newest | {which: statement.released_at}, indent=2), encoding="utf-8")
+            draft.replace(seen)

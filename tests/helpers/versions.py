@@ -1,0 +1,56 @@
+"""Model versions to test with: saved, registered and signed as a guide does it, in a store in a folder of their own."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from execution import ROOT
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.models import infer_signature
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+
+from lifecycle.keys import own_key
+from lifecycle.signing import register_candidate
+
+LOCK = ROOT / "requirements.txt"
+NAME = "iris"
+
+
+def iris_rows() -> pd.DataFrame:
+    """Return Iris: 150 rows, four columns of measurements in centimetres, and the column ``species``."""
+    iris = load_iris(as_frame=True)
+    return iris.data.assign(species=iris.target_names[iris.target])
+
+
+def save(folder: Path, model=None, rows: pd.DataFrame | None = None, target: str = "species", **options) -> Path:
+    """Fit ``model`` on ``rows``, by default a linear one on Iris, save it in ``folder``, and return the folder."""
+    rows = iris_rows() if rows is None else rows
+    features, classes = rows.drop(columns=target), rows[target]
+    model = (LogisticRegression(max_iter=1000) if model is None else model).fit(features, classes)
+    settings = {"signature": infer_signature(features, classes), "input_example": features.head(3)}
+    settings["pip_requirements"] = str(ROOT / "model_requirements.txt")
+    mlflow.sklearn.save_model(model, folder, **settings | options)
+    return folder
+
+
+def register(folder: Path, model=None, rows: pd.DataFrame | None = None, name: str = NAME, **options) -> ModelVersion:
+    """Register a candidate in the active store, signed with the key beside the store in ``folder``."""
+    rows = iris_rows() if rows is None else rows
+    with mlflow.start_run() as run:
+        saved = save(Path(folder) / f"saved-{run.info.run_id}", model, rows, **options)
+        return register_candidate(saved, name, key=own_key(folder), lock=LOCK, training_rows=rows)
+
+
+@contextlib.contextmanager
+def store_in(folder: Path, monkeypatch) -> Iterator[mlflow.MlflowClient]:
+    """Make a SQLite store in ``folder`` the active one in the block, with one experiment; give its client."""
+    from lifecycle.store import open_experiment
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path(folder).as_posix()}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    open_experiment("versions", "Versions to test with.", folder)
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(None)

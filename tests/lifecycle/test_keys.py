@@ -1,0 +1,166 @@
+"""The key that signs: made once, for its owner only; and which keys are taken."""
+
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+
+from lifecycle.keys import KeyRefusedError, fingerprint_of, load_private, new_key, own_key, own_public_key
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    """Name a store in the test's own folder."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+
+
+def pem_of(key, encryption=None) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
+
+
+def wrong_key(kind: str, path: Path) -> None:
+    """Write to ``path`` what is not a key that signs."""
+    good = ec.generate_private_key(ec.SECP256R1())
+    contents = {
+        "empty": lambda: b"",
+        "no key": lambda: b"-----BEGIN PRIVATE KEY-----\nbm8ga2V5\n-----END PRIVATE KEY-----\n",
+        "cut off": lambda: pem_of(good)[:100],
+        "binary": lambda: good.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
+        "public half": lambda: good.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        "with a password": lambda: pem_of(good, BestAvailableEncryption(b"hunter2")),
+        "another curve": lambda: pem_of(ec.generate_private_key(ec.SECP384R1())),
+        "RSA": lambda: pem_of(rsa.generate_private_key(65537, 2048)),
+        "Ed25519": lambda: pem_of(ed25519.Ed25519PrivateKey.generate()),
+    }
+    if kind == "a folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(contents[kind]())
+        path.chmod(0o600)
+
+
+KINDS = ["missing", "a folder", "empty", "no key", "cut off", "binary", "public half", "with a password"]
+KINDS += ["another curve", "RSA", "Ed25519"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_key_that_cannot_sign_is_refused(kind, tmp_path):
+    wrong_key(kind, tmp_path / "own.pem")
+    with pytest.raises(KeyRefusedError) as caught:
+        load_private(tmp_path / "own.pem")
+    assert str(caught.value).startswith(f"Cannot sign with {tmp_path / 'own.pem'}: ")
+    assert "A PEM file with a private EC key on the curve P-256, without a password, is wanted" in str(caught.value)
+
+
+def test_key_made_as_the_refusal_says_is_taken(tmp_path, lacking):
+    # given the command in the message
+    if not shutil.which("openssl"):
+        lacking("OpenSSL's command", "apt-get install openssl")
+    with pytest.raises(KeyRefusedError) as caught:
+        load_private(tmp_path / "signing_key.pem")
+    # when it is run, then the key is taken
+    subprocess.run(shlex.split(re.search("openssl .*", str(caught.value))[0]), cwd=tmp_path, check=True)
+    (tmp_path / "signing_key.pem").chmod(0o600)
+    assert load_private(tmp_path / "signing_key.pem").curve.name == "secp256r1"
+
+
+def test_key_that_others_can_read_is_refused(tmp_path):
+    key = own_key(tmp_path)
+    key.chmod(0o640)
+    with pytest.raises(KeyRefusedError, match=f"others can read it. Close it: chmod 600 {key}"):
+        own_key(tmp_path)
+
+
+def test_key_is_made_once_for_its_owner_only(tmp_path):
+    private = own_key(tmp_path)
+    assert private == tmp_path / "keys/signing_key.pem"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert stat.S_IMODE(private.parent.stat().st_mode) == 0o700
+    assert sorted(path.name for path in private.parent.iterdir()) == ["signing_key.pem", "signing_key.pub"]
+    before = private.read_bytes(), own_public_key(tmp_path).read_bytes()
+    assert own_key(tmp_path) == private
+    assert (private.read_bytes(), own_public_key(tmp_path).read_bytes()) == before
+
+
+def test_key_is_beside_the_store_and_for_a_server_in_the_project(tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    assert own_key(tmp_path / "project").parent == tmp_path / "keys"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert own_key(tmp_path / "project").parent == tmp_path / "project/keys"
+
+
+def test_starts_at_the_same_moment_make_one_key(tmp_path):
+    # given eight at once
+    several = 8
+    barrier = Barrier(several)
+
+    def fingerprint(_) -> tuple[bytes, str]:
+        barrier.wait()
+        return own_key(tmp_path).read_bytes(), fingerprint_of(own_public_key(tmp_path))
+
+    with ThreadPoolExecutor(several) as pool:
+        found = set(pool.map(fingerprint, range(several)))
+    # then there is one, and nothing else
+    assert len(found) == 1
+    assert {path.name for path in (tmp_path / "keys").iterdir()} == {"signing_key.pem", "signing_key.pub"}
+
+
+def test_lost_private_half_is_not_replaced_without_being_asked(tmp_path):
+    # given a key whose private half is gone
+    own_key(tmp_path).unlink()
+    before = own_public_key(tmp_path).read_bytes()
+    # then signing says what to do, and the public half stays
+    with pytest.raises(KeyRefusedError, match=r"only its public half is left.*make a new one: lifecycle new-key"):
+        own_key(tmp_path)
+    assert own_public_key(tmp_path).read_bytes() == before
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "rotated"])
+def test_new_key_keeps_the_public_half_of_the_one_before(tmp_path, lost):
+    key = own_key(tmp_path)
+    private, public = key.read_bytes(), own_public_key(tmp_path).read_bytes()
+    if lost:
+        key.unlink()
+    new, before = new_key(tmp_path)
+    assert before.read_bytes() == public
+    assert before.name == f"signing_key-{fingerprint_of(before)[:16]}.pub"
+    assert before.with_suffix(".pem").exists() != lost
+    assert new.read_bytes() != private
+    assert fingerprint_of(own_public_key(tmp_path)) != fingerprint_of(before)
+
+
+def test_first_key_has_none_before_it(tmp_path):
+    assert new_key(tmp_path) == (tmp_path / "keys/signing_key.pem", None)
+
+
+def test_missing_public_key_is_refused(tmp_path):
+    with pytest.raises(KeyRefusedError, match=r"There is no public key .*--public-key"):
+        own_public_key(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "no key", "with a password", "another curve", "RSA"])
+def test_file_that_is_no_public_key_is_refused(tmp_path, kind):
+    wrong_key(kind, tmp_path / "key.pub")
+    with pytest.raises(KeyRefusedError, match=r"Cannot verify with .*: .* A PEM file with a public EC key"):
+        fingerprint_of(tmp_path / "key.pub")
+
+
+@pytest.mark.parametrize("key", [rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP384R1())])
+def test_public_key_of_another_kind_is_refused(tmp_path, key):
+    (tmp_path / "key.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    with pytest.raises(KeyRefusedError, match="another kind of key"):
+        fingerprint_of(tmp_path / "key.pub")

@@ -1,0 +1,407 @@
+"""Signed versions: what was changed, or put in another's place, is not handed out, whoever can write to the store."""
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from execution import tracking_server
+from versions import LOCK, iris_rows, register, save, store_in
+
+from lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
+from lifecycle.signing import Statement, register_candidate, sign
+from lifecycle.tables import fingerprint
+from lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
+
+FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
+FILES += ["input_example.json", "serving_input_example.json"]
+EVIDENCE = ["statement.json", "packages.txt", "training_rows.parquet"]
+
+
+def release(uri: str, folder: Path, alias: str = "production") -> Statement:
+    """Sign a version as released, and move the alias, as a release does once the gate is open."""
+    with verified(uri, own_public_key(folder)) as copy:
+        name, number = copy.statement.registered_model, copy.statement.version
+        moment = released_now(name, alias)
+        statement = replace(copy.statement, purpose="release", alias=alias, released_at=moment)
+        sign(copy.folder.parent, statement, own_key(folder))
+    client = mlflow.MlflowClient()
+    client.set_registered_model_alias(name, alias, number)
+    client.set_model_version_tag(name, number, release_tag(alias), moment)
+    return statement
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Give a folder with a store: two versions of iris, both released in turn, and one of another model; and a copy."""
+    folder = tmp_path_factory.mktemp("made")
+    project, copy = folder / "project", folder / "copy"
+    project.mkdir()
+    with pytest.MonkeyPatch.context() as monkeypatch, store_in(project, monkeypatch):
+        register(project)
+        register(project)
+        register(project, name="other")
+        release("models:/iris/1", project)
+        release("models:/iris/2", project)
+    shutil.copytree(project, copy)
+    return project, copy
+
+
+@pytest.fixture
+def folder(made, monkeypatch):
+    """Give the folder with the store, which is the active one. After the test it is as it was."""
+    project, copy = made
+    with store_in(project, monkeypatch):
+        yield project
+    for name in ("mlruns", "keys"):
+        shutil.rmtree(project / name)
+        shutil.copytree(copy / name, project / name)
+    with (
+        closing(sqlite3.connect(copy / "mlflow.db")) as source,
+        closing(sqlite3.connect(project / "mlflow.db")) as target,
+    ):
+        source.backup(target)  # MLflow keeps the file open
+
+
+def accepted(folder: Path, uri: str = "models:/iris/2", **options) -> Statement:
+    with verified(uri, own_public_key(folder), **options) as copy:
+        return copy.statement
+
+
+def refused(folder: Path, uri: str = "models:/iris/2", **options) -> str:
+    with pytest.raises(NotVerifiedError) as caught:
+        accepted(folder, uri, **options)
+    message = str(caught.value)
+    assert message.startswith(f"Not loaded: {uri}. ")
+    assert "\n" not in message
+    return message
+
+
+def files_of(number: int, name: str = "iris") -> Path:
+    """Return the folder of the model in the store."""
+    model_id = mlflow.MlflowClient().get_model_version(name, number).source.rpartition("/")[2]
+    return Path(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
+
+
+def evidence_of(number: int, name: str = "iris") -> list[Path]:
+    """Return the folders in the store with what was signed of the version."""
+    run = mlflow.get_run(mlflow.MlflowClient().get_model_version(name, number).run_id)
+    return sorted(Path(run.info.artifact_uri.removeprefix("file://"), "signed", name, str(number)).iterdir())
+
+
+def test_version_is_handed_out_as_it_was_saved(folder):
+    with verified("models:/iris@production", own_public_key(folder), purpose="release") as copy:
+        assert sorted(path.name for path in copy.folder.iterdir()) == sorted(FILES)
+        assert mlflow.pyfunc.load_model(str(copy.folder)).predict(iris_rows().drop(columns="species"))[0] == "setosa"
+        assert pd.read_parquet(copy.training_rows).equals(iris_rows())
+        assert copy.statement.training_rows == fingerprint(iris_rows())
+        assert copy.packages.read_text().count("--hash=sha256:") > copy.packages.read_text().count("==")
+        assert copy.model_id == mlflow.MlflowClient().get_model_version("iris", 2).source.rpartition("/")[2]
+    assert not copy.folder.exists()
+
+
+def test_logged_model_is_as_log_model_makes_it(folder):
+    version = mlflow.MlflowClient().get_model_version("iris", 1)
+    run = mlflow.get_run(version.run_id)
+    (logged,) = run.outputs.model_outputs
+    assert version.source == f"models:/{logged.model_id}"
+    assert mlflow.get_logged_model(logged.model_id).status == "READY"
+    info = mlflow.models.get_model_info("models:/iris/1")
+    assert (info.model_id, info.run_id) == (logged.model_id, version.run_id)
+
+
+@pytest.mark.parametrize("uri", ["iris/1", "models:/iris", "models:/iris/latest", "models:/iris@", "runs:/1/model"])
+def test_address_that_names_no_version_is_refused(folder, uri):
+    with pytest.raises(ValueError, match=r"names no version. Write models:/name/3 or models:/name@alias"):
+        accepted(folder, uri)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_in_any_file_is_refused(folder, name):
+    path = files_of(2) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert f"Hash mismatch for model/{name}. It is not what was signed. Register the model anew" in refused(folder)
+
+
+@pytest.mark.parametrize("name", EVIDENCE)
+def test_one_flipped_bit_in_what_was_signed_beside_the_model_is_refused(folder, name):
+    path = evidence_of(2)[-1] / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert f"Hash mismatch for {name}. It is not what was signed." in refused(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_removed_file_is_refused(folder, name):
+    (files_of(2) / name).unlink()
+    assert name in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["model.pkl", "code/evil_loader.py", ".gitattributes", ".gitignore", "a\nb", "a b"])
+def test_an_added_file_is_refused(folder, name):
+    (files_of(2) / name).parent.mkdir(exist_ok=True)
+    (files_of(2) / name).write_text("more")
+    assert ("No such artifact" if "\n" in name else "Extra files found") in refused(folder)  # MLflow's own refusal
+
+
+def test_an_added_empty_folder_is_not_handed_out(folder):
+    (files_of(2) / "empty").mkdir()
+    with pytest.raises(NotVerifiedError, match="empty: only files belong to a model"):
+        accepted(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (files_of(2) / "link").symlink_to(tmp_path / "secret")
+    assert "link ##### Invalid path: resolved path is outside the artifact directory" in refused(folder)
+
+
+def test_holder_with_another_loader_is_refused_before_it_is_loaded(folder, tmp_path):
+    # given code in the model, and a loader that runs it
+    (files_of(2) / "code").mkdir()
+    (files_of(2) / "code/evil_loader.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    path = files_of(2) / "MLmodel"
+    text = path.read_text().replace("loader_module: mlflow.sklearn", "loader_module: evil_loader\n    code: code")
+    path.write_text(text)
+    # then
+    refused(folder, "models:/iris@production")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_crafted_model_that_was_signed_is_refused(folder):
+    # given a version that was signed by a careless colleague, and needs a type that nobody has reviewed
+    from sklearn.ensemble import RandomForestClassifier
+
+    types = ["sklearn.tree._tree.Tree"]
+    register(folder, RandomForestClassifier(n_estimators=2), skops_trusted_types=types)
+    assert "nobody has reviewed" in refused(folder, "models:/iris/3")
+    assert accepted(folder, "models:/iris/3", trusted_types=types).version == "3"
+
+
+def test_what_the_store_makes_of_a_model_is_not_signed(folder, monkeypatch):
+    # given somebody who changes the model in the store at the moment when it arrives there, before it is signed
+    def watched(model_id, status, finalize=mlflow.finalize_logged_model):
+        (Path(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://")) / "MLmodel").write_text(
+            "evil"
+        )
+        return finalize(model_id, status)
+
+    monkeypatch.setattr(mlflow, "finalize_logged_model", watched)
+    # when it is registered, then the signature is that of the model as it was saved here
+    register(folder)
+    assert "Hash mismatch for model/MLmodel" in refused(folder, "models:/iris/3")
+
+
+def test_model_with_a_loose_pin_is_not_registered(folder, tmp_path):
+    # given
+    saved = save(tmp_path / "loose", pip_requirements=["scikit-learn"])
+    # then
+    with mlflow.start_run() as run, pytest.raises(ValueError, match="leaves the version open"):
+        register_candidate(saved, "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
+    assert mlflow.get_run(run.info.run_id).outputs.model_outputs == []
+
+
+def test_model_whose_pin_has_no_hash_is_not_registered(folder, tmp_path):
+    saved = save(tmp_path / "unknown", pip_requirements=["scikit-learn==0.1"])
+    with mlflow.start_run(), pytest.raises(ValueError, match=r"has no hash for scikit-learn==0\.1"):
+        register_candidate(saved, "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
+
+
+def test_candidate_without_a_run_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="A candidate belongs to a run"):
+        register_candidate(save(tmp_path / "m"), "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
+
+
+# In another's place
+
+
+def replace_files(target: Path, source: Path) -> None:
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+def test_other_version_with_its_signature_in_this_ones_place_is_refused(folder):
+    replace_files(files_of(2), files_of(1))
+    for there, other in zip(evidence_of(2), evidence_of(1), strict=True):
+        replace_files(there, other)
+    assert "What was signed is the release of version 1 of iris. Register the model anew" in refused(folder)
+
+
+def test_version_of_another_model_in_this_ones_place_is_refused(folder):
+    # given its files and signature, under this one's name and number
+    replace_files(files_of(2), files_of(1, "other"))
+    for there in evidence_of(2):
+        replace_files(there, *evidence_of(1, "other"))
+    assert "What was signed is the candidate of version 1 of other" in refused(folder)
+
+
+def test_version_that_the_database_gives_another_name_is_refused(folder):
+    # given the one version of the other model, which four values in the database make version 3 of iris
+    run_id = mlflow.MlflowClient().get_model_version("other", 1).run_id
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        database.execute("UPDATE model_versions SET name = 'iris', version = 3 WHERE name = 'other'")
+    root = Path(mlflow.get_run(run_id).info.artifact_uri.removeprefix("file://"), "signed")
+    shutil.copytree(root / "other/1", root / "iris/3")
+    assert "What was signed is the candidate of version 1 of other" in refused(folder, "models:/iris/3")
+
+
+def test_candidate_is_no_release(folder):
+    assert "There is no release of this version" in refused(folder, "models:/other/1", purpose="release")
+    mlflow.MlflowClient().set_registered_model_alias("other", "production", 1)
+    message = refused(folder, "models:/other@production", purpose="release")
+    assert "There is no release as production of this version. Release it: lifecycle release" in message
+
+
+def test_candidates_signature_in_a_releases_place_is_refused(folder):
+    for path in evidence_of(2)[1:]:
+        replace_files(path, evidence_of(2)[0])
+    assert "What was signed is the candidate" in refused(folder, purpose="release")
+
+
+def test_release_for_one_alias_is_none_for_another(folder):
+    mlflow.MlflowClient().set_registered_model_alias("iris", "champion", 2)
+    assert "no release as champion" in refused(folder, "models:/iris@champion", purpose="release")
+
+
+def test_older_version_put_back_without_a_release_is_refused(folder):
+    mlflow.MlflowClient().set_registered_model_alias("iris", "production", 1)
+    message = refused(folder, "models:/iris@production", purpose="release")
+    assert "Version 2 was released as production after it. To go back: lifecycle rollback iris" in message
+
+
+def test_older_version_put_back_is_refused_where_the_newer_release_was_seen(folder):
+    # given a machine that has used version 2, and then a store from which its release has vanished
+    accepted(folder, "models:/iris@production", purpose="release")
+    mlflow.MlflowClient().set_registered_model_alias("iris", "production", 1)
+    mlflow.MlflowClient().delete_model_version("iris", 2)
+    message = refused(folder, "models:/iris@production", purpose="release")
+    assert "A newer release of production was seen here before" in message
+
+
+def test_older_version_is_handed_out_once_it_is_released_again(folder):
+    accepted(folder, "models:/iris@production", purpose="release")
+    release("models:/iris/1", folder)
+    assert accepted(folder, "models:/iris@production", purpose="release").version == "1"
+
+
+def test_older_version_can_be_had_by_its_number(folder):
+    assert accepted(folder, "models:/iris/1", purpose="release").version == "1"
+
+
+def test_public_key_in_a_read_only_folder_serves(folder, tmp_path, monkeypatch):
+    # given a folder in which nothing can be remembered: a file stands where the note would be written
+    public = Path(shutil.copy(own_public_key(folder), tmp_path / "key.pub"))
+    (tmp_path / "newest_releases.json.new").mkdir()
+    with verified("models:/iris@production", public, purpose="release") as copy:
+        assert copy.statement.version == "2"
+
+
+def test_clock_that_went_backwards_makes_no_older_release(folder):
+    mlflow.MlflowClient().set_model_version_tag("iris", 2, release_tag("production"), "2999-01-01T00:00:00.000000Z")
+    assert released_now("iris", "production") == "2999-01-01T00:00:00.000001Z"
+
+
+# Keys
+
+
+def test_signature_with_anothers_key_is_refused(folder):
+    # given a version that another key has signed
+    other, before = new_key(folder)
+    message = refused(folder)
+    assert "has not signed it (signed by: " in message
+    assert "Give the key that did" in message
+    # then the public half before it still verifies
+    with verified("models:/iris/2", before) as copy:
+        assert copy.statement.version == "2"
+    assert other.exists()
+
+
+def test_signature_that_claims_our_key_is_refused(folder):
+    # given somebody's signature, in the place and with the mark of ours
+    (ours,) = evidence_of(2)[-1].glob("*.sig")
+    material = json.loads(ours.read_text())["verificationMaterial"]
+    theirs = folder / "theirs.pem"
+    key = ec.generate_private_key(ec.SECP256R1())
+    theirs.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    theirs.chmod(0o600)
+    with verified("models:/iris/2", own_public_key(folder)) as copy:
+        sign(copy.folder.parent, copy.statement, theirs)
+    (made,) = set(evidence_of(2)[-1].glob("*.sig")) - {ours}
+    ours.write_text(json.dumps(json.loads(made.read_text()) | {"verificationMaterial": material}))
+    # then
+    assert "It is not what was signed" in refused(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x80\x04N."])
+def test_file_that_is_no_signature_is_refused(folder, content):
+    (signature,) = evidence_of(2)[-1].glob("*.sig")
+    signature.write_bytes(content)
+    assert "It is not what was signed" in refused(folder)
+
+
+def test_version_without_signature_is_refused(folder):
+    for path in evidence_of(2):
+        shutil.rmtree(path)
+    assert "There is no signature of this version" in refused(folder)
+
+
+def test_registered_without_signing_is_refused(folder, tmp_path):
+    with mlflow.start_run():
+        features = iris_rows().drop(columns="species")
+        from sklearn.dummy import DummyClassifier
+
+        model = DummyClassifier().fit(features, iris_rows()["species"])
+        mlflow.sklearn.log_model(model, name="plain", pip_requirements=["scikit-learn"], registered_model_name="plain")
+    assert "There is no signature of this version" in refused(folder, "models:/plain/1")
+
+
+def test_key_that_is_none_is_refused(folder, tmp_path):
+    with pytest.raises(KeyRefusedError, match="Cannot verify with"), verified("models:/iris/2", tmp_path / "none.pub"):
+        pass
+
+
+def test_private_key_is_in_no_file_of_the_store(folder):
+    # given the key as it stands in its file, line by line, and the secret number in it
+    pem = own_key(folder).read_bytes()
+    number = load_pem_private_key(pem, None).private_numbers().private_value
+    secrets = [*pem.splitlines()[1:-1], number.to_bytes(32, "big"), b"%x" % number, b"%d" % number]
+    # then nothing else has any of it
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "signing_key.pem"]
+    assert any(path.suffix == ".sig" for path in files)
+    assert [path for path in files for secret in secrets if secret in path.read_bytes()] == []
+
+
+def test_signature_verifies_with_model_signings_own_command(folder):
+    # given a version as anybody downloads it: the model, and what was signed beside it
+    with verified("models:/iris/2", own_public_key(folder)) as copy:
+        (signature,) = evidence_of(2)[-1].glob("*.sig")
+        command = [sys.executable, "-m", "model_signing", "verify", "key", "--no-ignore-git-paths"]
+        command += ["--signature", signature, "--public_key", own_public_key(folder), copy.folder.parent]
+        # then it verifies, and with a file more it does not
+        assert subprocess.run(command, capture_output=True).returncode == 0
+        (copy.folder / ".gitignore").write_text("*")
+        assert "Extra files found" in subprocess.run(command, capture_output=True, text=True).stderr
+
+
+@pytest.mark.extended
+def test_version_on_a_tracking_server_is_verified(tmp_path, monkeypatch):
+    with tracking_server(tmp_path) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        mlflow.set_tracking_uri(address)
+        mlflow.set_experiment("versions")
+        register(tmp_path)
+        release("models:/iris/1", tmp_path)
+        assert accepted(tmp_path, "models:/iris@production", purpose="release").purpose == "release"
+        mlflow.set_tracking_uri(None)
