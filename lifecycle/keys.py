@@ -47,7 +47,8 @@ def own_key(folder: Path) -> Path:
             raise KeyRefusedError(f"{lost} If there is none, make a new one: lifecycle new-key")
         key = ec.generate_private_key(ec.SECP256R1())
         _keep(private, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    _keep(public, public_bytes(load_private(private).public_key()))
+    _keep(public, _public_bytes(load_private(private)))
+    public_half(private, private.parent)
     return private
 
 
@@ -97,9 +98,20 @@ def fingerprint_of(public_key: Path) -> str:
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def public_bytes(key: ec.EllipticCurvePublicKey) -> bytes:
-    """Return a public key as the text of a PEM file."""
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+def public_half(private: Path, scratch: Path) -> Path:
+    """Return the file of the public key that belongs to ``private``: beside it, or else written to ``scratch``.
+
+    Raises:
+        KeyRefusedError: the private key cannot be used, or the file beside it is of another key.
+    """
+    content, beside = _public_bytes(load_private(private)), Path(private).with_suffix(".pub")
+    if beside.exists() and beside != Path(private):
+        if beside.read_bytes() != content:
+            raise KeyRefusedError(f"{beside} is not the other half of {private}. Give the key that belongs to it.")
+        return beside
+    path = Path(scratch) / "public_half.pub"
+    path.write_bytes(content)
+    return path
 
 
 def new_key(folder: Path) -> tuple[Path, Path | None]:
@@ -118,6 +130,10 @@ def new_key(folder: Path) -> tuple[Path, Path | None]:
             (keys / "signing_key.pem").rename(keys / f"{name}.pem")
         before = (keys / "signing_key.pub").rename(keys / f"{name}.pub")
     return own_key(folder), before
+
+
+def _public_bytes(private: ec.EllipticCurvePrivateKey) -> bytes:
+    return private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _keep(path: Path, content: bytes) -> None:

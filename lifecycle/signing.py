@@ -17,11 +17,9 @@ import pandas as pd
 from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 
-from lifecycle.keys import fingerprint_of, load_private, public_bytes
+from lifecycle.keys import fingerprint_of, load_private, public_half
 from lifecycle.pins import locked, read_pins
 from lifecycle.tables import fingerprint
-
-EVIDENCE = ("statement.json", "packages.txt", "training_rows.parquet")
 
 
 @dataclass(frozen=True)
@@ -83,18 +81,15 @@ def sign(root: Path, statement: Statement, key: Path) -> str:
     """Sign the version in ``root``, with ``statement``, and log the evidence to its run; return where it is there.
 
     Args:
-        root: the folder with ``model``, ``packages.txt`` and ``training_rows.parquet``, as saved or verified here.
+        root: a folder with ``model`` as saved or verified here, and beside it ``packages.txt``,
+            ``training_rows.parquet``, and what else belongs to the version.
         statement: what the version is.
         key: the private key.
     """
     (root / "statement.json").write_text(json.dumps(asdict(statement), indent=2) + "\n", encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
-        public = Path(scratch) / "key.pub"
-        public.write_bytes(public_bytes(load_private(key).public_key()))
-        evidence = Path(scratch) / "evidence"
-        evidence.mkdir()
-        for name in EVIDENCE:
-            shutil.copy(root / name, evidence)
+        public, evidence = public_half(key, Path(scratch)), Path(scratch) / "evidence"
+        shutil.copytree(root, evidence, ignore=shutil.ignore_patterns("model"))
         signer = model_signing.signing.Config().set_hashing_config(every_file())
         signature = evidence / f"{fingerprint_of(public)[:16]}.sig"
         signer.use_elliptic_key_signer(private_key=Path(key)).sign(root, signature)

@@ -225,13 +225,20 @@ def _ask(uri: str, name: str = "") -> "Experiment | None":
         return None
 
 
-def _create(uri: str, name: str, location: str | None, tags: dict[str, str]) -> "Experiment":
-    """Create the experiment, or take the one that another process created at the same moment."""
+def create_experiment(uri: str, name: str, description: str) -> "Experiment":
+    """Create the experiment in the store at ``uri``, or take the one that is there.
+
+    Args:
+        uri: where the store is; a SQLite store keeps the files of its runs beside it.
+        name: the experiment's name.
+        description: what MLflow's interface shows above its runs.
+    """
     import mlflow
 
-    client, failure = mlflow.MlflowClient(uri), None
+    path, client, failure = _sqlite_path(uri), mlflow.MlflowClient(uri), None
+    location = (path.parent / "mlruns").as_uri() if path else None  # a server decides for itself
     try:
-        client.create_experiment(name, location, tags)
+        client.create_experiment(name, location, {"mlflow.note.content": description})
     except mlflow.MlflowException as error:  # most often because it exists by now
         failure = error
     for pause in (0.2, 0.5, 1, 0):  # a server shows an experiment a moment before its maker has rights to it
@@ -292,13 +299,11 @@ def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
 
     uri = tracking_uri(folder)
     path = _sqlite_path(uri)
-    location = (path.parent / "mlruns").as_uri() if path else None  # a server decides for itself
-    tags = {"mlflow.note.content": description}
     try:
         if path:
             make_sqlite_store(path)
             _refuse_at_once(path)
-        experiment = _ask(uri, name) or _create(uri, name, location, tags)
+        experiment = _ask(uri, name) or create_experiment(uri, name, description)
         if path:
             _refuse_moved(path, experiment)
         if experiment.lifecycle_stage != "active":

@@ -7,7 +7,6 @@ statement that was signed with them, and what they may do are checked first, on 
 import contextlib
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from lifecycle.contents import check_contents
 from lifecycle.keys import fingerprint_of
-from lifecycle.signing import EVIDENCE, Statement, every_file, evidence_place
+from lifecycle.signing import Statement, every_file, evidence_place
 from lifecycle.store import printable
 
 
@@ -43,7 +42,12 @@ class Verified:
 
 @contextlib.contextmanager
 def verified(
-    uri: str, public_key: Path, *, purpose: str | None = None, trusted_types: list[str] | tuple[str, ...] = ()
+    uri: str,
+    public_key: Path,
+    *,
+    purpose: str | None = None,
+    alias: str = "",
+    trusted_types: list[str] | tuple[str, ...] = (),
 ) -> Iterator[Verified]:
     """Download a version, verify it, and give the verified copy to the block; at its end the copy is removed.
 
@@ -54,6 +58,7 @@ def verified(
         public_key: the public half of the key that signed it.
         purpose: "release" accepts only what was released, as the very alias if ``uri`` has one, and nothing older than
             the newest release for that alias. By default a candidate is accepted, too.
+        alias: for a ``uri`` with a number: the alias as which it must have been released.
         trusted_types: what the model may hold beyond what skops knows to be harmless, as reviewed by the project.
 
     Raises:
@@ -62,11 +67,11 @@ def verified(
         mlflow.MlflowException: there is no such version, or the store gives no answer.
     """
     digits = fingerprint_of(public_key)
-    name, version, alias = _version(uri)
+    name, version, by_alias = _version(uri)
     with tempfile.TemporaryDirectory(prefix="verified-") as scratch:
         root = Path(scratch).resolve() / "version"
         try:
-            place = _newest_evidence(version, alias, purpose)
+            place = _newest_evidence(version, by_alias or alias, purpose)
             signature = _downloaded(root, version, place, digits)
             verifier = model_signing.verifying.Config().set_hashing_config(every_file())
             try:
@@ -78,8 +83,8 @@ def verified(
             if statement != expected or evidence_place(statement) != place:
                 said = f"{statement.purpose} of version {statement.version} of {statement.registered_model}"
                 raise ValueError(f"What was signed is the {said}. Register the model anew")
-            if alias and statement.purpose == "release":
-                _refuse_older(name, alias, statement, Path(public_key))
+            if by_alias and statement.purpose == "release":
+                _refuse_older(name, by_alias, statement, Path(public_key))
             check_contents(root / "model", root / "packages.txt", trusted_types)
         except Exception as error:
             raise NotVerifiedError(printable(f"Not loaded: {uri}. {_cause(error)}.")) from None
@@ -142,8 +147,9 @@ def _downloaded(root: Path, version: ModelVersion, place: str, digits: str) -> P
     evidence = Path(
         mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path=place, dst_path=str(root.parent))
     )
-    for file in EVIDENCE:
-        shutil.copy(evidence / file, root / file)
+    for path in evidence.iterdir():
+        if path.suffix != ".sig":
+            path.rename(root / path.name)
     signature = evidence / f"{digits[:16]}.sig"
     if not signature.is_file():
         others = ", ".join(sorted(path.stem for path in evidence.glob("*.sig"))) or "none"

@@ -1,6 +1,8 @@
 """Model versions to test with: saved, registered and signed as a guide does it, in a store in a folder of their own."""
 
 import contextlib
+import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,3 +56,19 @@ def store_in(folder: Path, monkeypatch) -> Iterator[mlflow.MlflowClient]:
     open_experiment("versions", "Versions to test with.", folder)
     yield mlflow.MlflowClient()
     mlflow.set_tracking_uri(None)
+
+
+@contextlib.contextmanager
+def restored(folder: Path) -> Iterator[None]:
+    """Put the store in ``folder`` and the keys beside it back, at the end of the block, to what they were."""
+    copy = Path(f"{folder} before")
+    shutil.copytree(folder, copy)
+    yield
+    for name in ("mlruns", "keys"):
+        shutil.rmtree(folder / name)
+        shutil.copytree(copy / name, folder / name)
+    databases = [sqlite3.connect(place / "mlflow.db") for place in (copy, folder)]
+    databases[0].backup(databases[1])  # MLflow keeps the file open
+    for database in databases:
+        database.close()
+    shutil.rmtree(copy)

@@ -30,6 +30,11 @@ ALLOWED = {
     "keys": {"store"},
     "contents": {"pins"},
     "signing": {"pins", "store", "tables", "keys"},
+    "git_tag": {"store"},
+    "card": {"pins", "contents", "gate", "verification"},
+    "gate": {"comparison", "environment", "verification"},
+    "release": {"card", "gate", "git_tag", "keys", "signing", "store", "tables", "verification"},
+    "promotion": {"keys", "release", "signing", "store", "verification"},
     "verification": {"pins", "store", "tables", "keys", "contents", "signing"},
 }
 # Libraries that take long to import or that not everybody has, and the modules that are about each.

@@ -15,7 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from execution import tracking_server
-from versions import LOCK, iris_rows, register, save, store_in
+from versions import LOCK, iris_rows, register, restored, save, store_in
 
 from lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
 from lifecycle.signing import Statement, register_candidate, sign
@@ -42,34 +42,23 @@ def release(uri: str, folder: Path, alias: str = "production") -> Statement:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Give a folder with a store: two versions of iris, both released in turn, and one of another model; and a copy."""
-    folder = tmp_path_factory.mktemp("made")
-    project, copy = folder / "project", folder / "copy"
-    project.mkdir()
-    with pytest.MonkeyPatch.context() as monkeypatch, store_in(project, monkeypatch):
-        register(project)
-        register(project)
-        register(project, name="other")
-        release("models:/iris/1", project)
-        release("models:/iris/2", project)
-    shutil.copytree(project, copy)
-    return project, copy
+    """Give a folder with a store: two versions of iris, both released in turn, and one of another model."""
+    folder = tmp_path_factory.mktemp("made") / "project"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
+        register(folder)
+        register(folder)
+        register(folder, name="other")
+        release("models:/iris/1", folder)
+        release("models:/iris/2", folder)
+    return folder
 
 
 @pytest.fixture
 def folder(made, monkeypatch):
     """Give the folder with the store, which is the active one. After the test it is as it was."""
-    project, copy = made
-    with store_in(project, monkeypatch):
-        yield project
-    for name in ("mlruns", "keys"):
-        shutil.rmtree(project / name)
-        shutil.copytree(copy / name, project / name)
-    with (
-        closing(sqlite3.connect(copy / "mlflow.db")) as source,
-        closing(sqlite3.connect(project / "mlflow.db")) as target,
-    ):
-        source.backup(target)  # MLflow keeps the file open
+    with restored(made), store_in(made, monkeypatch):
+        yield made
 
 
 def accepted(folder: Path, uri: str = "models:/iris/2", **options) -> Statement:

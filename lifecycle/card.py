@@ -1,0 +1,121 @@
+"""The model card of a release, as facts for programs and as Markdown for people.
+
+MLflow has a description per version and no card (mlflow#3613). Everything here but the intended use and the limits is
+read from the version, its run and the gate; and the card says from which.
+"""
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import mlflow
+import pandas as pd
+
+from lifecycle.contents import names_and_versions
+from lifecycle.pins import read_pins
+from lifecycle.verification import Verified
+
+if TYPE_CHECKING:
+    from skops.card import Card
+
+    from lifecycle.gate import Verdict
+
+
+def card_facts(copy: Verified, verdict: "Verdict", rows_tested: str, *, intended_use: str, limits: str) -> dict:
+    """Return what the card says, as values that JSON can hold.
+
+    Args:
+        copy: the version, verified.
+        verdict: what the gate found.
+        rows_tested: which test rows those were.
+        intended_use: what the model is for; this and the next only a person can know.
+        limits: what it is not for.
+    """
+    client, statement = mlflow.MlflowClient(), copy.statement
+    version, run = (
+        client.get_model_version(statement.registered_model, statement.version),
+        client.get_run(statement.run_id),
+    )
+    info = mlflow.models.Model.load(str(copy.folder / "MLmodel"))
+    sides = info.signature.to_dict() if info.signature else {}
+    created = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
+    inputs = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
+    return {
+        "model_name": statement.registered_model,
+        "version": statement.version,
+        "created_at": created.isoformat(timespec="seconds"),
+        "intended_use": intended_use,
+        "limits": limits,
+        "run_id": statement.run_id,
+        "git_commit": run.data.tags.get("mlflow.source.git.commit", "not recorded"),
+        "tested": {
+            "on": rows_tested,
+            "metrics": {name: round(value, 4) for name, value in sorted(verdict.metrics.items())},
+            "against_holder": str(verdict.difference) if verdict.difference else "there was none",
+            "checks": {check.name: f"{check.result}: {check.detail}" for check in verdict.checks},
+        },
+        "metrics": {name: round(value, 4) for name, value in sorted(run.data.metrics.items())},
+        "parameters": dict(sorted(run.data.params.items())),
+        "tags": {name: text for name, text in sorted(run.data.tags.items()) if not name.startswith("mlflow.")},
+        "data": dict(sorted(inputs.items())) | {"training rows": f"SHA-256 {statement.training_rows}"},
+        "signature": {side: json.loads(columns or "[]") for side, columns in sides.items() if side != "params"},
+        "environment": {
+            "python": info.flavors["python_function"]["python_version"],
+            "packages": names_and_versions(read_pins(copy.folder / "requirements.txt")),
+        },
+        "signed_with": copy.key_fingerprint,
+    }
+
+
+def check_sentences(**sentences: str) -> None:
+    """Refuse a card without the sentences that only a person can write.
+
+    Raises:
+        ValueError: one of them is empty.
+    """
+    for name, text in sentences.items():
+        if not text.strip():
+            what = name.replace("_", " ")
+            raise ValueError(f"The model card needs a sentence on the {what}; all else is read from MLflow.")
+
+
+def make_card(facts: dict) -> "Card":
+    """Return the card as skops makes it; ``render()`` gives its Markdown.
+
+    Args:
+        facts: from ``card_facts``.
+    """
+    from skops.card import Card
+
+    top = f"{facts['model_name']}, version {facts['version']}"
+    card = Card(None, template=None, model_diagram=False)
+    card.add(**{top: f"{facts['intended_use']}\n\nLimits: {facts['limits']}"})
+    tested, environment = facts["tested"], facts["environment"]
+    columns = [
+        (side, column.get("name", "(unnamed)"), column["type"])
+        for side, all_ in facts["signature"].items()
+        for column in all_
+    ]
+    origin = {name: facts[name] for name in ("created_at", "run_id", "git_commit", "signed_with")}
+    tables = {
+        "Scores at the gate": [("metric", "value"), *tested["metrics"].items()],
+        "Checks of the gate": [("check", "result"), *tested["checks"].items()],
+        "Metrics of the run": [("metric", "value"), *facts["metrics"].items()],
+        "Parameters of the run": [("parameter", "value"), *facts["parameters"].items()],
+        "Tags of the run": [("tag", "value"), *facts["tags"].items()],
+        "Data": [("data set", "digest"), *facts["data"].items()],
+        "Signature": [("side", "column", "type"), *columns],
+        "Origin": [("fact", "value"), *origin.items(), ("python", environment["python"])],
+        "Packages": [("package",), *((package,) for package in environment["packages"])],
+    }
+    sources = {
+        "Scores at the gate": f"By mlflow.models.evaluate, on {tested['on']}. Difference from the version that it "
+        f"replaced, in the log of the probability given to the right class: {tested['against_holder']}.",
+        "Metrics of the run": f"As logged by the run {facts['run_id']}.",
+    }
+    for title, (header, *body) in tables.items():
+        if body:
+            description = sources.get(title)
+            card.add_table(**{f"{top}/{title}": pd.DataFrame(body, columns=header)}, description=description)
+            card.select(f"{top}/{title}").title = title  # skops 0.16 would print the version before it, too
+    return card

@@ -1,0 +1,225 @@
+"""The checks that a version must pass before it is released, each with its result.
+
+MLflow evaluates a model and compares numbers with thresholds (``mlflow.validate_evaluation_results``). It does not say
+how sure a difference is, whether the model has seen the test rows, or whether its environment can be built.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import MetricThreshold
+
+from lifecycle.comparison import Interval, rows_interval
+from lifecycle.environment import EnvironmentNotBuiltError, PredictionFailedError, built, predict
+from lifecycle.verification import Verified
+
+PASSED, FAILED, UNCHECKED = "passed", "failed", "not checked"
+KNOWN_ROWS = 0.1  # the share of the test rows that may also stand among the training rows: equal rows happen by chance
+NO_FLOOR = "State at least one floor, such as accuracy_score=0.9: no holder does not mean that every version passes."
+
+
+class GateClosedError(RuntimeError):
+    """A version may not be released; the message names the checks that it did not pass."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its name, its result (passed, failed, not checked), and what was found."""
+
+    name: str
+    result: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The checks of a version, its scores on the test rows, and its difference from the present holder, if any."""
+
+    checks: list[Check]
+    metrics: dict[str, float]
+    difference: Interval | None
+
+    def require(self, *, allow_unchecked: bool = False) -> None:
+        """Refuse a version that did not pass.
+
+        Raises:
+            GateClosedError: a check failed, or was left out and ``allow_unchecked`` is not set.
+        """
+        wanted = (FAILED,) if allow_unchecked else (FAILED, UNCHECKED)
+        if stopped := [
+            f"{check.name} {check.result} ({check.detail})" for check in self.checks if check.result in wanted
+        ]:
+            raise GateClosedError(f"The version is not released: {'; '.join(stopped)}. The alias stays where it is.")
+
+
+def check_version(
+    candidate: Verified,
+    holder: Verified | None,
+    rows: pd.DataFrame,
+    target: str,
+    *,
+    floors: dict[str, float],
+    allow_equal: bool = False,
+    rebuild: bool = True,
+    cache: Path | None = None,
+) -> Verdict:
+    """Check a version on test rows, and log its scores to the active run.
+
+    Args:
+        candidate: the version, verified.
+        holder: the version that it would replace, verified; None if there is none.
+        rows: the test rows, target included, which nobody has learned from.
+        target: the column with the classes.
+        floors: what MLflow's metrics must reach, whoever the holder is, such as ``{"accuracy_score": 0.9}``.
+        allow_equal: whether a version passes that is not better than the holder, as long as it is not worse by a
+            difference that counts: for the same model with renewed packages.
+        rebuild: whether to build the environment; if not, that check is not passed, but left out.
+        cache: see ``lifecycle.environment.built``.
+
+    Raises:
+        ValueError: no floor is stated, or the rows lack a column.
+    """
+    if not floors:
+        raise ValueError(NO_FLOOR)
+    if missing := [name for name in pd.read_parquet(candidate.training_rows).columns if name not in rows]:
+        raise ValueError(f"The test rows lack these columns: {', '.join(missing)}")
+    checks = [check_signature(candidate), check_example(candidate), check_pins(candidate)]
+    checks += [check_rows(candidate, rows, target)]
+    metrics, difference = {}, None
+    try:
+        evaluation = evaluate(candidate, rows, target)
+        named_twice = ("score", "example_count")
+        metrics = {name: float(value) for name, value in evaluation.metrics.items() if name not in named_twice}
+        checks.append(check_floors(evaluation, floors))
+        if holder:
+            experiment = mlflow.active_run().info.experiment_id
+            name = f"holder, version {holder.statement.version}"
+            with mlflow.start_run(run_name=name, nested=True, experiment_id=experiment):
+                evaluate(holder, rows, target)
+            difference = difference_of(candidate, holder, rows, target)
+        checks.append(check_difference(difference, holder, len(rows), allow_equal=allow_equal))
+    except Exception as error:  # whatever the model raises
+        checks.append(Check("score", FAILED, f"cannot be scored: {' '.join(str(error).split())[:300]}"))
+    if all(check.result == PASSED for check in checks):
+        checks.append(check_environment(candidate, rows.drop(columns=target), cache) if rebuild else not_rebuilt())
+    else:
+        checks.append(Check("fresh environment", UNCHECKED, "another check failed"))
+    return Verdict(checks, metrics, difference)
+
+
+def check_signature(candidate: Verified) -> Check:
+    """Check that the model names its columns. MLflow logs none, and says nothing, for some nullable columns."""
+    signature = mlflow.models.Model.load(str(candidate.folder / "MLmodel")).signature
+    names = signature.inputs.input_names() if signature and signature.inputs else []
+    return Check("signature", PASSED if names else FAILED, f"{len(names) or 'no'} columns go in")
+
+
+def check_example(candidate: Verified) -> Check:
+    """Check that the model brings rows to try it with."""
+    example = mlflow.models.Model.load(str(candidate.folder / "MLmodel")).saved_input_example_info
+    return Check("input example", PASSED if example else FAILED, "logged with it" if example else "there is none")
+
+
+def check_pins(candidate: Verified) -> Check:
+    """Check that the hashes of every package were kept."""
+    blocks = ("\n" + candidate.packages.read_text(encoding="utf-8").replace("\n    --hash", " --hash")).split("\n")
+    pins = [line for line in blocks if line.strip()]
+    unsure = [line.split("==")[0] for line in pins if "==" not in line or "--hash=sha256:" not in line]
+    found = f"without a hash: {', '.join(unsure)}" if unsure else f"{len(pins)} packages, each with == and its hashes"
+    return Check("exact pins", FAILED if unsure or not pins else PASSED, found)
+
+
+def check_rows(candidate: Verified, rows: pd.DataFrame, target: str) -> Check:
+    """Check that the candidate has not learned from the test rows, as far as its own record tells.
+
+    A row counts as known if all its values and its class stand in a training row. Rows that were changed a little, or
+    used before the training rows were split off, are not found.
+    """
+    training = pd.read_parquet(candidate.training_rows)
+    try:
+        same = rows[training.columns].astype(training.dtypes)
+    except (TypeError, ValueError) as error:
+        return Check("test rows", FAILED, f"they are of other types than the training rows: {error}")
+    known = set(pd.util.hash_pandas_object(training, index=False))
+    count = sum(value in known for value in pd.util.hash_pandas_object(same, index=False))
+    found = f"{count} of {len(rows)} are among the {len(training)} training rows"
+    if unknown := sorted(set(same[target]) - set(training[target])):
+        return Check("test rows", FAILED, f"{found}; it never learned these classes: {', '.join(map(str, unknown))}")
+    return Check("test rows", PASSED if count <= KNOWN_ROWS * len(rows) else FAILED, found)
+
+
+def evaluate(version: Verified, rows: pd.DataFrame, target: str) -> "mlflow.models.EvaluationResult":
+    """Return MLflow's evaluation of a classifier on ``rows``, which it logs to the active run."""
+    options = {"targets": target, "model_type": "classifier"}
+    options["evaluator_config"] = {"log_model_explainability": False}  # which would need shap
+    return mlflow.models.evaluate(str(version.folder), rows, **options)
+
+
+def check_floors(evaluation: "mlflow.models.EvaluationResult", floors: dict[str, float]) -> Check:
+    """Check by MLflow's own validation that each metric reaches its floor."""
+    found = ", ".join(f"{name} {evaluation.metrics.get(name, float('nan')):.4f} of {floors[name]}" for name in floors)
+    thresholds = {name: MetricThreshold(threshold=floor, greater_is_better=True) for name, floor in floors.items()}
+    try:
+        mlflow.validate_evaluation_results(thresholds, evaluation)
+    except MlflowException:
+        return Check("floor", FAILED, found)
+    return Check("floor", PASSED, found)
+
+
+def scores_per_row(model, rows: pd.DataFrame, target: str, *, probable: bool) -> np.ndarray:
+    """Return a score of each row, more is better.
+
+    It is the log of the probability that the model gives to the row's class, which tells apart two models that are
+    right as often and not as sure. Where not both models give probabilities, it is 1 for a right answer, and else 0.
+    """
+    features = rows.drop(columns=target)
+    features = features[list(model.feature_names_in_)] if hasattr(model, "feature_names_in_") else features
+    if not probable:
+        return (model.predict(features) == rows[target]).to_numpy(dtype=float)
+    places = pd.Index(model.classes_).get_indexer(rows[target])
+    given = np.where(places < 0, 0, model.predict_proba(features)[np.arange(len(rows)), places])
+    return np.log(np.clip(given, np.finfo(float).eps, None))
+
+
+def difference_of(candidate: Verified, holder: Verified, rows: pd.DataFrame, target: str) -> Interval:
+    """Return how much better the candidate is than the holder on the same rows, by log loss, or else by accuracy."""
+    models = [mlflow.sklearn.load_model(str(version.folder)) for version in (candidate, holder)]
+    probable = all(hasattr(model, "predict_proba") for model in models)
+    scores = [scores_per_row(model, rows, target, probable=probable) for model in models]
+    return rows_interval(lambda _, values: values.mean(), rows[target], *scores)
+
+
+def check_difference(difference: Interval | None, holder: Verified | None, count: int, *, allow_equal: bool) -> Check:
+    """Check by the one decision rule that the candidate may take the holder's place."""
+    if difference is None:
+        return Check("holder", PASSED, "there is none; the floor decides")
+    found = f"{difference} against version {holder.statement.version}, on {count} rows"
+    if difference.low > 0 or (allow_equal and difference.high >= 0):
+        return Check("holder", PASSED, found)
+    return Check("holder", FAILED, f"{found}: not better by a difference that counts, so the holder stays")
+
+
+def check_environment(candidate: Verified, features: pd.DataFrame, cache: Path | None = None) -> Check:
+    """Check that the environment can be built from the recorded packages alone, and gives the same predictions."""
+    here = mlflow.pyfunc.load_model(str(candidate.folder)).predict(features).tolist()
+    with tempfile.TemporaryDirectory(prefix="gate-") as scratch:
+        try:
+            requirements = candidate.folder / "requirements.txt"
+            python = built(requirements, Path(scratch) / "environment", lock=candidate.packages, cache=cache)
+            there = predict(candidate.folder, features, python)
+        except (EnvironmentNotBuiltError, PredictionFailedError) as error:
+            return Check("fresh environment", FAILED, " ".join(str(error).split()))
+    same = sum(one == other for one, other in zip(here, there, strict=True))
+    return Check(
+        "fresh environment", PASSED if same == len(here) else FAILED, f"{same} of {len(here)} predictions are the same"
+    )
+
+
+def not_rebuilt() -> Check:
+    """Return the check of the environment as left out."""
+    return Check("fresh environment", UNCHECKED, "no environment was built, as was asked for")

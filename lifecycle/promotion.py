@@ -1,0 +1,98 @@
+"""Promote a version to another tracking server: verified here, gated there, with tags that lead back.
+
+``client.copy_model_version`` stays within one registry (mlflow#10336), and an upload forgets where a model is from.
+"""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+
+from lifecycle.keys import public_half
+from lifecycle.release import Release, release
+from lifecycle.signing import register_candidate
+from lifecycle.store import create_experiment, printable
+from lifecycle.verification import Verified, verified
+
+EXPERIMENT = "promoted"
+
+
+def promote(uri: str, to: str, rows: pd.DataFrame, target: str, *, key: Path, trusted_types=(), **settings) -> Release:
+    """Release a version of the active store on the server ``to``, under the same name.
+
+    The version is verified here and registered there, with the parameters and metrics of its run. There it passes the
+    gate against the holder on that server. If anything fails, what was registered there is deleted again.
+
+    Args:
+        uri: the version here: ``models:/name/3`` or ``models:/name@production``.
+        to: the address of the other server.
+        rows: the test rows, target included.
+        target: the column with the classes.
+        key: the private key, which signed the version here and signs it there.
+        trusted_types: see ``lifecycle.verification.verified``.
+        settings: those of ``lifecycle.release.release``.
+
+    Raises:
+        NotVerifiedError: the version is not what was signed.
+        GateClosedError: it did not pass the gate there.
+        KeyRefusedError: the key cannot be used.
+    """
+    here = mlflow.get_tracking_uri()
+    with tempfile.TemporaryDirectory() as scratch:
+        public = public_half(key, Path(scratch))
+        with verified(uri, public, trusted_types=trusted_types) as copy:
+            run = mlflow.get_run(copy.statement.run_id)
+            tags = run.data.tags | {
+                "promoted_from": printable(here),
+                "promoted_version": f"{copy.statement.registered_model}/{copy.statement.version}",
+                "promoted_run": copy.statement.run_id,
+            }
+            mlflow.set_tracking_uri(to)
+            try:
+                with _registered(copy, run, tags, key, Path(scratch)) as there:
+                    return release(there, rows, target, key=key, trusted_types=trusted_types, **settings)
+            finally:
+                mlflow.set_tracking_uri(here)
+
+
+@contextlib.contextmanager
+def _registered(copy: Verified, run, tags: dict[str, str], key: Path, scratch: Path) -> Iterator[str]:
+    """Register the version in the active store and give its address to the block; if the block fails, delete it."""
+    client, name = mlflow.MlflowClient(), copy.statement.registered_model
+    is_new = not client.search_registered_models(f"name = '{name}'")
+    experiment = create_experiment(mlflow.get_tracking_uri(), EXPERIMENT, "Versions from another server.")
+    folder, made = Path(shutil.copytree(copy.folder, scratch / "model")), {}
+    try:
+        with mlflow.start_run(experiment_id=experiment.experiment_id, run_name=f"promoted {name}") as there:
+            made["run"] = there.info.run_id
+            mlflow.set_tags({tag: text for tag, text in tags.items() if not tag.startswith("mlflow.")})
+            mlflow.set_tag("mlflow.source.git.commit", tags.get("mlflow.source.git.commit", "not recorded"))
+            mlflow.log_params(run.data.params)
+            mlflow.log_metrics(run.data.metrics)
+            rows = pd.read_parquet(copy.training_rows)
+            version = register_candidate(folder, name, key=key, lock=copy.packages, training_rows=rows)
+        for tag in ("promoted_from", "promoted_version", "promoted_run"):
+            client.set_model_version_tag(name, version.version, tag, tags[tag])
+        yield f"models:/{name}/{version.version}"
+    except BaseException:
+        _delete(client, name, made.get("run"), is_new)
+        raise
+
+
+def _delete(client: mlflow.MlflowClient, name: str, run_id: str | None, is_new: bool) -> None:
+    """Delete what was made of a version that could not be released."""
+    if run_id is None:
+        return
+    with contextlib.suppress(mlflow.MlflowException):
+        for version in client.search_model_versions(f"name = '{name}'"):
+            if version.run_id == run_id:
+                client.delete_model_version(name, version.version)
+        if is_new:
+            client.delete_registered_model(name)
+    for output in client.get_run(run_id).outputs.model_outputs:
+        client.delete_logged_model(output.model_id)
+    client.delete_run(run_id)

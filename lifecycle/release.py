@@ -1,0 +1,261 @@
+"""Release a version: gate, card, git tag, signature, alias, record; a failure leaves the alias where it was.
+
+An alias in MLflow is moved by whoever may, to whatever version, and nothing remembers where it pointed before
+(mlflow#2169). Here it moves only through the gate; each release and rollback is a run; and what was released carries a
+signature that says so.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlflow
+import pandas as pd
+from mlflow.entities import Run
+
+from lifecycle.card import card_facts, check_sentences, make_card
+from lifecycle.gate import NO_FLOOR, Verdict, check_version
+from lifecycle.git_tag import check_tag, make_tag
+from lifecycle.keys import public_half
+from lifecycle.signing import sign
+from lifecycle.store import create_experiment
+from lifecycle.tables import fingerprint
+from lifecycle.verification import NotVerifiedError, Verified, release_tag, released_now, verified
+
+EXPERIMENT = "releases"
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release or a rollback, as its run records it."""
+
+    registered_model: str
+    alias: str
+    version: str
+    before: str  # the version that held the alias before, empty if none did
+    kind: str  # "release" or "rollback"
+    released_at: str  # in UTC
+    by: str
+    commit: str  # that the version was made from
+    status: str  # of the run: FINISHED, or what became of a release that was not
+    run_id: str
+
+
+def release(
+    uri: str,
+    rows: pd.DataFrame,
+    target: str,
+    *,
+    key: Path,
+    floors: dict[str, float],
+    intended_use: str,
+    limits: str,
+    alias: str = "production",
+    trusted_types: list[str] | tuple[str, ...] = (),
+    allow_equal: bool = False,
+    rebuild: bool = True,
+    allow_unchecked: bool = False,
+    cache: Path | None = None,
+    repository: Path | None = None,
+    remote: str = "",
+) -> Release:
+    """Let a version take ``alias``, if it passes the gate. The same call again finishes a release that was cut off.
+
+    Args:
+        uri: the version: ``models:/name/3`` or ``models:/name@candidate``.
+        rows: the test rows, target included.
+        target: the column with the classes.
+        key: the private key that signed the candidate, and will sign the release.
+        floors: what MLflow's metrics must reach, see ``lifecycle.gate.check_version``.
+        intended_use: for the card: what the model is for.
+        limits: for the card: what it is not for.
+        alias: what the version shall be released as.
+        trusted_types: see ``lifecycle.verification.verified``.
+        allow_equal: see ``lifecycle.gate.check_version``.
+        rebuild: whether the gate builds the environment.
+        allow_unchecked: let a version pass whose environment was not built.
+        cache: see ``lifecycle.environment.built``.
+        repository: a folder in the git repository in which the commit gets a tag; None for no tag.
+        remote: where the tag is pushed to; empty for nowhere.
+
+    Raises:
+        GateClosedError: a check failed.
+        NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
+        KeyRefusedError: the key cannot be used.
+        TagRefusedError: the commit cannot be tagged.
+        ValueError: a sentence for the card is missing, or no floor is stated.
+    """
+    check_sentences(intended_use=intended_use, limits=limits)
+    if not floors:
+        raise ValueError(NO_FLOOR)
+    with contextlib.ExitStack() as stack:
+        public = public_half(key, Path(stack.enter_context(TemporaryDirectory())))
+        candidate = stack.enter_context(verified(uri, public, trusted_types=trusted_types))
+        name, number = candidate.statement.registered_model, candidate.statement.version
+        tag = check_tag(repository, name, number, remote) if repository else ""
+        holder = _holder(name, alias)
+        before = stack.enter_context(_verified_holder(name, alias, public, trusted_types)) if holder else None
+        if holder == number:
+            return _finished(name, alias, number, before.statement.released_at)
+        with _record(name, alias, number, holder, "release") as run:
+            gate = {"floors": floors, "allow_equal": allow_equal, "rebuild": rebuild, "cache": cache}
+            verdict = check_version(candidate, before, rows, target, **gate)
+            mlflow.log_table(pd.DataFrame([vars(check) for check in verdict.checks]), "gate.json")
+            tested = f"{len(rows)} rows, SHA-256 {fingerprint(rows)}"
+            facts = card_facts(candidate, verdict, tested, intended_use=intended_use, limits=limits)
+            verdict.require(allow_unchecked=allow_unchecked)
+            if tag:
+                make_tag(repository, tag, _message(candidate, verdict), remote)
+            _write_card(candidate.folder.parent, facts)
+            _hand_over(candidate, alias, key, run)
+    return history(name, alias)[0]
+
+
+def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", trusted_types=()) -> Release:
+    """Move ``alias`` back to a version that was released before, signed as released anew.
+
+    Args:
+        name: the registered model.
+        key: the private key.
+        alias: the alias to move.
+        to: the version; by default the one that held the alias before the present one.
+        trusted_types: see ``lifecycle.verification.verified``.
+
+    Raises:
+        ValueError: nothing was released before.
+        NotVerifiedError: that version was never released as ``alias``, or is not what was signed.
+        KeyRefusedError: the key cannot be used.
+    """
+    holder = _holder(name, alias)
+    earlier = [item.before for item in history(name, alias) if item.status == "FINISHED" and item.version == holder]
+    if not (to := to or next(iter(earlier), "")):
+        raise ValueError(
+            f"There is nothing to go back to: no release of {name} came before version {holder or '(none)'}."
+        )
+    with TemporaryDirectory() as scratch:
+        public = public_half(key, Path(scratch))
+        options = {"purpose": "release", "alias": alias, "trusted_types": trusted_types}
+        back_to = verified(f"models:/{name}/{to}", public, **options)
+        with back_to as copy, _record(name, alias, to, holder, "rollback") as run:
+            _hand_over(copy, alias, key, run)
+    return history(name, alias)[0]
+
+
+def history(name: str, alias: str = "") -> list[Release]:
+    """Return the releases and rollbacks of a registered model, the newest first, those that were cut off included.
+
+    Args:
+        name: the registered model.
+        alias: only those for this alias; by default all.
+    """
+    experiment = mlflow.MlflowClient().get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return []
+    if "'" in name:
+        raise ValueError(f"MLflow's filters know no way to write the quote in {name!r}.")
+    wanted = f"tags.registered_model = '{name}'" + (f" and tags.alias = '{alias}'" if alias else "")
+    found = mlflow.search_runs([experiment.experiment_id], wanted, output_format="list", order_by=["start_time DESC"])
+    return [_release_of(run) for run in found]
+
+
+def sign_anew(name: str, old_public_key: Path, key: Path, trusted_types=()) -> list[str]:
+    """Sign the versions of ``name`` that have an alias with a new key, if the old one verifies; return their numbers.
+
+    Raises:
+        NotVerifiedError: a version is not what the old key signed.
+        KeyRefusedError: a key cannot be used.
+    """
+    signed = []
+    for alias in sorted(mlflow.MlflowClient().get_registered_model(name).aliases):
+        with verified(f"models:/{name}@{alias}", old_public_key, trusted_types=trusted_types) as copy:
+            sign(copy.folder.parent, copy.statement, key)
+            signed.append(copy.statement.version)
+    return signed
+
+
+def _holder(name: str, alias: str) -> str:
+    """Return the version that has the alias, empty if none has."""
+    return str(mlflow.MlflowClient().get_registered_model(name).aliases.get(alias, ""))
+
+
+@contextlib.contextmanager
+def _verified_holder(name: str, alias: str, public: Path, trusted_types) -> Iterator[Verified]:
+    """Verify the version that holds the alias, which the gate will load, and say what to do where it does not."""
+    try:
+        holder = verified(f"models:/{name}@{alias}", public, purpose="release", trusted_types=trusted_types)
+        copy = holder.__enter__()
+    except NotVerifiedError as error:
+        remedy = f"It holds {alias}, and the gate compares with it. If nobody shall use it, take the alias from it:"
+        raise NotVerifiedError(f"{error} {remedy} client.delete_registered_model_alias({name!r}, {alias!r})") from None
+    with contextlib.ExitStack() as stack:
+        stack.push(holder)
+        yield copy
+
+
+def _finished(name: str, alias: str, number: str, moment: str) -> Release:
+    """Return the release of the version that holds the alias, and finish what a kill has left open after the alias."""
+    client = mlflow.MlflowClient()
+    client.set_model_version_tag(name, number, release_tag(alias), moment)
+    found = next((item for item in history(name, alias) if item.released_at == moment), None)
+    if found is None:
+        raise ValueError(f"Version {number} of {name} is {alias} already, and the record of its release is gone.")
+    if found.status != "FINISHED":
+        client.set_terminated(found.run_id, "FINISHED")
+    return replace(found, status="FINISHED")
+
+
+@contextlib.contextmanager
+def _record(name: str, alias: str, number: str, before: str, kind: str) -> Iterator[Run]:
+    """Begin the run that records a release, and end it as finished if the block succeeds; end others that were cut."""
+    client = mlflow.MlflowClient()
+    for item in history(name, alias):
+        if item.status == "RUNNING" and item.version == number:
+            client.set_terminated(item.run_id, "KILLED")
+    commit = client.get_run(client.get_model_version(name, number).run_id).data.tags.get("mlflow.source.git.commit", "")
+    tags = {
+        "registered_model": name,
+        "alias": alias,
+        "version": number,
+        "before": before,
+        "kind": kind,
+        "commit": commit,
+    }
+    description = "Each run is a release or a rollback of a registered model."
+    experiment = create_experiment(mlflow.get_tracking_uri(), EXPERIMENT, description)
+    run_name = f"{kind} {name}/{number} as {alias}"
+    with mlflow.start_run(experiment_id=experiment.experiment_id, run_name=run_name, tags=tags, nested=True) as run:
+        yield run
+
+
+def _hand_over(copy: Verified, alias: str, key: Path, run: Run) -> None:
+    """Sign the version as released, move the alias, and say in the version's tag when; in this order."""
+    client, name, number = mlflow.MlflowClient(), copy.statement.registered_model, copy.statement.version
+    moment = released_now(name, alias)
+    client.set_tag(run.info.run_id, "released_at", moment)
+    sign(copy.folder.parent, replace(copy.statement, purpose="release", alias=alias, released_at=moment), key)
+    client.set_registered_model_alias(name, alias, number)
+    client.set_model_version_tag(name, number, release_tag(alias), moment)
+
+
+def _write_card(root: Path, facts: dict) -> None:
+    """Put the model card beside the model, where it is signed with it."""
+    (root / "model_card.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (root / "model_card.md").write_text(make_card(facts).render(), encoding="utf-8")
+
+
+def _message(copy: Verified, verdict: Verdict) -> str:
+    """Return the text of the git tag."""
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in verdict.metrics.items())
+    statement = copy.statement
+    return f"{statement.registered_model}, version {statement.version}\n\nmetrics: {figures}\nrun: {statement.run_id}"
+
+
+def _release_of(run: Run) -> Release:
+    """Return what a run of the experiment says."""
+    tags, info = run.data.tags, run.info
+    names = ("registered_model", "alias", "version", "before", "kind", "released_at")
+    values = [tags.get(name, "") for name in names]
+    return Release(*values, tags.get("mlflow.user", ""), tags.get("commit", ""), info.status, info.run_id)

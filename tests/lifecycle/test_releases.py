@@ -1,0 +1,306 @@
+"""Releases: the alias moves only through the gate, and whatever fails or is killed leaves it where it was."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+from execution import ROOT, environment
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from versions import iris_rows, register, restored, store_in
+
+from lifecycle.gate import GateClosedError
+from lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
+from lifecycle.release import history, release, rollback, sign_anew
+from lifecycle.verification import NotVerifiedError, release_tag, verified
+
+ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
+SENTENCES = {"intended_use": "To learn with.", "limits": "Three species only."}
+OPTIONS = {"floors": {"accuracy_score": 0.5}, "rebuild": False, "allow_unchecked": True, **SENTENCES}
+
+
+def make_store(folder: Path, *numbers: int) -> Path:
+    """Make a store with a cautious version, a good one, and another cautious one; release these numbers in turn."""
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
+        for strength in (0.01, 1.0, 0.01):
+            register(folder, LogisticRegression(C=strength, max_iter=1000), ROWS_TRAIN)
+        for number in numbers:
+            released(folder, f"models:/iris/{number}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
+    """Give a folder with a store in which version 1 is in production."""
+    return make_store(tmp_path_factory.mktemp("once") / "project", 1)
+
+
+@pytest.fixture(scope="module")
+def made_twice(tmp_path_factory):
+    """Give a folder with a store in which version 2 is in production, and version 1 was."""
+    return make_store(tmp_path_factory.mktemp("twice") / "project", 1, 2)
+
+
+@pytest.fixture
+def folder(made_once, monkeypatch):
+    """Give the folder with the store in which version 1 is in production. After the test it is as it was."""
+    with restored(made_once), store_in(made_once, monkeypatch):
+        yield made_once
+
+
+@pytest.fixture
+def twice(made_twice, monkeypatch):
+    """Give the folder with the store in which version 2 replaced version 1. After the test it is as it was."""
+    with restored(made_twice), store_in(made_twice, monkeypatch):
+        yield made_twice
+
+
+def released(folder: Path, uri: str = "models:/iris/2", **options):
+    return release(uri, ROWS_TEST, "species", **({"key": own_key(folder)} | OPTIONS | options))
+
+
+def production(folder: Path) -> str:
+    """Return the version that is handed out as the one in production."""
+    with verified("models:/iris@production", own_public_key(folder), purpose="release") as copy:
+        return copy.statement.version
+
+
+def test_better_version_takes_the_alias_and_its_run_says_so(folder):
+    made = released(folder)
+    assert production(folder) == "2"
+    assert (made.version, made.before, made.kind, made.status) == ("2", "1", "release", "FINISHED")
+    assert made == history("iris")[0]
+    run = mlflow.get_run(made.run_id)
+    assert mlflow.MlflowClient().get_experiment(run.info.experiment_id).name == "releases"
+    table = mlflow.artifacts.load_dict(f"runs:/{made.run_id}/gate.json")
+    names = ["signature", "input example", "exact pins", "test rows", "floor", "holder", "fresh environment"]
+    assert [row[0] for row in table["data"]] == names
+    assert made.by == run.data.tags["mlflow.user"]
+
+
+def test_version_that_is_not_better_leaves_everything_as_it_was(twice):
+    with pytest.raises(GateClosedError, match="The version is not released: holder failed"):
+        released(twice, "models:/iris/3")
+    assert production(twice) == "2"
+    assert history("iris")[0].status == "FAILED"
+    with pytest.raises(NotVerifiedError, match="no release"):
+        verified("models:/iris/3", own_public_key(twice), purpose="release").__enter__()
+
+
+def test_unchecked_environment_stops_a_release(folder):
+    with pytest.raises(GateClosedError, match="fresh environment not checked"):
+        released(folder, allow_unchecked=False)
+    assert production(folder) == "1"
+
+
+def test_version_that_was_never_signed_is_not_even_loaded(folder, tmp_path):
+    # given a version that somebody put into the store, with a loader of his own
+    model_id = mlflow.MlflowClient().get_model_version("iris", 2).source
+    version = mlflow.MlflowClient().create_model_version("iris", model_id, model_id=model_id.rpartition("/")[2])
+    place = mlflow.get_logged_model(model_id.rpartition("/")[2]).artifact_location.removeprefix("file://")
+    (Path(place) / "evil_loader.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    text = (Path(place) / "MLmodel").read_text()
+    (Path(place) / "MLmodel").write_text(text.replace("loader_module: mlflow.sklearn", "loader_module: evil_loader"))
+    # then
+    for number in (version.version, 2):
+        with pytest.raises(NotVerifiedError):
+            released(folder, f"models:/iris/{number}")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_holder_that_was_changed_is_not_loaded_and_the_remedy_works(folder, tmp_path):
+    # given a holder of production with code in it
+    model_id = mlflow.MlflowClient().get_model_version("iris", 1).source.rpartition("/")[2]
+    place = Path(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
+    text = (place / "MLmodel").read_text()
+    (place / "MLmodel").write_text(text.replace("loader_module: mlflow.sklearn", "loader_module: evil_loader"))
+    # when another one is to be released
+    with pytest.raises(NotVerifiedError, match="It holds production, and the gate compares with it") as caught:
+        released(folder)
+    # then the line in the message is the way on
+    exec(re.search(r"client\..*", str(caught.value))[0], {"client": mlflow.MlflowClient()})
+    assert released(folder).before == ""
+
+
+def test_key_that_cannot_sign_is_refused_before_anything_is_written(folder):
+    before = len(history("iris"))
+    with pytest.raises(KeyRefusedError):
+        released(folder, key=folder / "none.pem")
+    assert len(history("iris")) == before
+
+
+@pytest.mark.parametrize("name", ["intended_use", "limits"])
+def test_card_needs_its_two_sentences(folder, name):
+    with pytest.raises(ValueError, match=f"needs a sentence on the {name.replace('_', ' ')}"):
+        released(folder, **{name: " "})
+    assert production(folder) == "1"
+
+
+def test_release_of_the_holder_changes_nothing(folder):
+    before = history("iris")
+    assert released(folder, "models:/iris/1") == before[0]
+    assert history("iris") == before
+
+
+# Cut off
+
+
+STEPS = ["log_artifacts", "set_registered_model_alias", "set_model_version_tag"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_step_that_fails_leaves_production_usable_and_the_same_call_finishes(folder, monkeypatch, step):
+    # given a store that fails at one step
+    def failing(*arguments, **options):
+        raise OSError("the store is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, step, failing)
+        with pytest.raises(OSError, match="the store is gone"):
+            released(folder)
+    # then whoever asks for production gets the version that the alias names
+    alias = mlflow.MlflowClient().get_model_version_by_alias("iris", "production").version
+    assert str(alias) == production(folder) == ("2" if step == "set_model_version_tag" else "1")
+    # and the same call again finishes
+    assert released(folder).status == "FINISHED"
+    assert production(folder) == "2"
+    assert mlflow.MlflowClient().get_model_version("iris", 2).tags[release_tag("production")]
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+def test_kill_leaves_production_usable_and_the_same_call_finishes(folder, tmp_path, step, moment):
+    # given a release in a process of its own, which is killed at one step
+    program = f"""
+import os, sys
+from pathlib import Path
+import mlflow
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(ROOT / "tests/helpers")!r})
+from test_releases import released
+original = mlflow.MlflowClient.{step}
+def killing(self, *arguments, **options):
+    if {moment == "after"}:
+        original(self, *arguments, **options)
+    os.kill(os.getpid(), 9)
+mlflow.MlflowClient.{step} = killing
+released(Path({str(folder)!r}))
+"""
+    variables = environment(tmp_path, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
+    child = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert child.returncode == -9, child.stderr
+    # then production can be used, and the same call again finishes
+    alias = mlflow.MlflowClient().get_model_version_by_alias("iris", "production").version
+    assert str(alias) == production(folder)
+    assert released(folder).status == "FINISHED"
+    assert production(folder) == "2"
+    assert "RUNNING" not in {item.status for item in history("iris")}
+
+
+# Back
+
+
+def test_rollback_goes_to_the_version_before_and_is_recorded(twice):
+    back = rollback("iris", key=own_key(twice))
+    assert production(twice) == "1"
+    assert (back.kind, back.version, back.before) == ("rollback", "1", "2")
+    assert [item.kind for item in history("iris", "production")] == ["rollback", "release", "release"]
+
+
+def test_rollback_can_name_the_version(twice):
+    assert rollback("iris", key=own_key(twice), to="1").version == "1"
+
+
+def test_rollback_works_although_the_present_holder_is_broken(twice):
+    model_id = mlflow.MlflowClient().get_model_version("iris", 2).source.rpartition("/")[2]
+    shutil.rmtree(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
+    rollback("iris", key=own_key(twice))
+    assert production(twice) == "1"
+
+
+def test_first_release_has_nothing_to_go_back_to(folder):
+    with pytest.raises(ValueError, match="There is nothing to go back to"):
+        rollback("iris", key=own_key(folder))
+
+
+def test_version_that_was_never_released_is_no_way_back(folder):
+    with pytest.raises(NotVerifiedError, match="no release"):
+        rollback("iris", key=own_key(folder), to="3")
+    assert production(folder) == "1"
+
+
+def test_model_without_releases_has_an_empty_history(folder):
+    assert history("nobody") == []
+    with pytest.raises(ValueError, match="know no way to write the quote"):
+        history("nobody's")
+
+
+def test_store_without_releases_has_an_empty_history(tmp_path, monkeypatch):
+    with store_in(tmp_path, monkeypatch):
+        assert history("iris") == []
+
+
+# Keys
+
+
+def test_versions_are_signed_anew_after_the_key_was_lost(folder):
+    # given that the private half is lost, and a new key
+    own_key(folder).unlink()
+    key, before = new_key(folder)
+    with pytest.raises(NotVerifiedError, match="has not signed it"):
+        production(folder)
+    # when what the old public half verifies is signed anew
+    assert sign_anew("iris", before, key) == ["1"]
+    # then it can be used and replaced again
+    assert production(folder) == "1"
+    with pytest.raises(NotVerifiedError, match="has not signed it"):
+        released(folder)
+
+
+# The card
+
+
+MASKS = {
+    r"\d{4}-\d\d-\d\dT[\d:.]+(\+00:00|Z)": "DATE",
+    r"\b[0-9a-f]{32}\b": "RUN-ID",
+    r'("signed_with": "|signed_with\s+\|\s+)[0-9a-f]{64}': r"\1FINGERPRINT",
+    r'("python": "|python\s+\|\s+)3\.\d+\.\d+': r"\1VERSION",
+    r"(?s)(## Packages\n).*": r"\1",
+    r'(?s)("packages": \[).*?\]': r"\1]",
+    r"[ ]{2,}": " ",
+    r"-{2,}": "-",
+}
+
+
+def masked(text: str) -> str:
+    for pattern, replacement in MASKS.items():
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+@pytest.mark.parametrize("suffix", ["json", "md"])
+def test_card_is_the_golden_one(twice, suffix):
+    with verified("models:/iris/2", own_public_key(twice)) as copy:
+        text = masked((copy.folder.parent / f"model_card.{suffix}").read_text())
+    golden = ROOT / f"tests/golden/model_card.{suffix}"
+    assert text == golden.read_text(encoding="utf-8")
+
+
+def test_card_was_signed_and_belongs_to_its_release(twice):
+    made = history("iris")[0]
+    run_id = mlflow.MlflowClient().get_model_version("iris", 2).run_id
+    place = f"signed/iris/2/production@{re.sub('[:.]', '', made.released_at)}"
+    facts = mlflow.artifacts.load_dict(f"runs:/{run_id}/{place}/model_card.json")
+    assert facts["tested"]["checks"]["floor"].startswith("passed: accuracy_score ")
+    assert facts["run_id"] == run_id
+    folder_of_run = Path(mlflow.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+    (folder_of_run / place / "model_card.json").write_text(json.dumps(facts | {"limits": "none"}))
+    with pytest.raises(NotVerifiedError, match=r"Hash mismatch for model_card\.json"):
+        production(twice)
