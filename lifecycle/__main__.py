@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -29,14 +30,19 @@ QUIET = {
 
 @contextlib.contextmanager
 def in_one_line() -> Iterator[None]:
-    """Keep MLflow quiet in the block, and end the command with an expected error in one line, and exit status 1."""
+    """Keep MLflow quiet in the block, and end the command with an expected error in one line, and exit status 1.
+
+    The line holds no secret, whatever the error says.
+    """
     with patch.dict(os.environ, QUIET | os.environ):  # the user's own settings win
         import mlflow
 
+        from lifecycle.store import printable
+
         try:
             yield
-        except (ValueError, RuntimeError, OSError, mlflow.MlflowException) as error:
-            raise click.ClickException(" ".join(str(error).split())) from None
+        except (ValueError, RuntimeError, OSError, sqlite3.Error, mlflow.MlflowException) as error:
+            raise click.ClickException(" ".join(printable(str(error)).split())) from None
 
 
 @main.command()
@@ -63,13 +69,11 @@ def check(as_json: bool, mend: bool, yes: bool) -> None:
 def mend_store(yes: bool) -> None:
     """Show what has to change in a store that was moved, and change it once somebody says yes."""
     from lifecycle.moved import changes, mend
-    from lifecycle.store import StoreUnusableError, tracking_uri
+    from lifecycle.store import tracking_uri
 
     path = Path(tracking_uri(Path.cwd()).removeprefix("sqlite:///"))
-    try:
+    with in_one_line():
         wanted = changes(path) if path.is_file() else []
-    except StoreUnusableError as error:
-        raise click.ClickException(str(error)) from None
     if not wanted:
         click.echo(
             "There is nothing to mend: the paths in the store lead to folders that are there, or there is no store."
@@ -78,7 +82,9 @@ def mend_store(yes: bool) -> None:
     click.echo("\n".join(map(str, wanted)))
     if not yes:
         click.confirm("Change these paths, after a copy of the store?", abort=True)
-    click.echo(f"Mended. The store as it was: {mend(path, wanted)}")
+    with in_one_line():
+        copy = mend(path, wanted)
+    click.echo(f"Mended. The store as it was: {copy}")
 
 
 @main.command()
@@ -89,19 +95,13 @@ def mend_store(yes: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what the report says as JSON.")
 def report(experiment: str, metric: str, registered_model: str | None, output: Path | None, as_json: bool) -> None:
     """Write the report of EXPERIMENT: who wins, who is tied, what was left out and why; with table and charts."""
-    import mlflow
+    with in_one_line():
+        from lifecycle.report import make_report, verdict, write
 
-    from lifecycle.report import make_report, verdict, write
-    from lifecycle.store import printable
-
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    try:
         use_store()
         made = make_report(experiment, metric, registered_model)
         folder = output or Path("reports") / re.sub(r"[^\w.-]|^[.]+", "_", experiment)
         write(made, folder)
-    except (ValueError, RuntimeError, OSError, mlflow.MlflowException) as error:
-        raise click.ClickException(" ".join(printable(str(error)).split())) from None
     if as_json:
         click.echo(json.dumps(asdict(made), indent=2))
     else:
@@ -147,6 +147,7 @@ def score(uri: str, as_json: bool, experiment: str, lock: str, this_environment:
         from lifecycle.scoring import score
         from lifecycle.store import open_experiment
 
+        use_store()
         open_experiment(experiment, "Data sets scored by registered models.", Path.cwd())
         rows, result = settings.pop("rows"), settings.pop("result")
         scored = score(uri, rows, result, lock=None if this_environment else lock, **settings)
@@ -160,12 +161,11 @@ def score(uri: str, as_json: bool, experiment: str, lock: str, this_environment:
 def search_worker(run_id: str, objective: str) -> None:
     """Run trials of the search RUN_ID until its queue, in the PostgreSQL that SEARCH_STORAGE names, is empty."""
     with in_one_line():
-        from lifecycle.store import check_store
         from lifecycle.workers import load_objective, work
 
         if "SEARCH_STORAGE" not in os.environ:
             raise ValueError("SEARCH_STORAGE must name the PostgreSQL of the search: postgresql://user@host/database")
-        check_store(Path.cwd())
+        use_store()
         work(run_id, load_objective(objective), os.environ["SEARCH_STORAGE"], objective.rpartition(":")[0])
 
 
