@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lifecycle.pins import read_pins
+from lifecycle.store import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,7 +144,7 @@ def _uv(*arguments: str) -> None:
 def _last_lines(text: str, count: int) -> str:
     """Return the last lines of ``text`` that are not blank, without the passwords in addresses."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"://[^/\s@]+@", "://", "\n".join(lines[-count:]))
+    return printable("\n".join(lines[-count:]))
 
 
 def _damaged_file(folder: Path) -> str | None:

@@ -8,7 +8,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -17,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
+
+from lifecycle.store import printable, tracking_uri
 
 
 def labelled_links(store: str, server: str) -> str:
@@ -37,7 +38,7 @@ def labelled_links(store: str, server: str) -> str:
         runs = {str(version.version): version.run_id for version in versions[-2:] if version.run_id}
         experiments = sorted({client.get_run(run).info.experiment_id for run in runs.values()})
     except Exception as error:
-        sys.exit(re.sub(r"//\S*@", "//", f"The store gives no answer: {error}\nCorrect or unset MLFLOW_TRACKING_URI."))
+        sys.exit(printable(f"The store gives no answer: {error}\nCorrect or unset MLFLOW_TRACKING_URI."))
     pages = []
     if len(runs) == 2:
         pages += [
@@ -141,11 +142,11 @@ def show(folder: Path, asked_port: int | None = None) -> None:
     # The server's background jobs judge language models; without their six processes it starts sooner.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     on_request_to_end(lambda *_: sys.exit(0))
-    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
+    store = tracking_uri(folder)
     if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
         sys.exit(f"There is no store at {store} yet. Make one first: make run")
     if store.startswith("http"):
-        address = re.sub(r"//\S*@", "//", store).rstrip("/")
+        address = printable(store).rstrip("/")
         print("The MLflow interface is up.", labelled_links(store, address), sep="\n")
         return
     first = asked_port or 5000

@@ -177,8 +177,9 @@ def test_offline_with_a_filled_cache_works(small):
     assert "def with_metaclass" in installed_six(build_small(small, cache=small / "cache", offline=True))
 
 
-def test_silent_index_is_said_without_its_password(small, monkeypatch):
-    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://me:secret@127.0.0.1:9/simple")
+@pytest.mark.parametrize("address", ["http://me:secret@127.0.0.1:9/simple", "http://127.0.0.1:9/?token=secret"])
+def test_silent_index_is_said_without_its_password(small, monkeypatch, address):
+    monkeypatch.setenv("UV_DEFAULT_INDEX", address)
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     with pytest.raises(EnvironmentNotBuiltError, match="index gives no answer") as error:
         build_small(small)

@@ -245,7 +245,7 @@ def test_server_that_runs_already_gets_just_its_links_and_keeps_its_password(fol
 @pytest.mark.parametrize("kind", ["http", "postgresql+nosuchdriver"])
 def test_store_that_gives_no_answer_is_reported_without_its_password(folder, kind):
     # given
-    address = f"{kind}://somebody:hidden@127.0.0.1:{free_port()}/mlflow"
+    address = f"{kind}://somebody:hidden@127.0.0.1:{free_port()}/mlflow?password=hidden"
     # when
     process = finished(COMMAND, folder, environment(folder, MLFLOW_TRACKING_URI=address), 60)
     # then
