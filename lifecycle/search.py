@@ -1,7 +1,7 @@
 """A search whose every trial is a run, and which goes on after a kill.
 
 MLflow's own Optuna storage keeps a study in its store, at about ten times the cost of an untracked trial, and the cost
-of a trial grows with their number. Here a trial is logged by three calls when it ends, whatever came before it; and the
+of a trial grows with their number. Here a trial is logged by four calls when it ends, whatever came before it; and the
 runs of the trials are all that a search needs to go on.
 """
 
