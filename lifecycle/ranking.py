@@ -15,7 +15,8 @@ from mlflow.entities import Run
 
 from lifecycle.comparison import Interval, choose, folds_interval
 
-CONTEXTS = ("validation", "test", "evaluation")  # of the rows that a run was scored on; the first that it has counts
+# What a dataset was to a run, as in MLflow's tag ``mlflow.data.context``. The first that the run has counts.
+SCORED, LEARNED = ("validation", "test", "evaluation"), ("train", "training")
 FOLD_SCORES = "fold_scores.json"  # from mlflow.log_table: the columns repeat and fold, and one per score
 BY_FOLDS = (
     "a difference counts when its 95 % interval, over the same folds, leaves out 0. The simplest combination wins, "
@@ -80,13 +81,13 @@ def combination_of(run: Run) -> tuple[str, str]:
     return run.data.tags["model"], run.data.tags["feature_set"]
 
 
-def scored_rows(run: Run) -> dict[str, str]:
-    """Return what identifies the rows that ``run`` was scored on, and the name of the dataset.
+def recorded_rows(run: Run, contexts: tuple[str, ...] = SCORED) -> dict[str, str]:
+    """Return what identifies the rows that ``run`` was scored on, or learned from, and the name of the dataset.
 
     It is the SHA-256 of the whole table, if the run kept it in the input's tag ``sha256``, else MLflow's digest.
     """
     inputs = [(item.dataset, {tag.key: tag.value for tag in item.tags}) for item in run.inputs.dataset_inputs]
-    for context in CONTEXTS:
+    for context in contexts:
         found = {
             f"SHA-256 {tags['sha256'].lower()}" if tags.get("sha256") else f"digest {dataset.digest}": dataset.name
             for dataset, tags in inputs
@@ -99,7 +100,7 @@ def scored_rows(run: Run) -> dict[str, str]:
 
 def rows_text(run: Run) -> str:
     """Return the rows that ``run`` was scored on as one reads them: name, and 12 digits of what identifies them."""
-    return ", ".join(sorted(f"{name} ({identity[:20]})" for identity, name in scored_rows(run).items()))
+    return ", ".join(sorted(f"{name} ({identity[:20]})" for identity, name in recorded_rows(run).items()))
 
 
 def comparable(candidates: list[Run], metric: str) -> tuple[list[Run], dict[str, list[str]]]:
@@ -113,7 +114,7 @@ def comparable(candidates: list[Run], metric: str) -> tuple[list[Run], dict[str,
     """
     groups, reasons = defaultdict(list), {}
     for run in candidates:
-        value, rows = run.data.metrics.get(metric), frozenset(scored_rows(run))
+        value, rows = run.data.metrics.get(metric), frozenset(recorded_rows(run))
         if run.info.status != "FINISHED":
             reasons[run.info.run_id] = run.info.status.lower()
         elif value is None or not math.isfinite(value):
@@ -153,9 +154,14 @@ def recorded_folds(run: Run, column: str) -> pd.Series | None:
 def fold_scores(members: dict[tuple[str, str], list[Run]], metric: str) -> dict[tuple[str, str], pd.Series] | None:
     """Return each combination's score in each fold, or None if not all runs recorded scores of the same folds.
 
-    Where a combination has several runs, it is the mean of theirs. The column of ``validation_f1`` is ``f1``.
+    Folds with the same numbers hold the same rows only where they divide the same table, so all runs must have recorded
+    the same training rows, too. Where a combination has several runs, it is the mean of theirs. The column of
+    ``validation_f1`` is ``f1``.
     """
     scores, first = {}, None
+    learned_from = {frozenset(recorded_rows(run, LEARNED)) for runs in members.values() for run in runs}
+    if len(learned_from) > 1 or frozenset() in learned_from:
+        return None
     for key, runs in members.items():
         of_runs = []
         for run in runs:

@@ -56,12 +56,17 @@ class Store:
         dataset = Dataset(f"iris_{context}", digest, "code", "{}")
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag(*tag) for tag in tags.items()])])
 
-    def candidate(self, name, validation_f1, *, digest="c0ffee00", sha256=None, folds=None, **others):
-        """Write a run with all that one of the comparison has; ``folds`` are its scores in five folds, repeated."""
+    def candidate(self, name, validation_f1, *, digest="c0ffee00", sha256=None, folds=None, learned="7ea1", **others):
+        """Write a run with all that one of the comparison has.
+
+        ``folds`` are its scores in five folds, repeated; ``learned`` is the SHA-256 of the rows that it learned from.
+        """
         metrics = dict.fromkeys(("train_accuracy", "train_f1", "validation_accuracy"), validation_f1)
         run_id = self.run(name, validation_f1=validation_f1, **metrics, **others)
         self.data(run_id, digest, sha256=sha256)
         if folds is not None:
+            if learned:
+                self.data(run_id, "1ea54ed", context="train", sha256=learned)
             numbers = np.arange(len(folds))
             table = pd.DataFrame({"repeat": numbers // 5, "fold": numbers % 5, "f1": folds})
             self.client.log_table(run_id, table, "fold_scores.json")
@@ -339,6 +344,18 @@ def test_means_decide_where_not_all_recorded_scores_of_the_same_folds(store, fol
     assert report.winner == WINNER
     assert "Not every run recorded scores of the same folds" in markdown(report)
     assert "minus the winner" not in markdown(report)
+
+
+@pytest.mark.parametrize("learned", ["0ther", None], ids=["other rows", "no record"])
+def test_means_decide_where_not_all_recorded_the_same_training_rows(store, learned):
+    # given two combinations with scores of as many folds, which are not known to divide the same rows
+    store.candidate("LogisticRegression_subset", STEADY.mean(), folds=STEADY)
+    store.candidate(WINNER, RESTLESS.mean(), folds=RESTLESS, learned=learned)
+    # when
+    report = make_report(EXPERIMENT)
+    # then
+    assert (report.winner, report.tied) == (WINNER, [])
+    assert "Not every run recorded scores of the same folds" in report.rule
 
 
 @pytest.mark.parametrize("columns", [{"repeat": [0, 1], "fold": [0, 0]}, {"fold": [0, 1]}], ids=["one", "no repeat"])
