@@ -10,6 +10,16 @@ from deployment import deployed
 from execution import environment, free_port, running
 from postgresql import programs
 
+from lifecycle.store import make_sqlite_store
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """Give the path of a store that MLflow has just made, to be copied, since making one takes seconds."""
+    path = tmp_path_factory.mktemp("empty store") / "mlflow.db"
+    make_sqlite_store(path)
+    return path
+
 
 @pytest.fixture
 def client(folder):

@@ -3,13 +3,14 @@
 import contextlib
 import shutil
 import sqlite3
-import sys
 
 import mlflow
 import pytest
-from execution import environment, finished, snapshot
+from click.testing import CliRunner
+from execution import snapshot
 from mlflow.pyfunc import PythonModel
 
+from lifecycle.__main__ import main
 from lifecycle.moved import changes, mend
 from lifecycle.store import StoreUnusableError, check_store, open_experiment, tracking_uri
 
@@ -22,23 +23,34 @@ class Echo(PythonModel):
         return model_input
 
 
-@pytest.fixture
-def moved(tmp_path, monkeypatch):
-    """Give the path of a store that was moved, with two experiments, one of ours and one of MLflow's own making."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    here = tmp_path / "a folder of Zoë"
+@pytest.fixture(scope="module")
+def first_place(tmp_path_factory):
+    """Give the folder that a store was moved away from; the store is now in the folder ``there`` beside it.
+
+    It has two experiments, one of ours and one of MLflow's own making.
+    """
+    here = tmp_path_factory.mktemp("moved") / "a folder of Zoë"
     here.mkdir()
-    monkeypatch.chdir(here)
-    open_experiment("ours", "What it is for.", here)
-    for name in ("ours", "MLflow's own"):
-        mlflow.set_experiment(name)
-        with mlflow.start_run():
-            mlflow.log_text("a text", "notes.txt")
-            mlflow.pyfunc.log_model(name="echo", python_model=Echo(), pip_requirements=[], registered_model_name="echo")
-    mlflow.set_tracking_uri(None)
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(here):
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        open_experiment("ours", "What it is for.", here)
+        for name in ("ours", "MLflow's own"):
+            mlflow.set_experiment(name)
+            with mlflow.start_run():
+                mlflow.log_text("a text", "notes.txt")
+                options = {"python_model": Echo(), "pip_requirements": [], "registered_model_name": "echo"}
+                mlflow.pyfunc.log_model(name="echo", **options)
+        mlflow.set_tracking_uri(None)
+    here.rename(here.parent / "there")
+    return here
+
+
+@pytest.fixture
+def moved(first_place, tmp_path, monkeypatch):
+    """Give the path of a store that was moved, of this test's own."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    yield here.rename(tmp_path / "there") / "mlflow.db"
+    yield shutil.copytree(first_place.parent / "there", tmp_path / "there") / "mlflow.db"
     mlflow.set_tracking_uri(None)
 
 
@@ -93,32 +105,62 @@ def test_store_without_its_models_is_refused_with_the_remedy(moved):
         changes(moved)
 
 
-def mended(moved, tmp_path, answer: str, folder=None, **variables: str):
-    """Run the command in ``folder``, by default the store's."""
-    command = [sys.executable, "-m", "lifecycle", "check", "--mend", *([answer] if answer else [])]
-    return finished(command, folder or moved.parent, environment(tmp_path, **variables), limit=60)
+@pytest.mark.filterwarnings("ignore")
+def test_store_that_was_copied_keeps_the_first_ones_models(moved, first_place):
+    # given the first store in its place, beside the copy
+    shutil.copytree(moved.parent, first_place)
+    # then nothing in the copy is changed
+    found = changes(moved)
+    shutil.rmtree(first_place)
+    assert found == []
+
+
+def mended(folder, answer="", **variables):
+    """Run the command in ``folder``, with ``answer`` to its question, in this process."""
+    with contextlib.chdir(folder):
+        options = [] if answer else ["--yes"]
+        return CliRunner().invoke(main, ["check", "--mend", *options], input=answer, env=variables)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_command_shows_what_it_would_change_and_changes_nothing_unasked(moved, tmp_path):
+def test_command_shows_what_it_would_change_and_changes_nothing_unasked(moved, first_place):
     before = snapshot(moved.parent)
-    process = mended(moved, tmp_path, "")
-    assert f" in experiments.artifact_location: {(tmp_path / 'a folder of Zoë').as_posix()} -> " in process.stdout
-    assert process.returncode == 1
+    answer = mended(moved.parent, "n\n")
+    assert f" in experiments.artifact_location: {first_place.as_posix()} -> " in answer.output
+    assert answer.exit_code == 1
     assert snapshot(moved.parent) == before
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_command_mends_the_store_that_mlflow_tracking_uri_names_when_told_to(moved, tmp_path):
-    process = mended(moved, tmp_path, "--yes", folder=tmp_path, MLFLOW_TRACKING_URI=tracking_uri(moved.parent))
-    assert "Mended. The store as it was: " in process.stdout, process.stderr
+def test_command_mends_when_told_to_and_says_so_when_there_is_nothing_left(moved):
+    assert "Mended. The store as it was: " in mended(moved.parent, "y\n").output
+    assert changes(moved) == []
+    answer = mended(moved.parent)
+    assert (answer.exit_code, answer.output[:26]) == (0, "There is nothing to mend: ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_command_mends_the_store_that_mlflow_tracking_uri_names(moved, tmp_path):
+    answer = mended(tmp_path, MLFLOW_TRACKING_URI=tracking_uri(moved.parent))
+    assert "Mended. The store as it was: " in answer.output
     assert changes(moved) == []
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_store_that_was_copied_keeps_the_first_ones_models(moved, tmp_path):
-    # given the folder back in its first place, and a copy of it in another
-    there = shutil.copytree(moved.parent, tmp_path / "copy")
-    moved.parent.rename(tmp_path / "a folder of Zoë")
-    # then nothing in the copy is changed
-    assert changes(there / "mlflow.db") == []
+@pytest.mark.parametrize("cause", ["locked", "no models", "no database"])
+def test_command_refuses_in_one_line_and_changes_nothing(moved, cause):
+    # given a store that another program holds locked, whose models are elsewhere, or that is another file
+    if cause == "no models":
+        (moved.parent / "mlruns").rename(moved.parent / "elsewhere")
+    if cause == "no database":
+        moved.write_text("no database")
+    before = snapshot(moved.parent)
+    # when
+    with contextlib.closing(sqlite3.connect(moved)) as other:
+        if cause == "locked":
+            other.execute("BEGIN IMMEDIATE")
+        answer = mended(moved.parent)
+    # then
+    assert (answer.exit_code, answer.stderr.count("\n")) == (1, 1)
+    assert answer.stderr.startswith("Error: ")
+    assert snapshot(moved.parent) == before

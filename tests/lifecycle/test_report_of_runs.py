@@ -73,20 +73,12 @@ class Store:
         return run_id
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    """Give a file with MLflow's empty tables, which take seconds to make."""
-    path = tmp_path_factory.mktemp("tables") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path.as_posix()}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def store(tables, tmp_path, monkeypatch):
+def store(empty_store, tmp_path, monkeypatch):
     """Give a store without runs in the current folder, which is also the active one."""
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(tables, tmp_path)
+    shutil.copy(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
     store = Store(tmp_path)
     mlflow.set_tracking_uri(store.uri)

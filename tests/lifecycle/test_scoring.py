@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -36,9 +37,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uri(folder):
+def uri(folder, empty_store):
     """Give the address of a registered model, in a store that is active as long as this module's tests."""
     folder.mkdir()
+    shutil.copy(empty_store, folder)
     mlflow.set_tracking_uri(f"sqlite:///{folder.as_posix()}/mlflow.db")
     mlflow.set_experiment(experiment_id=mlflow.create_experiment("scoring", (folder / "mlruns").as_uri()))
     iris = load_iris(as_frame=True)

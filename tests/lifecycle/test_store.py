@@ -46,18 +46,10 @@ def no_settings(monkeypatch):
     mlflow.set_tracking_uri(None)
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """Give a complete store without an experiment of a user; it is copied, since making one takes seconds."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    make_sqlite_store(path)
-    return path
-
-
 @pytest.fixture
-def store(tmp_path, template):
+def store(tmp_path, empty_store):
     """Give the path of a complete store of this test."""
-    return Path(shutil.copy(template, tmp_path / "mlflow.db"))
+    return Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
 
 
 def change(path: Path, *statements: str) -> None:
@@ -111,8 +103,8 @@ def test_new_store_has_the_experiment_active_with_its_description_and_its_models
     assert open_experiment("an experiment", "Other.", tmp_path).experiment_id == experiment.experiment_id
 
 
-def test_only_the_store_is_left_where_one_was_made(template):
-    assert names(template.parent) == ["mlflow.db"]
+def test_only_the_store_is_left_where_one_was_made(empty_store):
+    assert names(empty_store.parent) == ["mlflow.db"]
 
 
 def test_complete_store_is_left_as_it_is(store, tmp_path):
@@ -172,21 +164,21 @@ def test_start_succeeds_after_starts_that_were_killed_while_they_made_the_store(
     ],
     ids=["no alembic_version", "empty alembic_version", "migrations begun", "empty file"],
 )
-def test_half_made_store_is_moved_aside_and_replaced(statements, tmp_path, template, monkeypatch):
+def test_half_made_store_is_moved_aside_and_replaced(statements, tmp_path, empty_store, monkeypatch):
     # given a file that a killed process left
     path = tmp_path / "mlflow.db"
     path.touch()
     change(path, *statements)
     make_old(path)
     before = path.read_bytes()
-    # when; the tables come from the template, since making them takes seconds
-    monkeypatch.setattr(mlflow, "MlflowClient", lambda uri: shutil.copy(template, uri[10:]) and mlflow.tracking)
+    # when; the tables come from the empty_store, since making them takes seconds
+    monkeypatch.setattr(mlflow, "MlflowClient", lambda uri: shutil.copy(empty_store, uri[10:]) and mlflow.tracking)
     monkeypatch.setattr(mlflow.tracking, "search_experiments", list, raising=False)
     make_sqlite_store(path)
     # then
     assert names(tmp_path) == ["mlflow.db", "mlflow.db.incomplete-1"]
     assert (tmp_path / "mlflow.db.incomplete-1").read_bytes() == before
-    with contextlib.closing(sqlite3.connect(path)) as new, contextlib.closing(sqlite3.connect(template)) as whole:
+    with contextlib.closing(sqlite3.connect(path)) as new, contextlib.closing(sqlite3.connect(empty_store)) as whole:
         assert [*new.iterdump()] == [*whole.iterdump()]
 
 
@@ -308,10 +300,10 @@ def test_path_that_mlflow_misreads_is_refused_before_anything_is_written(name, t
 
 
 @pytest.mark.parametrize("name", ["a b", "ä", "a#b", "a'b"])
-def test_other_paths_are_taken(name, template, tmp_path):
+def test_other_paths_are_taken(name, empty_store, tmp_path):
     folder = tmp_path / name
     folder.mkdir()
-    shutil.copy(template, folder)
+    shutil.copy(empty_store, folder)
     open_experiment("an experiment", "What it is for.", folder)
     with mlflow.start_run():
         mlflow.log_text("text", "a.txt")

@@ -1,6 +1,7 @@
 """lifecycle.tables: which tables are refused, what is downloaded, and when two tables have the same rows."""
 
 import hashlib
+import shutil
 import socket
 
 import mlflow
@@ -207,7 +208,8 @@ def test_file_put_into_the_cache_by_hand_needs_no_server(tmp_path):
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, empty_store):
+    shutil.copy(empty_store, tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
     yield
     mlflow.set_tracking_uri(None)

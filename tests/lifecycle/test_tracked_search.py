@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,12 +32,12 @@ def objective(trial):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(tmp_path_factory, empty_store):
     """Give the address of a store, active as long as this module's tests."""
     folder = tmp_path_factory.mktemp("search")
     uri = f"sqlite:///{folder.as_posix()}/mlflow.db"
+    shutil.copy(empty_store, folder)
     mlflow.set_tracking_uri(uri)
-    mlflow.MlflowClient().search_experiments()
     yield uri
     mlflow.set_tracking_uri(None)
 

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,9 +40,10 @@ def store(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, empty_store):
     """Give a folder with a store of two models: "older" with one version, and then "newer" with three."""
     folder = tmp_path_factory.mktemp("the store")
+    shutil.copy(empty_store, folder)
     register(folder, "older", 1)
     register(folder, "newer", 3)
     return folder
@@ -264,13 +266,15 @@ def test_missing_store_is_reported_with_the_remedy(tmp_path):
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_store_without_a_model_is_reported_with_the_remedy(tmp_path, labelled_links):
+def test_store_without_a_model_is_reported_with_the_remedy(tmp_path, labelled_links, empty_store):
+    shutil.copy(empty_store, tmp_path)
     with pytest.raises(SystemExit, match=r"^No model is registered in this store yet\. Make one first: make run$"):
         labelled_links(store(tmp_path), "http://server")
 
 
-def test_only_version_has_nothing_to_be_compared_with(tmp_path, labelled_links):
+def test_only_version_has_nothing_to_be_compared_with(tmp_path, labelled_links, empty_store):
     # given a model whose name needs quoting
+    shutil.copy(empty_store, tmp_path)
     register(tmp_path, "only one", 1)
     # then
     expected = "The registered model:\n  http://server/#/models/only%20one?workflowType=machine_learning"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -47,12 +48,12 @@ def storage(lacking):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, empty_store):
     """Give a folder with an objective and a store, which is active as long as this module's tests."""
     folder = tmp_path_factory.mktemp("workers")
     (folder / "objective.py").write_text(textwrap.dedent(OBJECTIVE))
+    shutil.copy(empty_store, folder)
     mlflow.set_tracking_uri(f"sqlite:///{folder.as_posix()}/mlflow.db")
-    mlflow.MlflowClient().search_experiments()
     yield folder
     mlflow.set_tracking_uri(None)
 

@@ -29,8 +29,9 @@ def project(tmp_path):
     return project
 
 
-def write_run(folder, experiment):
-    """Write one run that can be compared into the store in ``folder``."""
+def write_run(folder, empty_store, experiment):
+    """Write one run that can be compared into a store in ``folder``, copied from ``empty_store``."""
+    shutil.copy(empty_store, folder)
     client = mlflow.MlflowClient(f"sqlite:///{folder.as_posix()}/mlflow.db")
     experiment_id = client.create_experiment(experiment, (folder / "mlruns").as_uri())
     tags = {"model": "LogisticRegression", "feature_set": "basic"}
@@ -54,9 +55,9 @@ def make_report(project, *settings):
     )
 
 
-def test_page_has_report_and_charts_and_no_code(project):
+def test_page_has_report_and_charts_and_no_code(project, empty_store):
     # given
-    write_run(project, "iris_classification")
+    write_run(project, empty_store, "iris_classification")
     # when
     process = make_report(project)
     # then
@@ -75,8 +76,8 @@ def test_page_has_report_and_charts_and_no_code(project):
     assert all((project / path).is_file() for path in told)
 
 
-def test_other_experiment_is_reported_if_asked_for(project):
-    write_run(project, "another one")
+def test_other_experiment_is_reported_if_asked_for(project, empty_store):
+    write_run(project, empty_store, "another one")
     process = make_report(project, "EXPERIMENT=another one")
     assert process.returncode == 0, process.stderr
     assert (project / "reports/another one/model_summary.csv").is_file()
