@@ -108,11 +108,16 @@ INSTALL_LIFECYCLE = $(UV) pip install --quiet --python $(BIN)/python --no-deps -
 # environment that is built from it afterwards. It takes 8 seconds in place of 2.
 SYNC = $(UV) pip sync --quiet --link-mode copy --python $(BIN)/python --require-hashes
 
+# Whoever begins to install takes $(INSTALLED) away until all is there. So an environment that was left half made, maybe
+# without a working pip, is known, and made anew from nothing.
+BEGIN = rm -f $(INSTALLED)
+
 # pip, which every Python has, installs uv with its hash verified; uv installs the rest the same way, faster.
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and \
 		f'This project needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12')"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) .venv
+	@$(BEGIN)
 	@sed -n '/^uv==/,/^    # via/p' requirements.txt > .venv/uv.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
 	$(SYNC) requirements.txt
@@ -120,11 +125,13 @@ $(INSTALLED): requirements.txt
 	@touch $@
 
 $(DEVELOPMENT): requirements-dev.txt $(INSTALLED)
+	@$(BEGIN)
 	$(SYNC) requirements-dev.txt
 	@$(INSTALL_LIFECYCLE)
-	@touch $@
+	@touch $(INSTALLED) $@
 
 $(SCALE): requirements-scale.txt $(DEVELOPMENT)
+	@$(BEGIN)
 	$(SYNC) requirements-scale.txt
 	@$(INSTALL_LIFECYCLE)
-	@touch $@
+	@touch $(INSTALLED) $(DEVELOPMENT) $@
