@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -238,8 +239,15 @@ def main() -> None:
         print("The runs and the model versions in the MLflow interface: make ui")
 
 
+def interrupt(*_) -> None:
+    """End the program as Ctrl+C does, without what asyncio would say about tasks that are cut off."""
+    logging.getLogger("asyncio").disabled = True
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         main()
     except KeyboardInterrupt:
