@@ -122,6 +122,8 @@ def store_problems(folder: Path) -> list[Problem]:
         check_store(folder)
     except StoreUnusableError as error:
         return [Problem(error.what, error.remedy)]
+    except ImportError as error:
+        return [Problem(f"The store cannot be looked at: {error}.", "make clean run")]
     return []
 
 

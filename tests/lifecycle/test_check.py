@@ -1,16 +1,18 @@
 """lifecycle.check: each thing that can be wrong here is said with its remedy."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from execution import ROOT, environment, finished, free_port
 
 from lifecycle import check
+from lifecycle.__main__ import main
 
 
 def test_this_environment_has_no_problem():
@@ -96,33 +98,62 @@ def test_taken_port_is_said_and_a_free_one_is_not():
     assert problem.what.startswith(f"Port {port} is taken")
 
 
-def lifecycle(*arguments: str, folder: Path, temporary: Path | None = None) -> subprocess.CompletedProcess:
-    """Run the command in ``folder``, with its temporary files in ``temporary`` or there, too."""
-    variables = environment(temporary or folder)
-    return finished([sys.executable, "-m", "lifecycle", *arguments], folder, variables, limit=60)
+def test_missing_mlflow_is_said(tmp_path, monkeypatch):
+    # given a Python that cannot import MLflow
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    # then
+    (problem,) = check.store_problems(tmp_path)
+    assert problem.what.startswith("The store cannot be looked at: import of mlflow halted")
+    assert problem.remedy == "make clean run"
 
 
-def test_command_says_each_problem_and_ends_with_status_1(tmp_path):
+def test_store_that_cannot_be_used_is_said_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlflow.db").write_text("no database")
+    (problem,) = check.store_problems(tmp_path)
+    assert problem.what.endswith("mlflow.db: file is not a database.")
+    assert problem.remedy.startswith("Restore it from a backup")
+
+
+@pytest.fixture
+def lifecycle(tmp_path, monkeypatch):
+    """Give the command, run in this process and in a folder of its own, on a machine whose port 5000 is free."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(check.port_problems, "__defaults__", (free_port(),))
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(main, arguments)
+
+
+def test_command_says_each_problem_and_ends_with_status_1(tmp_path, lifecycle):
     # given a project whose pins are loose, and whose lock is missing
     (tmp_path / "model_requirements.txt").write_text("numpy\n")
     # when
-    process = lifecycle("check", folder=tmp_path)
+    answer = lifecycle("check")
     # then both are said, each with its remedy
-    assert process.returncode == 1
-    assert "model_requirements.txt, line 1, leaves the version open: 'numpy'.\n  Every line must pin" in process.stdout
-    assert "requirements.txt.\n  git checkout requirements.txt" in process.stdout
-    assert process.stderr == ""
+    assert answer.exit_code == 1
+    assert "model_requirements.txt, line 1, leaves the version open: 'numpy'.\n  Every line must pin" in answer.stdout
+    assert "requirements.txt.\n  git checkout requirements.txt" in answer.stdout
+    assert answer.stderr == ""
 
 
-def test_command_prints_json(tmp_path):
-    process = lifecycle("check", "--json", folder=tmp_path)
-    found = json.loads(process.stdout)
-    assert {"what", "remedy"} == set(found[0])
-    assert process.returncode == 1
+def test_command_prints_json(lifecycle):
+    answer = lifecycle("check", "--json")
+    assert {"what", "remedy"} == set(json.loads(answer.stdout)[0])
+    assert answer.exit_code == 1
+
+
+def test_command_says_so_where_nothing_is_wrong(tmp_path, lifecycle):
+    for name in ("requirements.txt", "model_requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    answer = lifecycle("check")
+    assert (answer.exit_code, answer.stdout) == (
+        0,
+        "Nothing is wrong with Python, packages, pins, store, disk and port.\n",
+    )
 
 
 def test_command_finds_nothing_wrong_with_the_project(tmp_path):
-    process = lifecycle("check", "--json", folder=ROOT, temporary=tmp_path)
+    process = finished([sys.executable, "-m", "lifecycle", "check", "--json"], ROOT, environment(tmp_path), limit=60)
     assert [problem["what"] for problem in json.loads(process.stdout) if "Port" not in problem["what"]] == []
 
 
