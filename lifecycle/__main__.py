@@ -3,46 +3,21 @@
 Libraries are imported by the subcommand that needs them, so that ``--help`` answers at once.
 """
 
-import contextlib
 import json
 import os
 import re
-import sqlite3
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from unittest.mock import patch
 
 import click
+
+from lifecycle import release_commands
+from lifecycle.shell import in_one_line, use_store
 
 
 @click.group()
 def main() -> None:
     """Do what MLflow lacks for model versions that a team can trust."""
-
-
-QUIET = {
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-
-
-@contextlib.contextmanager
-def in_one_line() -> Iterator[None]:
-    """Keep MLflow quiet in the block, and end the command with an expected error in one line, and exit status 1.
-
-    The line holds no secret, whatever the error says.
-    """
-    with patch.dict(os.environ, QUIET | os.environ):  # the user's own settings win
-        import mlflow
-
-        from lifecycle.store import printable
-
-        try:
-            yield
-        except (ValueError, RuntimeError, OSError, sqlite3.Error, mlflow.MlflowException) as error:
-            raise click.ClickException(" ".join(printable(str(error)).split())) from None
 
 
 @main.command()
@@ -108,19 +83,6 @@ def report(experiment: str, metric: str, registered_model: str | None, output: P
         click.echo(f"{verdict(made)}\nThe report: {folder / 'experiment_report.md'}")
 
 
-def use_store() -> None:
-    """Make the store of this folder the active one; refuse one that is not there, and make none."""
-    import mlflow
-
-    from lifecycle.store import StoreUnusableError, check_store, tracking_uri
-
-    uri = tracking_uri(Path.cwd())
-    if uri.startswith("sqlite") and not Path(uri.partition(":///")[2]).is_file():
-        raise StoreUnusableError(f"There is no store at {uri} yet.", "Make one first: make run")
-    check_store(Path.cwd())
-    mlflow.set_tracking_uri(uri)
-
-
 @main.command()
 @click.option("--port", type=click.IntRange(1, 65535), help="5000, or the next free one, if you name none.")
 def ui(port: int | None) -> None:
@@ -168,6 +130,9 @@ def search_worker(run_id: str, objective: str) -> None:
         use_store()
         work(run_id, load_objective(objective), os.environ["SEARCH_STORAGE"], objective.rpartition(":")[0])
 
+
+for command in release_commands.COMMANDS:
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

@@ -71,6 +71,9 @@ def make_tag(project: Path, tag: str, message: str, remote: str = "") -> None:
 
 
 def _git(project: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command, variables = ["git", "-C", str(project), *arguments], os.environ | {"GIT_TERMINAL_PROMPT": "0"}
+    command, variables = (
+        ["git", "--no-optional-locks", "-C", str(project), *arguments],
+        os.environ | {"GIT_TERMINAL_PROMPT": "0"},
+    )
     options = {"env": variables, "stdin": subprocess.DEVNULL, "capture_output": True, "encoding": "utf-8"}
     return subprocess.run(command, **options)

@@ -114,6 +114,40 @@ def release(
     return history(name, alias)[0]
 
 
+def try_gate(
+    uri: str,
+    rows: pd.DataFrame,
+    target: str,
+    public_key: Path,
+    *,
+    alias: str = "production",
+    trusted_types: list[str] | tuple[str, ...] = (),
+    **settings,
+) -> Verdict:
+    """Return what the gate would say of a version; the scores go to a run, and nothing else is changed.
+
+    Args:
+        uri: the version.
+        rows: the test rows, target included.
+        target: the column with the classes.
+        public_key: the public half of the key that signed it.
+        alias: what it would be released as.
+        trusted_types: see ``lifecycle.verification.verified``.
+        settings: those of ``lifecycle.gate.check_version``.
+
+    Raises:
+        NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
+    """
+    with contextlib.ExitStack() as stack:
+        candidate = stack.enter_context(verified(uri, public_key, trusted_types=trusted_types))
+        name, number, before = candidate.statement.registered_model, candidate.statement.version, None
+        holder = _holder(name, alias)
+        if holder and holder != number:
+            before = stack.enter_context(_verified_holder(name, alias, public_key, trusted_types))
+        with _record(name, alias, number, holder, "gate"):
+            return check_version(candidate, before, rows, target, **settings)
+
+
 def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", trusted_types=()) -> Release:
     """Move ``alias`` back to a version that was released before, signed as released anew.
 
@@ -158,7 +192,7 @@ def history(name: str, alias: str = "") -> list[Release]:
         raise ValueError(f"MLflow's filters know no way to write the quote in {name!r}.")
     wanted = f"tags.registered_model = '{name}'" + (f" and tags.alias = '{alias}'" if alias else "")
     found = mlflow.search_runs([experiment.experiment_id], wanted, output_format="list", order_by=["start_time DESC"])
-    return [_release_of(run) for run in found]
+    return [_release_of(run) for run in found if run.data.tags.get("kind") != "gate"]
 
 
 def sign_anew(name: str, old_public_key: Path, key: Path, trusted_types=()) -> list[str]:

@@ -33,6 +33,8 @@ ALLOWED = {
     "git_tag": {"store"},
     "card": {"pins", "contents", "gate", "verification"},
     "gate": {"comparison", "environment", "verification"},
+    "release_commands": {"shell", "gate", "keys", "promotion", "release", "tables", "verification"},
+    "shell": {"store"},
     "release": {"card", "gate", "git_tag", "keys", "signing", "store", "tables", "verification"},
     "promotion": {"keys", "release", "signing", "store", "verification"},
     "verification": {"pins", "store", "tables", "keys", "contents", "signing"},

@@ -10,59 +10,13 @@ from pathlib import Path
 import mlflow
 import pytest
 from execution import ROOT, environment
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from versions import iris_rows, register, restored, store_in
+from releases import released
+from versions import store_in
 
 from lifecycle.gate import GateClosedError
 from lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
-from lifecycle.release import history, release, rollback, sign_anew
+from lifecycle.release import history, rollback, sign_anew
 from lifecycle.verification import NotVerifiedError, release_tag, verified
-
-ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
-SENTENCES = {"intended_use": "To learn with.", "limits": "Three species only."}
-OPTIONS = {"floors": {"accuracy_score": 0.5}, "rebuild": False, "allow_unchecked": True, **SENTENCES}
-
-
-def make_store(folder: Path, *numbers: int) -> Path:
-    """Make a store with a cautious version, a good one, and another cautious one; release these numbers in turn."""
-    folder.mkdir()
-    with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
-        for strength in (0.01, 1.0, 0.01):
-            register(folder, LogisticRegression(C=strength, max_iter=1000), ROWS_TRAIN)
-        for number in numbers:
-            released(folder, f"models:/iris/{number}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made_once(tmp_path_factory):
-    """Give a folder with a store in which version 1 is in production."""
-    return make_store(tmp_path_factory.mktemp("once") / "project", 1)
-
-
-@pytest.fixture(scope="module")
-def made_twice(tmp_path_factory):
-    """Give a folder with a store in which version 2 is in production, and version 1 was."""
-    return make_store(tmp_path_factory.mktemp("twice") / "project", 1, 2)
-
-
-@pytest.fixture
-def folder(made_once, monkeypatch):
-    """Give the folder with the store in which version 1 is in production. After the test it is as it was."""
-    with restored(made_once), store_in(made_once, monkeypatch):
-        yield made_once
-
-
-@pytest.fixture
-def twice(made_twice, monkeypatch):
-    """Give the folder with the store in which version 2 replaced version 1. After the test it is as it was."""
-    with restored(made_twice), store_in(made_twice, monkeypatch):
-        yield made_twice
-
-
-def released(folder: Path, uri: str = "models:/iris/2", **options):
-    return release(uri, ROWS_TEST, "species", **({"key": own_key(folder)} | OPTIONS | options))
 
 
 def production(folder: Path) -> str:
@@ -182,9 +136,8 @@ def test_kill_leaves_production_usable_and_the_same_call_finishes(folder, tmp_pa
 import os, sys
 from pathlib import Path
 import mlflow
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 sys.path.insert(0, {str(ROOT / "tests/helpers")!r})
-from test_releases import released
+from releases import released
 original = mlflow.MlflowClient.{step}
 def killing(self, *arguments, **options):
     if {moment == "after"}:

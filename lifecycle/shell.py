@@ -1,0 +1,46 @@
+"""What the commands of ``lifecycle`` share: errors in one line, and the store of the folder that they are called in."""
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import click
+
+QUIET = {
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """Keep MLflow quiet in the block, and end the command with an expected error in one line, and exit status 1.
+
+    The line holds no secret, whatever the error says.
+    """
+    with patch.dict(os.environ, QUIET | os.environ):  # the user's own settings win
+        import mlflow
+
+        from lifecycle.store import printable
+
+        try:
+            yield
+        except (ValueError, RuntimeError, OSError, sqlite3.Error, mlflow.MlflowException) as error:
+            raise click.ClickException(" ".join(printable(str(error)).split())) from None
+
+
+def use_store() -> None:
+    """Make the store of this folder the active one; refuse one that is not there, and make none."""
+    import mlflow
+
+    from lifecycle.store import StoreUnusableError, check_store, tracking_uri
+
+    uri = tracking_uri(Path.cwd())
+    if uri.startswith("sqlite") and not Path(uri.partition(":///")[2]).is_file():
+        raise StoreUnusableError(f"There is no store at {uri} yet.", "Make one first: make run")
+    check_store(Path.cwd())
+    mlflow.set_tracking_uri(uri)

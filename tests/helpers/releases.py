@@ -1,0 +1,31 @@
+"""A store with released versions to test with."""
+
+from pathlib import Path
+
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from versions import iris_rows, register, store_in
+
+from lifecycle.keys import own_key
+from lifecycle.release import Release, release
+
+ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
+SENTENCES = {"intended_use": "To learn with.", "limits": "Three species only."}
+OPTIONS = {"floors": {"accuracy_score": 0.5}, "rebuild": False, "allow_unchecked": True, **SENTENCES}
+
+
+def make_store(folder: Path, *numbers: int) -> Path:
+    """Make a store with a cautious version, a good one, and another cautious one; release these numbers in turn."""
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
+        for strength in (0.01, 1.0, 0.01):
+            register(folder, LogisticRegression(C=strength, max_iter=1000), ROWS_TRAIN)
+        for number in numbers:
+            released(folder, f"models:/iris/{number}")
+    return folder
+
+
+def released(folder: Path, uri: str = "models:/iris/2", **options) -> Release:
+    """Release a version, without building its environment, unless ``options`` say otherwise."""
+    return release(uri, ROWS_TEST, "species", **({"key": own_key(folder)} | OPTIONS | options))

@@ -1,0 +1,145 @@
+"""The tag of the commit that a version was made from: refused where it would not be true, and taken up again."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import mlflow
+import pytest
+from execution import snapshot
+from versions import iris_rows, register, store_in
+
+from lifecycle.git_tag import TagRefusedError, check_tag, make_tag
+from lifecycle.store import source_tags
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Give a folder with a store, a repository, and its remote; a version was made from the only commit."""
+    folder = tmp_path_factory.mktemp("original")
+    git(folder, "init", "--quiet", "--bare", "remote.git")
+    git(folder, "init", "--quiet", "project")
+    project = folder / "project"
+    git(project, "remote", "add", "origin", "../remote.git")
+    git(project, "config", "user.name", "A")
+    git(project, "config", "user.email", "a@example.org")
+    (project / "file").touch()
+    git(project, "add", ".")
+    git(project, "commit", "--quiet", "--message=First")
+    with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
+        version = register(folder, rows=iris_rows())
+        commit = source_tags("file", project)["mlflow.source.git.commit"]
+        mlflow.MlflowClient().set_tag(version.run_id, "mlflow.source.git.commit", commit)
+    return folder
+
+
+@pytest.fixture
+def project(original, tmp_path, monkeypatch):
+    """Give a copy of the repository, with its remote; the store is the active one."""
+    for name in ("project", "remote.git"):
+        shutil.copytree(original / name, tmp_path / name)
+    with store_in(original, monkeypatch):
+        yield tmp_path / "project"
+
+
+def run_id() -> str:
+    return mlflow.MlflowClient().get_model_version("iris", 1).run_id
+
+
+def tag(project: Path, remote: str = "") -> str:
+    name = check_tag(project, "iris", "1", remote)
+    make_tag(project, name, f"iris, version 1\n\nrun: {run_id()}", remote)
+    return name
+
+
+def dirty(folder: Path) -> str:
+    (folder / "notes.txt").write_text("mine")
+    return ""
+
+
+def tagged(folder: Path) -> str:
+    git(folder, "tag", "model-v1")
+    return ""
+
+
+def another_commit(folder: Path) -> str:
+    git(folder, "commit", "--quiet", "--allow-empty", "--message=More")
+    return ""
+
+
+def no_repository(folder: Path) -> str:
+    shutil.move(folder / ".git", folder.parent / "no longer a repository")
+    return ""
+
+
+def no_remote(folder: Path) -> str:
+    return "nowhere"
+
+
+def tagged_remote(folder: Path) -> str:
+    git(folder, "push", "--quiet", "origin", "HEAD:refs/heads/main")
+    git(folder.parent / "remote.git", "tag", "model-v1", "main")
+    return "origin"
+
+
+REFUSALS = {
+    dirty: "the tree is dirty, commit or stash first: ?? notes.txt",
+    tagged: "another tag of that name exists",
+    another_commit: "and the commit here is",
+    no_repository: "is in no git repository with a commit",
+    no_remote: "there is no remote 'nowhere' to reach",
+    tagged_remote: "the remote 'origin' has it already",
+}
+
+
+@pytest.mark.parametrize(("prepare", "reason"), REFUSALS.items(), ids=[prepare.__name__ for prepare in REFUSALS])
+def test_tag_that_would_not_be_true_is_refused_and_nothing_changed(prepare, reason, project):
+    remote = prepare(project)
+    before = snapshot(project.parent)
+    with pytest.raises(TagRefusedError, match=r"Refused to make the tag model-v1: .* Nothing was changed\.") as caught:
+        check_tag(project, "iris", "1", remote)
+    assert reason in str(caught.value)
+    assert snapshot(project.parent) == before
+
+
+def test_tag_is_annotated_with_what_it_says_and_stays_here(project):
+    assert tag(project) == "model-v1"
+    assert git(project, "cat-file", "-t", "model-v1") == "tag"
+    assert git(project, "rev-parse", "model-v1^{commit}") == git(project, "rev-parse", "HEAD")
+    assert f"run: {run_id()}" in git(project, "tag", "--list", "--format=%(contents)", "model-v1")
+    assert git(project.parent / "remote.git", "tag") == ""
+
+
+def test_tag_is_pushed_if_asked(project):
+    tag(project, "origin")
+    assert git(project.parent / "remote.git", "tag") == "model-v1"
+
+
+def test_tag_of_a_release_that_was_cut_off_is_taken_up_again(project):
+    # given that the tag was made, and then the release was killed
+    tag(project, "origin")
+    made = git(project, "rev-parse", "model-v1")
+    # when the release is repeated, then it is the same tag
+    assert tag(project, "origin") == "model-v1"
+    assert git(project, "rev-parse", "model-v1") == made
+
+
+def test_rejected_push_leaves_no_tag_and_can_be_repeated(project):
+    # given a remote that rejects what is pushed
+    hook = project.parent / "remote.git/hooks/pre-receive"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\necho 'not on a Friday'\nexit 1\n")
+    hook.chmod(0o755)
+    # when
+    with pytest.raises(TagRefusedError, match=r"could not be made and pushed; nothing was changed: .*not on a Friday"):
+        tag(project, "origin")
+    # then no tag is left, and when the remote accepts, the second attempt works
+    assert git(project, "tag") == ""
+    hook.unlink()
+    tag(project, "origin")
+    assert git(project.parent / "remote.git", "tag") == git(project, "tag") == "model-v1"

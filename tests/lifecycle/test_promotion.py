@@ -1,0 +1,82 @@
+"""Promotion from one real tracking server to another."""
+
+import mlflow
+import pytest
+from execution import tracking_server
+from releases import OPTIONS, ROWS_TEST, ROWS_TRAIN, released
+from sklearn.linear_model import LogisticRegression
+from versions import register
+
+from lifecycle.gate import GateClosedError
+from lifecycle.keys import own_key, own_public_key
+from lifecycle.promotion import promote
+from lifecycle.verification import NotVerifiedError, verified
+
+pytestmark = pytest.mark.extended  # two servers
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Give a folder with a key, and the addresses of two servers; the first has a good and a cautious version."""
+    folder = tmp_path_factory.mktemp("promotion")
+    (folder / "one").mkdir()
+    (folder / "two").mkdir()
+    with tracking_server(folder / "one") as one, tracking_server(folder / "two") as two:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", one)
+            mlflow.set_tracking_uri(one)
+            mlflow.set_experiment("versions")
+            register(folder, LogisticRegression(max_iter=1000), ROWS_TRAIN)
+            register(folder, LogisticRegression(C=0.01, max_iter=1000), ROWS_TRAIN)
+            released(folder, "models:/iris/1")
+            yield folder, one, two
+        mlflow.set_tracking_uri(None)
+
+
+def promoted(servers, uri: str, **options):
+    folder, _, two = servers
+    return promote(uri, two, ROWS_TEST, "species", key=own_key(folder), **(OPTIONS | options))
+
+
+def test_version_is_released_on_the_other_server_with_tags_that_lead_back(servers):
+    folder, one, two = servers
+    here = mlflow.MlflowClient().get_model_version("iris", 1)
+    # when a version that the gate refuses is promoted, then nothing is left there
+    with pytest.raises(GateClosedError, match="floor failed"):
+        promoted(servers, "models:/iris/1", floors={"accuracy_score": 0.999})
+    there = mlflow.MlflowClient(two)
+    assert there.search_registered_models() == []
+    assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
+    # when a good one is
+    made = promoted(servers, "models:/iris@production")
+    # then it is in production there, and says where it is from
+    assert (made.version, made.before) == ("1", "") or made.alias == "production"
+    version = there.get_model_version_by_alias("iris", "production")
+    assert version.tags["promoted_from"] == one
+    assert version.tags["promoted_version"] == "iris/1"
+    assert version.tags["promoted_run"] == here.run_id
+    assert there.get_run(version.run_id).data.params == mlflow.get_run(here.run_id).data.params
+    # and this process still works with the first server
+    assert mlflow.get_tracking_uri() == one
+    # and it verifies there, under its own number
+    mlflow.set_tracking_uri(two)
+    try:
+        with verified("models:/iris@production", own_public_key(folder), purpose="release") as copy:
+            assert copy.statement.run_id == version.run_id
+    finally:
+        mlflow.set_tracking_uri(one)
+    # and when a worse one is promoted, the gate there stops it and leaves the first as it is
+    with pytest.raises(GateClosedError, match="holder failed"):
+        promoted(servers, "models:/iris/2")
+    assert len(there.search_model_versions("name = 'iris'")) == 1
+    assert there.get_model_version_by_alias("iris", "production").version == version.version
+
+
+def test_version_that_was_never_signed_is_not_promoted(servers):
+    _, _, two = servers
+    before = len(mlflow.MlflowClient(two).search_model_versions())
+    source = mlflow.MlflowClient().get_model_version("iris", 1).source
+    version = mlflow.MlflowClient().create_model_version("iris", source, model_id=source.rpartition("/")[2])
+    with pytest.raises(NotVerifiedError, match="There is no signature"):
+        promoted(servers, f"models:/iris/{version.version}")
+    assert len(mlflow.MlflowClient(two).search_model_versions()) == before

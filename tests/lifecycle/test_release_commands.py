@@ -1,0 +1,101 @@
+"""The commands about releases: what they print, and what they refuse in a line."""
+
+import json
+import shutil
+
+import mlflow
+import pytest
+from click.testing import CliRunner
+from releases import ROWS_TEST
+
+from lifecycle.__main__ import main
+from lifecycle.keys import own_public_key
+
+GATE = ["--rows", "rows.csv", "--target", "species", "--floor", "accuracy_score=0.5", "--no-environment"]
+CARD = ["--intended-use", "To learn with.", "--limits", "Three species only."]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Give the function that runs the command in a folder with the test rows, and returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    ROWS_TEST.to_csv("rows.csv", index=False)
+
+    def command(*arguments: str, status: int = 0) -> str:
+        answer = CliRunner().invoke(main, arguments)
+        assert answer.exit_code == status, answer.output
+        return answer.stdout if status == 0 else answer.output
+
+    return command
+
+
+def test_verify_says_what_was_signed(twice, run):
+    text = run("verify", "models:/iris@production")
+    assert text.startswith("Version 2 of iris is as it was signed, as a release for production, 20")
+    assert json.loads(run("verify", "models:/iris/3", "--json"))["purpose"] == "candidate"
+
+
+def test_verify_refuses_a_changed_version_in_a_line(twice, run):
+    model_id = mlflow.MlflowClient().get_model_version("iris", 2).source.rpartition("/")[2]
+    shutil.rmtree(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
+    assert run("verify", "models:/iris/2", status=1).splitlines()[-1].startswith("Error: Not loaded: models:/iris/2. ")
+
+
+def test_verify_takes_another_public_key(twice, run, tmp_path):
+    shutil.copy(own_public_key(twice), tmp_path / "team.pub")
+    run("verify", "models:/iris/2", "--public-key", "team.pub")
+    assert "Cannot verify with none.pub" in run("verify", "models:/iris/2", "--public-key", "none.pub", status=1)
+
+
+def test_gate_tells_each_check_and_changes_nothing(folder, run):
+    text = run("gate", "models:/iris/2", *GATE)
+    assert "\nholder: passed (+0.4866 " in text
+    assert text.endswith("fresh environment: not checked (no environment was built, as was asked for)\n")
+    assert mlflow.MlflowClient().get_model_version_by_alias("iris", "production").version in (1, "1")
+    assert len(run("history", "iris").splitlines()) == 1
+
+
+def test_gate_ends_with_an_error_where_a_release_would(folder, run):
+    text = run("gate", "models:/iris/3", *GATE, status=1)
+    assert "Error: The version is not released: holder failed (" in text
+
+
+def test_release_and_rollback_print_a_line_and_are_listed(folder, run):
+    assert "release of iris: version 2 is production, 1 was (" in run("release", "models:/iris/2", *GATE, *CARD)
+    made = json.loads(run("rollback", "iris", "--json"))
+    assert (made["kind"], made["version"]) == ("rollback", "1")
+    lines = run("history", "iris").splitlines()
+    assert [line.split()[2] for line in lines] == ["rollback", "release", "release"]
+    assert json.loads(run("history", "iris", "--json"))[0] == made
+
+
+def test_release_that_was_refused_is_listed_as_not_finished(twice, run):
+    run("release", "models:/iris/3", *GATE, *CARD, status=1)
+    assert run("history", "iris").startswith("not finished: release of iris, version 3 as production\n")
+
+
+def test_model_that_was_never_released_is_said(folder, run):
+    assert run("history", "nobody") == "nobody was never released.\n"
+
+
+@pytest.mark.parametrize("floor", ["0.9", "accuracy_score", "accuracy_score=high"])
+def test_floor_that_is_none_is_refused(folder, run, floor):
+    text = run("gate", "models:/iris/2", *GATE, "--floor", floor, status=1)
+    assert f"{floor!r} is no floor. Write the name of a metric and a number: accuracy_score=0.9" in text
+
+
+def test_new_key_signs_anew_and_says_what_still_verifies(twice, run):
+    text = run("new-key", "--sign-anew", "iris")
+    assert "The new key: " in text
+    assert "Signed anew: iris, version 2" in text
+    old = text.partition("--public-key ")[2].splitlines()[0]
+    run("verify", "models:/iris@production")
+    run("verify", "models:/iris/1", "--public-key", old)
+    assert "has not signed it" in run("verify", "models:/iris/1", status=1)
+
+
+@pytest.mark.parametrize("command", ["verify", "history", "rollback"])
+def test_commands_make_no_store(command, run, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "There is no store at" in run(command, "models:/iris/1" if command == "verify" else "iris", status=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.csv"}
