@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import mlflow
+import nbformat
 import pytest
 from execution import (
     MODEL,
@@ -17,71 +18,68 @@ from execution import (
     git,
     papermill,
     snapshot,
+    text_outputs,
     tracking_server,
 )
 
 pytestmark = pytest.mark.extended  # it takes long
 
 
-def test_tracking_server_gives_the_stored_outputs(tmp_path):
-    # given a tracking server
-    work = tmp_path / "work"
-    notebook = copy_project(work)
-    with tracking_server(tmp_path) as address:
-        # when the notebook is executed against it
-        process = execute(notebook, work, MLFLOW_TRACKING_URI=address)
-        # then it prints what is stored, and the server holds the versions
+NAMES = {"experiment_name": "an experiment", "model_name": "a_model"}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Give the folder where papermill executed the notebook against a tracking server, and what that has afterwards.
+
+    The experiment and the model have names of their own.
+    """
+    folder = tmp_path_factory.mktemp("served")
+    notebook = copy_project(folder / "work")
+    with tracking_server(folder) as address:
+        process = papermill(notebook, folder / "work", NAMES, MLFLOW_TRACKING_URI=address)
         assert process.returncode == 0, process.stderr
-        assert differing_outputs(work) == NOT_REBUILT
-        versions = mlflow.MlflowClient(address).search_model_versions(f"name = '{MODEL}'")
-        assert {str(version.version) for version in versions} == {"1", "2"}
-        assert all(version.source.startswith("models:/") for version in versions)
-    # and nothing was written beside the notebook
-    assert not (work / "mlflow.db").exists()
-    assert not (work / "mlruns").exists()
+        client = mlflow.MlflowClient(address)
+        experiment = client.get_experiment_by_name(NAMES["experiment_name"])
+        runs, versions = client.search_runs([experiment.experiment_id]), client.search_model_versions()
+    return folder / "work", runs, versions
 
 
-def test_papermill_gives_the_stored_outputs_and_takes_parameters(tmp_path):
-    # given the name of an experiment and of a model
-    notebook = copy_project(tmp_path)
-    names = {"experiment_name": "an experiment", "model_name": "a_model"}
-    # when papermill executes the notebook with them
-    process = papermill(notebook, tmp_path, names)
-    # then the versions are there under these names
-    assert process.returncode == 0, process.stderr
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    assert {version.name for version in client.search_model_versions()} == {"a_model"}
-    assert len(client.search_runs([client.get_experiment_by_name("an experiment").experiment_id])) == 2
-    # and only the addresses of the versions, and the step left out, differ from what is stored
-    assert [text.replace("a_model", MODEL) for text in differing_outputs(tmp_path)][-1:] == NOT_REBUILT
+def test_tracking_server_gives_the_stored_outputs_and_holds_the_versions(served):
+    # then nothing but the model's name, and the step left out, differs from what is stored
+    folder, _, versions = served
+    stored = text_outputs(nbformat.read(ROOT / "project.ipynb", as_version=4))
+    renamed = [text.replace(NAMES["model_name"], MODEL) for text in differing_outputs(folder)]
+    assert [text for text in renamed if text not in stored] == NOT_REBUILT
+    assert {str(version.version) for version in versions} == {"1", "2"}
+    assert all(version.source.startswith("models:/") for version in versions)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are a part of Linux")
-def test_no_network_is_needed(tmp_path, lacking):
-    # given a process that has no network at all, so that kernel and notebook talk over files
-    unshare = ["unshare", "--map-root-user", "--net"]
-    if subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:
-        lacking("the right to make a network namespace", "sysctl kernel.unprivileged_userns_clone=1")
-    notebook = copy_project(tmp_path)
-    # when the notebook is executed there
-    process = execute(notebook, tmp_path, prefix=(*unshare,), transport="ipc")
-    # then it works
-    assert process.returncode == 0, process.stderr
-    assert differing_outputs(tmp_path) == NOT_REBUILT
+def test_tracking_server_leaves_nothing_beside_the_notebook(served):
+    assert not (served[0] / "mlflow.db").exists()
+    assert not (served[0] / "mlruns").exists()
+
+
+def test_papermill_sets_the_names_of_experiment_and_model(served):
+    _, runs, versions = served
+    assert len(runs) == 2
+    assert {version.name for version in versions} == {NAMES["model_name"]}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are a part of Linux")
-def test_without_network_the_environment_step_says_what_failed(tmp_path, lacking):
-    # given no network, and a package cache that is empty
+def test_only_the_environment_step_needs_a_network_and_says_what_failed(tmp_path, lacking):
+    # given a process that has no network at all, so that kernel and notebook talk over files; and an empty cache of uv
     unshare = ["unshare", "--map-root-user", "--net"]
     if subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:
         lacking("the right to make a network namespace", "sysctl kernel.unprivileged_userns_clone=1")
     notebook = copy_project(tmp_path)
     variables = {"REBUILD_ENVIRONMENT": "on", "UV_CACHE_DIR": str(tmp_path / "cache"), "UV_HTTP_RETRIES": "0"}
-    # when the notebook is executed with the step that installs packages
+    # when the notebook is executed there
     process = execute(notebook, tmp_path, prefix=(*unshare,), transport="ipc", **variables)
-    # then it fails there, with uv's own words
+    # then it gets as far as the champion's environment, and fails with uv's own words
     assert process.returncode != 0
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_model_version_by_alias(MODEL, "champion")
     assert "Failed to fetch" in process.stderr[-2000:]
 
 
