@@ -5,13 +5,13 @@ MLflow reports such things in the middle of a run, in the words of whichever lib
 
 import csv
 import shutil
-import socket
 import sys
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
+from lifecycle.interface import is_free
 from lifecycle.pins import read_pins
 from lifecycle.store import StoreUnusableError, check_store
 
@@ -106,14 +106,10 @@ def disk_problems(folder: Path, needed_bytes: int = FREE_BYTES) -> list[Problem]
 
 def port_problems(port: int = 5000) -> list[Problem]:
     """Return a problem where something listens on ``port`` of this machine already."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            what = f"Port {port} is taken (5000 on macOS: by AirPlay)."
-            return [Problem(what, "None needed: make ui takes the next free port by itself.")]
-    return []
+    if is_free(port):
+        return []
+    what = f"Port {port} is taken (5000 on macOS: by AirPlay)."
+    return [Problem(what, "None needed: make ui takes the next free port by itself.")]
 
 
 def store_problems(folder: Path) -> list[Problem]:

@@ -58,19 +58,6 @@ def read_pins(path: Path) -> list[str]:
     return parse_pins(text, str(path))
 
 
-def recorded_pins(model_uri: str) -> list[str]:
-    """Return the pins that the model at ``model_uri`` recorded, in their order.
-
-    Raises:
-        ValueError: what it recorded is not a list of exact pins.
-        mlflow.MlflowException: there is no such model, or the store gives no answer.
-    """
-    import mlflow
-
-    text = mlflow.artifacts.load_text(f"{model_uri.rstrip('/')}/requirements.txt")
-    return parse_pins(text, f"The requirements of {model_uri}")
-
-
 def locked(pins: list[str], lock: Path) -> str:
     """Return the lines of ``lock`` for these pins, with their hashes, as a list that installs them again years later.
 

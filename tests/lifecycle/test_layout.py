@@ -19,7 +19,7 @@ ALLOWED = {
     "comparison": set(),
     "environment": {"pins", "store", "tables", "comparison"},
     "interface": {"store"},
-    "check": {"pins", "store"},
+    "check": {"interface", "pins", "store"},
     "moved": {"store"},
     "ranking": {"pins", "store", "tables", "comparison"},
     "report": {"pins", "store", "tables", "comparison", "ranking"},
