@@ -118,6 +118,41 @@ def score(uri: str, as_json: bool, experiment: str, lock: str, this_environment:
 
 
 @main.command()
+@click.argument("uri")
+@click.option("--public-key", type=click.Path(path_type=Path), help="By default the one beside the store.")
+@click.option("--trusted-type", "trusted_types", multiple=True, help="What the model may hold, as reviewed.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=5001, show_default=True, help="0 takes a free one.")
+@click.option("--record", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep requests and answers there.")
+@click.option("--keep-days", type=click.IntRange(1), default=30, show_default=True, help="Then they are removed.")
+@click.option("--leave-out", multiple=True, metavar="COLUMN", help="Not kept, such as what tells a person.")
+@click.option("--limits", type=click.FloatRange(0), metavar="MARGIN", help="Refuse numbers beyond the training rows'.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Keep downloaded packages there.")
+@click.option("--offline", is_flag=True, help="Take all packages from the cache.")
+def serve(uri: str, public_key: Path | None, **settings) -> None:
+    """Serve the release at URI in the environment that it recorded, until Ctrl-C.
+
+    --limits 0 refuses a number that is lower or higher than all that the version learned from; --limits 0.5 lets it be
+    beyond by half of their range.
+    """
+    import sys
+
+    with in_one_line():
+        from lifecycle.keys import own_public_key
+        from lifecycle.serving import ServingFailedError, serve
+
+        use_store()
+        with serve(uri, public_key or own_public_key(Path.cwd()), log=sys.stderr, **settings) as server:
+            click.echo(f"Version {server.version} of {server.name} answers: {server.address}/invocations")
+            try:
+                status = server.process.wait()
+            except KeyboardInterrupt:
+                click.echo("Ended.")
+                return
+        raise ServingFailedError(f"The server ended by itself, with status {status}. It says why above.")
+
+
+@main.command()
 @click.argument("run_id")
 @click.option("--objective", required=True, metavar="FILE.py:FUNCTION", help="Takes a trial, returns its value.")
 def search_worker(run_id: str, objective: str) -> None:

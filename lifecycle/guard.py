@@ -18,6 +18,7 @@ or TypeError, such as an unknown category). 500: the model failed in another way
 import asyncio
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -143,7 +144,8 @@ class Columns:
         """Return the rule for a list of the column's values."""
         value, low, high = kind[:3]
         if limits:
-            low, high = (max(low, limits[0]), min(high, limits[1])) if low is not None else limits
+            low, high = max(-math.inf if low is None else low, limits[0]), min(high or math.inf, limits[1])
+            low, high = (math.ceil(low), math.floor(high)) if value is int else (low, high)
         inside = {"allow_inf_nan": False} if value is float else {}
         inside |= {"ge": low, "le": high} if low is not None else {}
         rule = Annotated[value, BeforeValidator(point_in_time)] if value is datetime else value
@@ -506,4 +508,4 @@ if __name__ == "__main__":
     try:
         run(Settings(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
     except (ValueError, OSError) as error:
-        sys.exit(f"Not served. {error}")
+        sys.exit(str(error))

@@ -24,6 +24,8 @@ ALLOWED = {
     "ranking": {"pins", "store", "tables", "comparison"},
     "report": {"pins", "store", "tables", "comparison", "ranking"},
     "search": {"pins", "store", "tables", "comparison"},
+    "guard": set(),  # runs where there is no lifecycle
+    "serving": {"environment", "verification"},
     "spark": {"store"},
     "scoring": {"spark", "store"},
     "workers": {"store"},

@@ -1,0 +1,249 @@
+"""Serve a verified version in its own environment, so that nothing outlives whoever started it.
+
+`mlflow models serve` loads what the store holds, builds an environment whose packages it does not verify (mlflow#4886),
+and goes on when its starter is killed. Here a version is verified, its environment is built with the hashes that were
+signed, and `lifecycle.guard` answers for it, run by that environment's Python.
+
+    with serve("models:/iris@champion", own_public_key(Path.cwd()), record=Path("record")) as server:
+        requests.post(f"{server.address}/invocations", json={"inputs": [...]}).json()["predictions"]
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from lifecycle.environment import built
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lifecycle.verification import Verified
+
+GUARD = Path(__file__).with_name("guard.py")
+NUMBERS = {"double", "float", "long", "integer"}
+ABOUT = ("request_id", "request_time", "model_name", "model_version")
+# A process that makes a folder. When its standard input ends, also because its starter was killed, it ends whatever was
+# started with a path in that folder, such as an installation under way, and removes the folder.
+KEEPER = """
+import contextlib, os, psutil, shutil, sys, tempfile, time
+folder = tempfile.mkdtemp(prefix="serving-")
+print(folder, flush=True)
+sys.stdin.read()
+for _ in range(600):
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(folder in part for part in process.cmdline()):
+                process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+    if not os.path.exists(folder):
+        break
+    time.sleep(0.1)
+"""
+
+
+class ServingFailedError(RuntimeError):
+    """A version could not be served; with the last line of the server's log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers. `process` ends when the block does."""
+
+    address: str  # as in http://127.0.0.1:5001; POST to {address}/invocations
+    uri: str
+    name: str
+    version: str
+    key_fingerprint: str
+    process: subprocess.Popen = field(repr=False)
+
+
+@contextlib.contextmanager
+def serve(uri: str, public_key: Path, *, trusted_types: tuple[str, ...] = (), **options) -> Iterator[Server]:
+    """Serve the release at ``uri`` until the end of the block.
+
+    Args:
+        uri: ``models:/name/3`` or ``models:/name@champion``. It must have been released.
+        public_key: the public half of the key that signed it.
+        trusted_types: what the model may hold beyond what skops knows to be harmless.
+        options: see `serve_verified`.
+
+    Raises:
+        NotVerifiedError: the version is not what was signed, or was not released.
+        EnvironmentNotBuiltError: its environment cannot be built.
+        ServingFailedError: it cannot be served.
+    """
+    from lifecycle.verification import verified
+
+    with _kept_folder() as folder:
+        with verified(uri, public_key, purpose="release", trusted_types=trusted_types) as version:
+            files = {"folder": folder / "model", "packages": folder / "packages.txt"}
+            files["training_rows"] = folder / "training_rows.parquet"
+            shutil.copytree(version.folder, files["folder"])
+            shutil.copy(version.packages, files["packages"])
+            shutil.copy(version.training_rows, files["training_rows"])
+        with serve_verified(replace(version, **files), **options) as server:
+            yield server
+
+
+@contextlib.contextmanager
+def serve_verified(
+    version: "Verified",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    limits: dict[str, tuple[float, float]] | float | None = None,
+    record: Path | None = None,
+    keep_days: int = 30,
+    leave_out: tuple[str, ...] = (),
+    largest_body: int = 1_000_000,
+    patience_seconds: float = 10,
+    cache: Path | None = None,
+    offline: bool = False,
+    python: Path | None = None,
+    log: IO | None = None,
+    start_seconds: float = 120,
+) -> Iterator[Server]:
+    """Serve a verified version from its own environment until the end of the block; then nothing of it is left.
+
+    That holds for an error in the block and for a SIGKILL of this process, too. What the server answers and refuses
+    stands in `lifecycle.guard`.
+
+    Args:
+        version: what `lifecycle.verification.verified` has given.
+        host: the address to listen on; by default only this machine can ask.
+        port: the port to listen on; 0 takes a free one.
+        limits: for a column of numbers its lowest and highest value; or the margin for `training_limits`.
+        record: a folder, made if need be, in which requests and answers are kept. `read_record` reads it.
+        keep_days: after how many days they are removed.
+        leave_out: columns that are not kept, such as what tells a person.
+        largest_body: of a request, in bytes.
+        patience_seconds: how long a client may take to send a request, or to read an answer.
+        cache: where packages that were downloaded are kept; see `lifecycle.environment.built`.
+        offline: take all packages from ``cache``.
+        python: the Python of an environment that is there already; then none is built.
+        log: where the server writes what went wrong; by default it is kept for `ServingFailedError` only.
+        start_seconds: how long loading the model may take.
+
+    Raises:
+        EnvironmentNotBuiltError: the environment cannot be built.
+        ServingFailedError: the model cannot be loaded, has no signature of named columns, or a setting does not fit.
+    """
+    statement = version.statement
+    limits = limits if limits is None or isinstance(limits, dict) else training_limits(version, limits)
+    settings = {
+        "model": str(version.folder.resolve()), "name": statement.registered_model, "version": statement.version,
+        "key_fingerprint": version.key_fingerprint, "host": host, "port": port, "limits": limits or {},
+        "record": str(Path(record).resolve()) if record else None, "keep_days": keep_days, "leave_out": [*leave_out],
+        "largest_body": largest_body, "patience_seconds": patience_seconds,
+    }  # fmt: skip
+    with _kept_folder() as folder, contextlib.ExitStack() as stack:
+        if python is None:
+            requirements = version.folder / "requirements.txt"
+            python = built(requirements, folder / "environment", lock=version.packages, cache=cache, offline=offline)
+        (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        errors = log or stack.enter_context((folder / "log.txt").open("w+", encoding="utf-8", errors="replace"))
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
+        variables |= {"MLFLOW_DISABLE_TELEMETRY": "true", "TMPDIR": str(folder), "TEMP": str(folder)}
+        process = subprocess.Popen(
+            [str(python), "-I", str(GUARD), str(folder / "settings.json")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=folder, env=variables, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        stack.callback(_end, process)
+        address = _first_line(process, start_seconds)
+        if not address:
+            said = "" if log else _last_line(errors)
+            raise ServingFailedError(f"{version.uri} is not served. {said or 'The log says why.'}")
+        about = (statement.registered_model, statement.version, version.key_fingerprint)
+        yield Server(address, version.uri, *about, process)
+
+
+def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple[float, float]]:
+    """Return for each column of numbers the lowest and highest value that the version learned from.
+
+    Args:
+        version: what `lifecycle.verification.verified` has given.
+        margin: by how much a value may be beyond, as a share of the difference of the two.
+    """
+    import pandas as pd
+    from mlflow.models import Model
+
+    signature, rows = Model.load(str(version.folder)).signature, pd.read_parquet(version.training_rows)
+    limits = {}
+    for column in signature.inputs.inputs:
+        if column.type.name in NUMBERS and rows[column.name].notna().any():
+            low, high = float(rows[column.name].min()), float(rows[column.name].max())
+            limits[column.name] = low - margin * (high - low), high + margin * (high - low)
+    return limits
+
+
+def read_record(folder: Path) -> "pd.DataFrame":
+    """Return what was answered: a row for each row that was asked, in the order of the answers.
+
+    Columns: ``request_id``, ``request_time`` (UTC), ``model_name``, ``model_version``, the recorded columns of the
+    request, ``prediction``. Refused requests are left out, and so is a line that a killed server had only begun: it was
+    never answered.
+
+    Args:
+        folder: the record of one server or of several.
+    """
+    import pandas as pd
+
+    tables = []
+    for path in sorted(Path(folder).glob("requests-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            entry = json.loads(line) if line.endswith("\n") else {"status": 0}
+            if entry["status"] == 200:
+                table = pd.DataFrame(entry["inputs"], index=range(len(entry["predictions"])))
+                about = (entry["id"], pd.Timestamp(entry["time"]), entry["name"], entry["version"])
+                for place, (name, value) in enumerate(zip(ABOUT, about, strict=True)):
+                    table.insert(place, name, value)
+                tables.append(table.assign(prediction=entry["predictions"]))
+    if not tables:
+        return pd.DataFrame(columns=[*ABOUT, "prediction"])
+    found = pd.concat(tables, ignore_index=True).sort_values("request_time", kind="stable", ignore_index=True)
+    return found[[*(name for name in found if name != "prediction"), "prediction"]]
+
+
+@contextlib.contextmanager
+def _kept_folder() -> Iterator[Path]:
+    """Give a folder that is gone at the end of the block, and also once this process is killed."""
+    command = [sys.executable, "-I", "-c", KEEPER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **pipes) as keeper:  # its end closes the pipe, and waits
+        yield Path(keeper.stdout.readline().rstrip("\n")).resolve()
+
+
+def _first_line(process: subprocess.Popen, seconds: float) -> str:
+    """Return the first line that the process prints, or nothing if it ends or does not print one in time."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        return process.stdout.readline().strip()
+    finally:
+        timer.cancel()
+
+
+def _last_line(log: IO) -> str:
+    log.seek(0)
+    return next((line.strip() for line in reversed(log.read().splitlines()) if line.strip()), "")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the server: it answers what it is asked already, for a few seconds."""
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()

@@ -1,0 +1,257 @@
+"""A version served: verified, in an environment of its own, and nothing of it left when whoever started it is gone."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import psutil
+import pytest
+from asking import as_verified, ask, split
+from execution import ROOT, environment
+from sklearn.ensemble import RandomForestClassifier
+from versions import iris_rows, register, save, store_in
+
+from lifecycle.keys import own_key, own_public_key
+from lifecycle.serving import ServingFailedError, read_record, serve, serve_verified, training_limits
+from lifecycle.signing import sign
+from lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
+
+HERE = {"python": Path(sys.executable)}  # an environment that is there
+FEATURES = iris_rows().drop(columns="species")
+TREE = "sklearn.tree._tree.Tree"
+
+
+@pytest.fixture(scope="module")
+def iris(tmp_path_factory):
+    """Give a saved model of Iris, as if verified, with the rows it learned from."""
+    return as_verified(save(tmp_path_factory.mktemp("iris") / "model"), iris_rows())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Give a folder with a store: version 1 of iris is released as champion, version 2 is a candidate, both forests."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
+        for _ in range(2):
+            register(folder, RandomForestClassifier(3, random_state=0), skops_trusted_types=[TREE])
+        with verified("models:/iris/1", own_public_key(folder), trusted_types=[TREE]) as version:
+            moment = released_now("iris", "champion")
+            statement = replace(version.statement, purpose="release", alias="champion", released_at=moment)
+            sign(version.folder.parent, statement, own_key(folder))
+        client = mlflow.MlflowClient()
+        client.set_registered_model_alias("iris", "champion", "1")
+        client.set_model_version_tag("iris", "1", release_tag("champion"), moment)
+    return folder
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Give the folder in which this process and its children make their temporary files; empty at the end."""
+    place = tmp_path / "temporary files"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    yield place
+    assert list(place.iterdir()) == []
+
+
+def processes_in(place: Path) -> list[psutil.Process]:
+    """Return the processes whose temporary files go to ``place`` or below."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TMPDIR", "").startswith(str(place)):
+                found.append(process)
+    return found
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_server_answers_until_the_end_of_the_block_and_leaves_nothing(iris, temporary):
+    with serve_verified(iris, **HERE) as server:
+        status, text = ask(server.address, split(FEATURES))
+        assert (status, json.loads(text)["predictions"][:2]) == (200, ["setosa", "setosa"])
+        assert (server.uri, server.name, server.version) == ("models:/flowers/7", "flowers", "7")
+        assert server.key_fingerprint == iris.key_fingerprint
+        assert list(temporary.iterdir()) != []
+        # and only on the loopback interface
+        listening = [c for c in psutil.Process(server.process.pid).net_connections("inet") if c.status == "LISTEN"]
+        assert [connection.laddr.ip for connection in listening] == ["127.0.0.1"]
+    assert server.process.poll() is not None
+    with pytest.raises(OSError):
+        ask(server.address, path="/ping")
+
+
+def test_error_in_the_block_leaves_no_server(iris, temporary):
+    with pytest.raises(InterruptedError), serve_verified(iris, **HERE) as server:
+        raise InterruptedError
+    assert server.process.poll() is not None
+
+
+STARTED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from asking import as_verified
+from lifecycle.serving import serve_verified
+python = Path(sys.executable) if sys.argv[3] == "here" else None
+with serve_verified(as_verified(Path(sys.argv[2])), python=python) as server:
+    print(server.address, flush=True)
+    time.sleep(999)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no such signal")
+@pytest.mark.parametrize("moment", ["serving", "building"])
+def test_nothing_outlives_a_caller_that_is_killed(iris, temporary, moment):
+    # given a process that serves, or builds the environment to serve from
+    command = [sys.executable, "-c", STARTED, ROOT / "tests/helpers", iris.folder]
+    command.append("here" if moment == "serving" else "built")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}) as caller:
+        if moment == "serving":
+            assert caller.stdout.readline().startswith(b"http://127.0.0.1:")
+        else:
+            wait_until(lambda: list(temporary.glob("serving-*/packages-*/*")))
+        assert len(processes_in(temporary)) >= 2
+        # when it is killed
+        caller.kill()
+    # then its processes end, and its files go
+    wait_until(lambda: not processes_in(temporary))
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"leave_out": ("colour",)}, "no such columns to leave out: colour"),
+        ({"start_seconds": 0.01}, "is not served"),
+    ],
+    ids=["a setting that does not fit", "no time"],
+)
+def test_server_that_cannot_start_is_said_in_one_line(iris, temporary, options, told):
+    with (
+        pytest.raises(ServingFailedError, match=told) as error,
+        serve_verified(iris, **HERE | options),
+    ):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_port_in_use_is_said(iris):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ServingFailedError, match="already in use"),
+        serve_verified(iris, **HERE, port=taken.getsockname()[1]),
+    ):
+        pass
+
+
+def test_limits_come_from_the_training_rows(iris):
+    # given the margin of half a range beyond
+    name = "petal length (cm)"
+    limits = training_limits(iris, 0.5)
+    # then a limit is as far from the values that the version learned from
+    assert limits[name] == (1.0 - 0.5 * 5.9, pytest.approx(6.9 + 0.5 * 5.9))
+    assert set(limits) == set(FEATURES)
+    # when it is served with no margin, then the longest that is known is taken, and a longer one refused
+    with serve_verified(iris, **HERE, limits=0.0) as server:
+        assert ask(server.address, split(FEATURES))[0] == 200
+        status, text = ask(server.address, split(FEATURES.head(1).assign(**{name: 7.0})))
+    assert (status, name in json.loads(text)["message"]) == (400, True)
+
+
+def test_record_is_read_as_rows_in_the_order_of_the_answers(iris, tmp_path):
+    # given answers and a refusal of two servers, and a line that was only begun
+    ids = []
+    for start in (0, 50):
+        with serve_verified(iris, **HERE, record=tmp_path / "record", leave_out=("petal width (cm)",)) as server:
+            ids.append(json.loads(ask(server.address, split(FEATURES.iloc[start : start + 2]))[1])["id"])
+            assert ask(server.address, "{}")[0] == 400
+    with next((tmp_path / "record").iterdir()).open("a") as file:
+        file.write('{"id": "half')
+    # when it is read
+    rows = read_record(tmp_path / "record")
+    # then it has the rows that were answered, with their ids
+    first = ["request_id", "request_time", "model_name", "model_version"]
+    assert [*rows] == [*first, *FEATURES.columns[:3], "prediction"]
+    assert rows["request_id"].tolist() == [ids[0]] * 2 + [ids[1]] * 2
+    expected = FEATURES.iloc[[0, 1, 50, 51], :3].reset_index(drop=True)
+    pd.testing.assert_frame_equal(rows[[*expected]], expected)
+    assert rows["prediction"].tolist() == ["setosa"] * 2 + ["versicolor"] * 2
+
+
+def test_empty_record_has_no_rows(tmp_path):
+    assert len(read_record(tmp_path)) == 0
+
+
+def test_candidate_and_unreviewed_type_are_not_served(folder, temporary, monkeypatch):
+    with store_in(folder, monkeypatch):
+        for uri, trusted in (("models:/iris/2", (TREE,)), ("models:/iris@champion", ())):
+            with pytest.raises(NotVerifiedError), serve(uri, own_public_key(folder), trusted_types=trusted):
+                pass
+
+
+def test_release_is_served_from_its_store(folder, temporary, monkeypatch):
+    with (
+        store_in(folder, monkeypatch),
+        serve("models:/iris@champion", own_public_key(folder), trusted_types=(TREE,), limits=1.0, **HERE) as server,
+    ):
+        assert [path.name[:8] for path in temporary.iterdir()] == ["serving-"] * 2  # nothing of the verification
+        assert json.loads(ask(server.address, split(FEATURES))[1])["predictions"] == iris_rows()["species"].tolist()
+        assert ask(server.address, split(FEATURES * 10))[0] == 400
+
+
+def test_command_refuses_a_candidate_in_one_line(folder, tmp_path):
+    command = [sys.executable, "-m", "lifecycle", "serve", "models:/iris/2"]
+    variables = environment(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
+    child = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+    assert child.returncode == 1
+    assert child.stderr.startswith("Error: Not loaded: models:/iris/2.")
+    assert child.stderr.count("\n") == 1
+
+
+@pytest.mark.extended  # it builds the environment
+def test_command_serves_a_release_in_its_own_environment_until_it_is_interrupted(folder, tmp_path):
+    # given the command, with packages from the index
+    record = tmp_path / "record"
+    command = [sys.executable, "-m", "lifecycle", "serve", "models:/iris@champion", "--trusted-type", TREE]
+    command += ["--port", "0", "--record", record, "--leave-out", "petal width (cm)", "--limits", "0.5"]
+    variables = environment(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
+    child = subprocess.Popen(
+        command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        line = child.stdout.readline()
+        address = re.fullmatch(r"Version 1 of iris answers: (http://127.0.0.1:\d+)/invocations\n", line)
+        assert address, line + child.stderr.read()
+        # then the server is run by an environment that holds the recorded packages and not this library
+        (server,) = [p for p in psutil.Process(child.pid).children() if any("guard.py" in part for part in p.cmdline())]
+        assert (tmp_path / "tmp") in Path(server.cmdline()[0]).parents
+        status, text = ask(address[1], split(FEATURES))
+        assert (status, json.loads(text)["predictions"]) == (200, iris_rows()["species"].tolist())
+        assert "petal width (cm)" not in read_record(record)
+        # when it is interrupted as by Ctrl-C
+        child.send_signal(signal.SIGINT)
+        output, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+        child.communicate()
+    # then it ends well, and nothing is left
+    assert (child.returncode, output, errors) == (0, "Ended.\n", "")
+    assert not server.is_running()
+    assert list((tmp_path / "tmp").iterdir()) == []
