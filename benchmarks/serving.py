@@ -1,0 +1,216 @@
+"""Measure a served version beside `mlflow models serve`: the same model, the same rows, both warm, side by side.
+
+Usage: python benchmarks/serving.py [--rounds 5] [--seconds 2] [--start]
+
+A linear model of Iris is served by both from this environment: by MLflow, by `lifecycle.serving`, and by the same with
+a record of what it answers. Clients ask for 1 or 1,000 flowers, 1 or 8 clients at once, each on a connection that it
+keeps, or on a new one for each request; they are threads of this process, which send bytes that are ready. A round runs
+the servers in turn; a ratio is formed within a round, and its median over the rounds is the figure, with the smallest
+and the largest. Latency is the median over a round's requests.
+
+With `--start` it also prints the seconds from starting a server to its first answer, from an environment that is there,
+and with the environment built from its pins, all archives downloaded and verified.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import psutil
+from mlflow.models import infer_signature
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from lifecycle.serving import serve_verified
+from lifecycle.signing import Statement
+from lifecycle.verification import Verified
+
+ROOT = Path(__file__).resolve().parent.parent
+IRIS = load_iris(as_frame=True)
+CASES = [(rows, clients, kept) for rows in (1, 1000) for clients in (1, 8) for kept in (True, False)]
+
+
+def save(folder: Path) -> Verified:
+    """Save the model, and return it as if it were verified."""
+    classes = IRIS.target.map(dict(enumerate(IRIS.target_names))).rename("species")
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(IRIS.data, classes)
+    requirements = str(ROOT / "model_requirements.txt")
+    signature = infer_signature(IRIS.data, classes)
+    mlflow.sklearn.save_model(model, folder, signature=signature, pip_requirements=requirements)
+    statement = Statement("benchmark", "1", "", "release", "")
+    return Verified("models:/benchmark/1", statement, folder, ROOT / "requirements.txt", folder, "")
+
+
+@contextlib.contextmanager
+def served_by_mlflow(model: Path) -> Iterator[int]:
+    """Serve the model by MLflow from this environment; give the port once it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(model), "--env-manager", "local"]
+    variables = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    with tempfile.TemporaryFile() as log:
+        server = psutil.Popen([*command, "--port", str(port)], stdout=log, stderr=log, env=variables)
+        try:
+            while True:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                if server.poll() is not None:
+                    raise RuntimeError("MLflow does not serve the model.")
+                time.sleep(0.05)
+            yield port
+        finally:
+            for process in [*server.children(recursive=True), server]:
+                process.kill()
+            server.wait()
+
+
+def request(rows: int) -> bytes:
+    """Return a request for that many flowers."""
+    flowers = pd.concat([IRIS.data] * (rows // 150 + 1)).head(rows)
+    body = json.dumps({"dataframe_split": flowers.to_dict("split", index=False)}).encode()
+    head = [
+        "POST /invocations HTTP/1.1",
+        "Host: here",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def connected(port: int) -> socket.socket:
+    """Return a connection that sends at once."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def answer(connection: socket.socket, sent: bytes) -> bytes:
+    """Send a request and return the body of the answer."""
+    connection.sendall(sent)
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += some(connection)
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200"), head + body
+    length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+    while len(body) < length:
+        body += some(connection)
+    return body
+
+
+def some(connection: socket.socket) -> bytes:
+    """Return what has arrived, at least a byte."""
+    received = connection.recv(65_536)
+    assert received, "the connection is closed"
+    return received
+
+
+def load(port: int, rows: int, clients: int, kept: bool, seconds: float) -> tuple[float, float]:
+    """Ask for ``seconds`` and return the median latency in milliseconds, and the requests answered per second."""
+    sent, times = request(rows), []
+    end = time.perf_counter() + seconds
+
+    def client() -> None:
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(connected(port)) if kept else None
+            while (begin := time.perf_counter()) < end:
+                if kept:
+                    answer(connection, sent)
+                else:
+                    with connected(port) as own:
+                        answer(own, sent)
+                times.append(time.perf_counter() - begin)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    begin = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return statistics.median(times) * 1000, len(times) / (time.perf_counter() - begin)
+
+
+def compare(ports: dict[str, int], rounds: int, seconds: float) -> None:
+    """Print a line for each case and server: median latency, throughput, and the ratios to MLflow's."""
+    print(
+        f"{'rows':>5}{'clients':>8}  {'connection':<11}{'server':<18}{'ms':>8}{'1/s':>8}  ratios: latency, throughput"
+    )
+    for rows, clients, kept in CASES:
+        measured = {name: [] for name in ports}
+        for _ in range(rounds):
+            for name, port in ports.items():
+                measured[name].append(load(port, rows, clients, kept, seconds))
+        for name, results in measured.items():
+            pairs = zip(results, measured["MLflow"], strict=True)
+            ratios = [[new / old for new, old in zip(*pair, strict=True)] for pair in pairs]
+            latency, throughput = (statistics.median(result[part] for result in results) for part in (0, 1))
+            parts = zip(*ratios, strict=True)
+            words = [f"{statistics.median(part):.2f} ({min(part):.2f} to {max(part):.2f})" for part in parts]
+            where = f"{rows:>5}{clients:>8}  {'kept' if kept else 'new':<11}{name:<18}"
+            print(
+                f"{where}{latency:>8.2f}{throughput:>8.0f}  {', '.join(words) if name != 'MLflow' else ''}", flush=True
+            )
+
+
+def start(model: Verified, rounds: int) -> None:
+    """Print the seconds from the start of a server to its first answer."""
+    sent = request(1)
+
+    def timed(serving, port_of) -> float:
+        begin = time.perf_counter()
+        with serving as server, connected(port_of(server)) as connection:
+            answer(connection, sent)
+            return time.perf_counter() - begin
+
+    ways = {
+        "MLflow, environment there": lambda: (served_by_mlflow(model.folder), lambda port: port),
+        "lifecycle, environment there": lambda: (serve_verified(model, python=Path(sys.executable)), port_of),
+        "lifecycle, environment built": lambda: (serve_verified(model), port_of),
+    }
+    for name, way in ways.items():
+        print(f"{name}: {statistics.median(timed(*way()) for _ in range(rounds)):.1f} s", flush=True)
+
+
+def port_of(server) -> int:
+    """Return the port of a server's address."""
+    return int(server.address.rpartition(":")[2])
+
+
+def main() -> None:
+    """Compare the servers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--start", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        model = save(Path(folder) / "model")
+        if options.start:
+            start(model, options.rounds)
+        here = {"python": Path(sys.executable)}
+        ports = {"MLflow": stack.enter_context(served_by_mlflow(model.folder))}
+        ports["lifecycle"] = port_of(stack.enter_context(serve_verified(model, **here)))
+        record = Path(folder) / "record"
+        ports["lifecycle, record"] = port_of(stack.enter_context(serve_verified(model, **here, record=record)))
+        for port in ports.values():
+            load(port, 1, 1, True, 1)  # to warm up
+        compare(ports, options.rounds, options.seconds)
+
+
+if __name__ == "__main__":
+    main()
