@@ -6,7 +6,8 @@ A linear model of Iris is served by both from this environment: by MLflow, by `l
 a record of what it answers. Clients ask for 1 or 1,000 flowers, 1 or 8 clients at once, each on a connection that it
 keeps, or on a new one for each request; they are threads of this process, which send bytes that are ready. A round runs
 the servers in turn; a ratio is formed within a round, and its median over the rounds is the figure, with the smallest
-and the largest. Latency is the median over a round's requests.
+and the largest. Latency is the median over a round's requests. The server's own processor time for a request is
+measured as well: other work on the machine changes the first two, and this hardly.
 
 With `--start` it also prints the seconds from starting a server to its first answer, from an environment that is there,
 and with the environment built from its pins, all archives downloaded and verified.
@@ -56,14 +57,20 @@ def save(folder: Path) -> Verified:
 
 
 @contextlib.contextmanager
-def served_by_mlflow(model: Path) -> Iterator[int]:
-    """Serve the model by MLflow from this environment; give the port once it answers."""
+def served_by_mlflow(model: Path) -> Iterator[tuple[int, psutil.Process]]:
+    """Serve the model by MLflow from this environment; give its port and process once it listens."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(model), "--env-manager", "local"]
     variables = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     with tempfile.TemporaryFile() as log:
-        server = psutil.Popen([*command, "--port", str(port)], stdout=log, stderr=log, env=variables)
+        options = {
+            "stdout": log,
+            "stderr": log,
+            "env": variables,
+            "start_new_session": True,
+        }  # as lifecycle starts its own
+        server = psutil.Popen([*command, "--port", str(port)], **options)
         try:
             while True:
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
@@ -71,7 +78,7 @@ def served_by_mlflow(model: Path) -> Iterator[int]:
                 if server.poll() is not None:
                     raise RuntimeError("MLflow does not serve the model.")
                 time.sleep(0.05)
-            yield port
+            yield port, server
         finally:
             for process in [*server.children(recursive=True), server]:
                 process.kill()
@@ -119,9 +126,11 @@ def some(connection: socket.socket) -> bytes:
     return received
 
 
-def load(port: int, rows: int, clients: int, kept: bool, seconds: float) -> tuple[float, float]:
-    """Ask for ``seconds`` and return the median latency in milliseconds, and the requests answered per second."""
-    sent, times = request(rows), []
+def load(
+    port: int, server: psutil.Process, rows: int, clients: int, kept: bool, seconds: float
+) -> tuple[float, float, float]:
+    """Ask for ``seconds``; return median latency (ms), requests answered per second, processor time for one (ms)."""
+    sent, times, used = request(rows), [], processor_seconds(server)
     end = time.perf_counter() + seconds
 
     def client() -> None:
@@ -141,53 +150,56 @@ def load(port: int, rows: int, clients: int, kept: bool, seconds: float) -> tupl
         thread.start()
     for thread in threads:
         thread.join()
-    return statistics.median(times) * 1000, len(times) / (time.perf_counter() - begin)
+    throughput = len(times) / (time.perf_counter() - begin)
+    return statistics.median(times) * 1000, throughput, (processor_seconds(server) - used) / len(times) * 1000
 
 
-def compare(ports: dict[str, int], rounds: int, seconds: float) -> None:
-    """Print a line for each case and server: median latency, throughput, and the ratios to MLflow's."""
-    print(
-        f"{'rows':>5}{'clients':>8}  {'connection':<11}{'server':<18}{'ms':>8}{'1/s':>8}  ratios: latency, throughput"
-    )
+def processor_seconds(server: psutil.Process) -> float:
+    """Return the processor time that a server and its children have used."""
+    return sum(sum(process.cpu_times()[:2]) for process in [server, *server.children(recursive=True)])
+
+
+def compare(servers: dict[str, tuple[int, psutil.Process]], rounds: int, seconds: float) -> None:
+    """Print a line for each case and server: latency, throughput, processor time, and their ratios to MLflow's."""
+    titles = f"{'ms':>8}{'1/s':>7}{'CPU ms':>8}  ratios: latency, throughput, CPU"
+    print(f"{'rows':>5}{'clients':>8}  {'connection':<11}{'server':<18}{titles}")
     for rows, clients, kept in CASES:
-        measured = {name: [] for name in ports}
+        measured = {name: [] for name in servers}
         for _ in range(rounds):
-            for name, port in ports.items():
-                measured[name].append(load(port, rows, clients, kept, seconds))
+            for name, server in servers.items():
+                measured[name].append(load(*server, rows, clients, kept, seconds))
         for name, results in measured.items():
             pairs = zip(results, measured["MLflow"], strict=True)
-            ratios = [[new / old for new, old in zip(*pair, strict=True)] for pair in pairs]
-            latency, throughput = (statistics.median(result[part] for result in results) for part in (0, 1))
-            parts = zip(*ratios, strict=True)
-            words = [f"{statistics.median(part):.2f} ({min(part):.2f} to {max(part):.2f})" for part in parts]
+            ratios = zip(*[[new / old for new, old in zip(*pair, strict=True)] for pair in pairs], strict=True)
+            words = [f"{statistics.median(part):.2f} ({min(part):.2f} to {max(part):.2f})" for part in ratios]
+            latency, throughput, used = (statistics.median(result[part] for result in results) for part in range(3))
             where = f"{rows:>5}{clients:>8}  {'kept' if kept else 'new':<11}{name:<18}"
-            print(
-                f"{where}{latency:>8.2f}{throughput:>8.0f}  {', '.join(words) if name != 'MLflow' else ''}", flush=True
-            )
+            figures = f"{latency:>8.2f}{throughput:>7.0f}{used:>8.2f}"
+            print(f"{where}{figures}  {', '.join(words) if name != 'MLflow' else ''}", flush=True)
 
 
 def start(model: Verified, rounds: int) -> None:
     """Print the seconds from the start of a server to its first answer."""
-    sent = request(1)
-
-    def timed(serving, port_of) -> float:
-        begin = time.perf_counter()
-        with serving as server, connected(port_of(server)) as connection:
-            answer(connection, sent)
-            return time.perf_counter() - begin
-
     ways = {
-        "MLflow, environment there": lambda: (served_by_mlflow(model.folder), lambda port: port),
-        "lifecycle, environment there": lambda: (serve_verified(model, python=Path(sys.executable)), port_of),
-        "lifecycle, environment built": lambda: (serve_verified(model), port_of),
+        "MLflow, environment there": lambda: served_by_mlflow(model.folder),
+        "lifecycle, environment there": lambda: served_by_lifecycle(model, python=Path(sys.executable)),
+        "lifecycle, environment built": lambda: served_by_lifecycle(model),
     }
     for name, way in ways.items():
-        print(f"{name}: {statistics.median(timed(*way()) for _ in range(rounds)):.1f} s", flush=True)
+        times = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            with way() as (port, _), connected(port) as connection:
+                answer(connection, request(1))
+                times.append(time.perf_counter() - begin)
+        print(f"{name}: {statistics.median(times):.1f} s ({min(times):.1f} to {max(times):.1f})", flush=True)
 
 
-def port_of(server) -> int:
-    """Return the port of a server's address."""
-    return int(server.address.rpartition(":")[2])
+@contextlib.contextmanager
+def served_by_lifecycle(model: Verified, **options) -> Iterator[tuple[int, psutil.Process]]:
+    """Serve the model by this library; give its port and process once it listens."""
+    with serve_verified(model, **options) as server:
+        yield int(server.address.rpartition(":")[2]), psutil.Process(server.process.pid)
 
 
 def main() -> None:
@@ -199,17 +211,18 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        model = save(Path(folder) / "model")
+        model, here = save(Path(folder) / "model"), {"python": Path(sys.executable)}
         if options.start:
             start(model, options.rounds)
-        here = {"python": Path(sys.executable)}
-        ports = {"MLflow": stack.enter_context(served_by_mlflow(model.folder))}
-        ports["lifecycle"] = port_of(stack.enter_context(serve_verified(model, **here)))
-        record = Path(folder) / "record"
-        ports["lifecycle, record"] = port_of(stack.enter_context(serve_verified(model, **here, record=record)))
-        for port in ports.values():
-            load(port, 1, 1, True, 1)  # to warm up
-        compare(ports, options.rounds, options.seconds)
+        ways = {
+            "MLflow": served_by_mlflow(model.folder),
+            "lifecycle": served_by_lifecycle(model, **here),
+            "lifecycle, record": served_by_lifecycle(model, **here, record=Path(folder) / "record"),
+        }
+        servers = {name: stack.enter_context(way) for name, way in ways.items()}
+        for server in servers.values():
+            load(*server, 1, 1, True, 1)  # to warm up
+        compare(servers, options.rounds, options.seconds)
 
 
 if __name__ == "__main__":

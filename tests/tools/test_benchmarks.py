@@ -1,8 +1,12 @@
 """What the benchmarks compare is comparable."""
 
 import ast
+import json
 import re
+import runpy
+import sys
 from collections import Counter
+from pathlib import Path
 
 import mlflow
 import nbformat
@@ -59,3 +63,20 @@ def test_objective_that_is_measured_is_that_of_guide_03():
     ):
         assert part in guide
         assert part in benchmark
+
+
+def test_servers_that_are_measured_give_the_same_answers(tmp_path):
+    # given MLflow's server and ours, with the benchmark's model
+    benchmark = runpy.run_path(str(ROOT / "benchmarks/serving.py"))
+    model, answers = benchmark["save"](tmp_path / "model"), []
+    mlflow_server = benchmark["served_by_mlflow"](model.folder)
+    with mlflow_server as mlflows, benchmark["served_by_lifecycle"](model, python=Path(sys.executable)) as ours:
+        # when both are asked for many flowers
+        for port, process in (mlflows, ours):
+            with benchmark["connected"](port) as connection:
+                answers.append(json.loads(benchmark["answer"](connection, benchmark["request"](1000)))["predictions"])
+            # then each gives its times
+            assert all(value > 0 for value in benchmark["load"](port, process, 1, 2, False, 0.5))
+    # and the answers are the same
+    assert answers[0] == answers[1]
+    assert set(answers[0]) == {"setosa", "versicolor", "virginica"}
