@@ -1,0 +1,260 @@
+"""`make site`: built from what is committed, without a warning, and readable in a real browser."""
+
+import ast
+import posixpath
+import shutil
+import sys
+from collections.abc import Iterator
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+from execution import ROOT, environment, finished, git
+
+from lifecycle.__main__ import main
+
+FOLDED = "import json\n"  # the beginning of the cell that the test asks to be folded
+WIDTHS = [400, 768, 1024, 1920]
+
+
+class Links(HTMLParser):
+    """What a page refers to, and the places in it that others may refer to."""
+
+    def __init__(self, page: Path) -> None:
+        """Read ``page``."""
+        super().__init__()
+        self.links, self.sources, self.places, self.buttons, self.text = [], [], set(), {}, ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        """Keep what an element refers to."""
+        values = dict(attributes)
+        self.places.add(values.get("id"))
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+            self.buttons[values.get("class")] = values["href"]
+        if tag in ("img", "script", "link") and values.get("rel") not in ("next", "prev", "search", "index"):
+            self.sources += filter(None, [values.get("src"), values.get("href")])
+
+    def handle_data(self, data):
+        """Keep the text."""
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, lacking):
+    """Give the site, built by `make site` from a copy of the committed files in which one cell is to be folded."""
+    if find_spec("sphinx") is None:
+        lacking("Sphinx, which builds the site,", "make browser")
+    if shutil.which("make") is None:
+        lacking("make", "apt-get install make (on Debian)")
+    folder = tmp_path_factory.mktemp("site")
+    project = folder / "the project"
+    for name in filter(None, git(ROOT, "ls-files", "-z").split("\0")):
+        if (ROOT / name).is_file():
+            (project / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, project / name)
+    notebook = nbformat.read(project / "project.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if cell.source.startswith(FOLDED)]
+    cell.metadata["tags"] = ["hide-input"]
+    nbformat.write(notebook, project / "project.ipynb")
+    (project / ".venv").symlink_to(sys.prefix)
+    for stamp in ("installed.txt", "development.txt"):
+        (project / stamp).touch()
+    before = set(sources(project))
+    # UV and PYTHON, so that make can change nothing in this environment; a store that cannot be reached
+    command = ["make", "site", "INSTALLED=installed.txt", "DEVELOPMENT=development.txt", "UV=false", "PYTHON=false"]
+    process = finished(command, project, environment(folder, MLFLOW_TRACKING_URI="http://127.0.0.1:1"), limit=300)
+    added = set(sources(project)) - before
+    return SimpleNamespace(project=project, folder=project / "build/site", process=process, added=added)
+
+
+def sources(project: Path) -> Iterator[str]:
+    """Give the paths of the project's files, less what is built and what Python compiles."""
+    for path in project.rglob("*"):
+        parts = path.relative_to(project).parts
+        if path.is_file() and not {"build", ".venv", "__pycache__"} & set(parts):
+            yield "/".join(parts)
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    """Give what each page refers to, by its path."""
+    assert site.process.returncode == 0, site.process.stderr
+    paths = [path for path in site.folder.rglob("*.html") if "_static" not in path.parts]
+    return {path.relative_to(site.folder).as_posix(): Links(path) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Give the address at which the site can be read."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site.folder))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_site_is_built_without_a_warning_or_a_store_and_changes_no_source(site):
+    assert (site.process.returncode, site.process.stderr) == (0, "")
+    assert site.added == set()
+
+
+def test_every_link_leads_to_a_page_or_a_file_of_the_site(site, pages):
+    broken = []
+    for name, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme:
+                continue
+            target = (site.folder / name).parent / unquote(parts.path) if parts.path else site.folder / name
+            inside = target.resolve().relative_to(site.folder).as_posix()
+            if not target.is_file() or (parts.fragment and unquote(parts.fragment) not in pages[inside].places):
+                broken.append((name, link))
+    assert len(pages) > 10
+    assert broken == []
+
+
+def test_links_to_guides_lead_to_their_pages_and_not_to_their_files(pages):
+    links = {(name, link) for name, page in pages.items() for link in page.links if not urlsplit(link).scheme}
+    to_files = [pair for pair in links if "_sources/" not in pair[1] and pair[1].endswith((".ipynb", ".md"))]
+    assert to_files == []
+    assert ("README.html", "project.html") in links
+    assert ("guides/README.html", "../project.html") in links
+    assert ("project.html", "guides/01_compare_models.html") in links
+
+
+def test_every_picture_and_script_is_part_of_the_site(site, pages):
+    missing = []
+    for name, page in pages.items():
+        for source in page.sources:
+            path = (site.folder / name).parent / unquote(urlsplit(source).path)
+            if urlsplit(source).scheme or not path.is_file():
+                missing.append((name, source))
+    assert missing == []
+
+
+@pytest.mark.parametrize("notebook", ["project.ipynb", "guides/02_heart_disease.ipynb"])
+def test_notebooks_have_their_stored_outputs(pages, notebook):
+    page = pages[notebook.replace(".ipynb", ".html")]
+    outputs = [
+        output for cell in nbformat.read(ROOT / notebook, as_version=4).cells for output in cell.get("outputs", [])
+    ]
+    printed = [output.text for output in outputs if output.output_type == "stream"]
+    assert len(printed) > 3
+    assert [text for text in printed if text.strip() not in page.text] == []
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len([source for source in page.sources if "_images/" in source]) == len(pictures) > 0
+
+
+def test_api_has_every_function_with_a_docstring(pages):
+    names = {
+        f"lifecycle.{path.stem}.{node.name}"
+        for path in (ROOT / "lifecycle").glob("[!_]*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) and node.name[0] != "_"
+    }
+    assert len(names) > 50
+    assert names - pages["docs/api.html"].places == set()
+
+
+def test_every_command_has_its_help(pages):
+    assert main.commands
+    for name in main.commands:
+        assert f"Usage: lifecycle {name} [OPTIONS]" in pages["docs/commands.html"].text
+
+
+def test_next_leads_through_all_pages_from_the_home_page(pages):
+    # given
+    visited = ["README.html"]
+    # when
+    while (link := pages[visited[-1]].buttons.get("right-next")) and len(visited) < len(pages):
+        visited.append(posixpath.normpath(posixpath.join(posixpath.dirname(visited[-1]), link)))
+        # then the way back is there, too
+        back = posixpath.join(posixpath.dirname(visited[-1]), pages[visited[-1]].buttons["left-prev"])
+        assert posixpath.normpath(back) == visited[-2]
+    # then
+    assert visited[1] == "project.html"
+    assert set(visited) == set(pages) - {"index.html", "search.html"}
+
+
+def test_search_finds_a_word(page, address):
+    # when
+    page.goto(address)
+    page.keyboard.press("Control+k")
+    page.keyboard.type("Nadeau")
+    page.keyboard.press("Enter")
+    # then
+    page.locator("#search-results a", has_text="The library").first.wait_for()
+    page.locator("#search-results a", has_text="Compare models").first.click()
+    page.get_by_role("heading", name="Is the best one better?").wait_for()
+
+
+def test_code_is_folded_where_the_notebook_says_so(page, address):
+    page.goto(f"{address}/project.html")
+    code = page.locator("div.highlight", has_text="import json")
+    assert not code.is_visible()
+    page.get_by_text("Show code cell source").click()
+    assert code.is_visible()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pages_fit_the_screen(page, address, pages, width):
+    # given
+    problems = []
+    page.on("pageerror", lambda error: problems.append(error.message))
+    page.on("response", lambda response: problems.append(response.url) if response.status >= 400 else None)
+    page.route("**/favicon.ico", lambda route: route.fulfill(status=204))  # every browser asks, and there is none
+    page.set_viewport_size({"width": width, "height": 900})
+    for name in pages:
+        # when
+        page.goto(f"{address}/{name}")
+        page.evaluate("for (const picture of document.images) picture.loading = 'eager'")
+        page.wait_for_function("[...document.images].every(picture => picture.complete)")
+        # then no picture is missing, and the page as a whole does not scroll sideways
+        missing = page.evaluate("[...document.images].filter(p => !p.naturalWidth).map(p => p.src)")
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        # and nothing that is wider is cut off where it cannot be scrolled
+        if missing or wide or (cut := page.evaluate(CUT_OFF)):
+            problems.append((name, missing, wide, cut))
+    assert problems == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_are_light_or_dark_as_the_reader_prefers(page, address, pages, scheme):
+    page.emulate_media(color_scheme=scheme)
+    for name in pages:
+        page.goto(f"{address}/{name}")
+        ground, text = page.evaluate(BRIGHTNESS)
+        assert (ground > 0.8 and text < 0.4) if scheme == "light" else (ground < 0.2 and text > 0.6), name
+
+
+# Each element of the article whose right edge lies beyond the window, if none around it can be scrolled.
+CUT_OFF = """
+() => [...document.querySelectorAll("article *")].filter(element => {
+  if (element.getBoundingClientRect().right <= window.innerWidth + 1 || !element.checkVisibility()) return false;
+  for (let around = element; around; around = around.parentElement)
+    if (["auto", "scroll"].includes(getComputedStyle(around).overflowX)) return false;
+  return true;
+}).map(element => element.outerHTML.slice(0, 100))
+"""
+
+
+# How bright the page's ground and its text are, from 0 to 1.
+BRIGHTNESS = """
+() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color].map(colour => {
+  const [red, green, blue] = colour.match(/[0-9.]+/g).map(Number);
+  return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255;
+})
+"""
