@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test test-all guides report ui lab notebooks screenshots benchmark lock lint browser postgresql scale clean help
+.PHONY: run test test-all guides report ui lab notebooks screenshots site benchmark lock lint browser postgresql scale clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
@@ -67,6 +67,10 @@ notebooks: $(INSTALLED) ## execute the committed notebooks in a fresh store and 
 
 screenshots: browser ## take the pictures in docs/images
 	$(BIN)/python -m pytest tests/notebooks/test_interface.py tests/notebooks/test_guides_interface.py --pictures docs/images
+
+site: $(DEVELOPMENT) ## build the site into build/site, from what is stored in the notebooks
+	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/site-doctrees . build/site
+	@echo "The site: build/site/index.html"
 
 benchmark: $(INSTALLED) ## measure the quickstart, the search of guide 03, and guide 06 where Spark is, against their peers
 	$(BIN)/python benchmarks/quickstart.py
