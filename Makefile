@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test test-all guides report ui lab notebooks screenshots site benchmark lock lint browser postgresql scale clean help
+.PHONY: run test test-all guides report ui lab notebooks screenshots site benchmark reproduce lock lint browser postgresql scale clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
@@ -76,6 +76,9 @@ benchmark: $(INSTALLED) ## measure the quickstart, the search of guide 03, and g
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/search.py
 	$(if $(OUT_OF_REACH),@echo "Left out: benchmarks/scale.py. $(TO_REACH_IT)",$(BIN)/python benchmarks/scale.py)
+
+reproduce: $(INSTALLED) ## execute fresh clones in unlike situations, and compare all that they give (NOTEBOOKS=... for some)
+	$(BIN)/python tools/reproduce.py $(if $(filter command line environment,$(origin NOTEBOOKS)),$(NOTEBOOKS))
 
 # One resolution: the whole first, then each part held to it.
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
