@@ -6,6 +6,7 @@ these files cannot say themselves, such as the order of the pages, is added to t
 
 import os
 import pkgutil
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -97,6 +98,12 @@ def complete(app: Sphinx, page: str, text: list[str]) -> None:
         text[0] += commands()
 
 
+def link_issues(app: Sphinx, what: str, name: str, of, options, lines: list[str]) -> None:
+    """Make links of MLflow's issues in a docstring, such as mlflow#4886."""
+    link = r"`mlflow#\1 <https://github.com/mlflow/mlflow/issues/\1>`__"
+    lines[:] = [re.sub(r"\bmlflow#(\d+)", link, line) for line in lines]
+
+
 def show_files(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
     """Let links to the project's other files show them, such as a picture, and not download them."""
     if "body" in context:
@@ -112,5 +119,6 @@ def open_at_home(app: Sphinx, failure: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Connect the functions above to Sphinx."""
     app.connect("source-read", complete)
+    app.connect("autodoc-process-docstring", link_issues)
     app.connect("html-page-context", show_files)
     app.connect("build-finished", open_at_home)

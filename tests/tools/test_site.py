@@ -30,7 +30,8 @@ class Links(HTMLParser):
     def __init__(self, page: Path) -> None:
         """Read ``page``."""
         super().__init__()
-        self.links, self.sources, self.places, self.buttons, self.text = [], [], set(), {}, ""
+        self.links, self.sources, self.places, self.buttons = [], [], set(), {}
+        self.text, self.downloads = "", 0
         self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -40,6 +41,7 @@ class Links(HTMLParser):
         if tag == "a" and values.get("href"):
             self.links.append(values["href"])
             self.buttons[values.get("class")] = values["href"]
+            self.downloads += "download" in values
         if tag in ("img", "script", "link") and values.get("rel") not in ("next", "prev", "search", "index"):
             self.sources += filter(None, [values.get("src"), values.get("href")])
 
@@ -145,6 +147,12 @@ def test_every_picture_and_script_is_part_of_the_site(site, pages):
     assert missing == []
 
 
+def test_links_to_pictures_show_them(pages):
+    shown = [link for link in pages["README.html"].links if link.endswith("/runs.png")]
+    assert len(shown) == 1
+    assert [name for name, page in pages.items() if page.downloads] == []
+
+
 @pytest.mark.parametrize("notebook", ["project.ipynb", "guides/02_heart_disease.ipynb"])
 def test_notebooks_have_their_stored_outputs(pages, notebook):
     page = pages[notebook.replace(".ipynb", ".html")]
@@ -240,11 +248,11 @@ def test_pages_are_light_or_dark_as_the_reader_prefers(page, address, pages, sch
         assert (ground > 0.8 and text < 0.4) if scheme == "light" else (ground < 0.2 and text > 0.6), name
 
 
-# Each element of the article whose right edge lies beyond the window, if none around it can be scrolled.
+# What in the article reaches beyond the window, if nothing around it, in the article, can be scrolled.
 CUT_OFF = """
 () => [...document.querySelectorAll("article *")].filter(element => {
   if (element.getBoundingClientRect().right <= window.innerWidth + 1 || !element.checkVisibility()) return false;
-  for (let around = element; around; around = around.parentElement)
+  for (let around = element; around.tagName !== "ARTICLE"; around = around.parentElement)
     if (["auto", "scroll"].includes(getComputedStyle(around).overflowX)) return false;
   return true;
 }).map(element => element.outerHTML.slice(0, 100))
