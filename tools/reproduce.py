@@ -256,13 +256,19 @@ def differences(result: dict[str, dict], other: dict[str, dict]) -> dict[str, li
     return found
 
 
-def report(notebook: str, label: str, found: dict[str, list[str]], result: dict[str, dict]) -> None:
+def label(situation: Situation) -> str:
+    """Return what differs from the first clone, in a few words."""
+    varied = situation.varied(FIRST)
+    return ", ".join(f"Python {situation.python}" if name == "python" else name for name in varied)
+
+
+def report(notebook: str, compared: str, found: dict[str, list[str]], result: dict[str, dict]) -> None:
     """Print a line of the table, and below it what differs."""
     cells = ["fails"] if "failure" in found else []
     for kind in COMPARED[len(cells) :]:
         count = len(result[kind]) if kind in found else 0
         cells.append(f"{len(found[kind])} of {count} differ" if found.get(kind) else f"{count} equal" if count else "-")
-    print(f"| {notebook} | {label} | {' | '.join(cells)} |", flush=True)
+    print(f"| {notebook} | {compared} | {' | '.join(cells)} |", flush=True)
     for kind, names in found.items():
         for name in names:
             print(f"    {kind}: {name}", flush=True)
@@ -328,7 +334,7 @@ def compare(notebooks: list[str], work: Path) -> bool:
     for situation in (FIRST, *others):
         print(f"Set up: {situation.varied(FIRST) or asdict(FIRST)}", flush=True)
         cloned(situation, work)
-    print(f"\n| notebook | compared with the first clone | {' | '.join(COMPARED)} |\n|{'---|' * (len(COMPARED) + 2)}")
+    print(f"\n| notebook | the first clone, and | {' | '.join(COMPARED)} |\n|{'---|' * (len(COMPARED) + 2)}")
     equal = True
     for notebook in notebooks:
         first = executed(work / FIRST.folder, notebook, FIRST, work)
@@ -337,7 +343,7 @@ def compare(notebooks: list[str], work: Path) -> bool:
         equal &= not any(found.values())
         for situation in others if "failure" not in first else ():
             found = differences(first, executed(work / situation.folder, notebook, situation, work))
-            report(notebook, situation.folder, found, first)
+            report(notebook, label(situation), found, first)
             if any(found.values()):
                 print(f"    {cause(notebook, situation, first, found, work)}", flush=True)
                 equal = False
