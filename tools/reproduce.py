@@ -128,7 +128,7 @@ def executed(clone: Path, notebook: str, situation: Situation, work: Path, resul
     results.mkdir(parents=True)
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{results.as_posix()}/mlflow.db"}
     command = [python, "-m", "nbconvert", "--execute", "--to", "notebook", "--output-dir", results, notebook]
-    command += ["--KernelManager.transport_encryption=auto"]
+    command += ["--KernelManager.transport_encryption=auto", "--ExecutePreprocessor.startup_timeout=600"]
     try:
         run(command, situation, work, clone, **store)
         run([python, Path(__file__).resolve(), "--models", results / "models.json"], situation, work, clone, **store)

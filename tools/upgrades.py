@@ -79,7 +79,7 @@ def broken(notebook: str, python: Path, folder: Path) -> str:
     results = folder / "results" / Path(notebook).stem
     results.mkdir(parents=True)
     command = [python, "-m", "nbconvert", "--execute", "--to", "notebook", "--output-dir", results, notebook]
-    command += ["--KernelManager.transport_encryption=auto"]
+    command += ["--KernelManager.transport_encryption=auto", "--ExecutePreprocessor.startup_timeout=600"]
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "REBUILD_ENVIRONMENT": "off", "PYTHONPATH": str(folder)}
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{results.as_posix()}/mlflow.db"}
     done = subprocess.run(command, cwd=folder, env=os.environ | quiet | store, capture_output=True, text=True)
