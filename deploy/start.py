@@ -1,8 +1,9 @@
-"""Refuse to start with a secret that is missing, short or known to everybody; else become the command that is given.
+"""Refuse to start with a secret that somebody chose; else become the command that is given.
 
 Usage: python start.py COMMAND [ARGUMENT ...]
 """
 
+import itertools
 import os
 import sys
 
@@ -11,23 +12,29 @@ SECRETS = {
     "MLFLOW_AUTH_ADMIN_PASSWORD": "MLFLOW_ADMIN_PASSWORD",
     "MLFLOW_FLASK_SERVER_SECRET_KEY": "MLFLOW_SECRET_KEY",
 }
-SHORTEST = 12
-KNOWN = ("password", "changeme", "change-me", "change_me", "secret", "admin", "mlflow", "postgres", "12345", "qwerty")
+REMEDY = "Make all three: python3 make_env.py"
+SHORTEST = 32  # make_env.py makes 43; `openssl rand -hex 16` gives 32
+VARIETY = 10  # different characters
+REPEATED = 6  # so many characters in a row do not come twice in what is made
+MIXED = 1 / 4  # how often, in what is made, a capital, a digit or another character is followed by one of another kind
+# What people and keyboards put together. None of these comes by chance in a good secret, or it does so once.
+KNOWN = ("pass", "change", "secret", "admin", "mlflow", "postgres", "qwert", "asdf", "zxcv", "abcd", "1234", "6789")
 
 
 def reason_against(secret: str) -> str | None:
-    """Return why nobody should rely on ``secret``, or None. The answer does not contain it."""
+    """Return by what ``secret`` does not look made, or None. The answer does not contain it."""
     if not secret:
         return "is missing"
     if len(secret) < SHORTEST:
         return f"has fewer than {SHORTEST} characters"
-    rest = secret.lower()
-    for word in KNOWN:
-        rest = rest.replace(word, "")
-    if len(rest) < SHORTEST / 2:
-        return "is a password that everybody tries"
-    if len(set(secret)) < SHORTEST / 2:
-        return "repeats the same few characters"
+    if sum(secret.lower().count(word) for word in KNOWN) > 1:
+        return "has words that everybody tries"
+    pieces = [secret.lower()[start : start + REPEATED] for start in range(len(secret) - REPEATED + 1)]
+    if len(set(secret)) < VARIETY or len(set(pieces)) < len(pieces):
+        return "repeats itself"
+    kinds = [character.isupper() + 2 * character.isdigit() for character in secret]
+    if sum(kind != after for kind, after in itertools.pairwise(kinds)) < MIXED * len(kinds):
+        return "reads like words or a number"
     return None
 
 
@@ -39,7 +46,7 @@ def main(command: list[str]) -> None:
     if not refused and len(set(values)) < len(values):
         refused = [f"two of {', '.join(SECRETS.values())} are the same"]
     if refused:
-        sys.exit(f"Not started: {'; '.join(refused)}. Set it in deploy/.env, as .env.example says.")
+        sys.exit(f"Not started: {'; '.join(refused)}. {REMEDY}")
     if not command:
         sys.exit(__doc__)
     os.execvp(command[0], command)

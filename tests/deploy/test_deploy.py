@@ -6,6 +6,7 @@ What only a container engine can do, the README names; everything else is run he
 import contextlib
 import os
 import re
+import secrets
 import shlex
 import shutil
 import sqlite3
@@ -26,6 +27,11 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's im
 COMPOSE = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
 README = (DEPLOY / "README.md").read_text(encoding="utf-8")
+VARIABLES = {
+    "PGPASSWORD": "POSTGRES_PASSWORD",
+    "MLFLOW_AUTH_ADMIN_PASSWORD": "MLFLOW_ADMIN_PASSWORD",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY": "MLFLOW_SECRET_KEY",
+}
 
 
 def validated(file: Path) -> subprocess.CompletedProcess:
@@ -104,11 +110,7 @@ def test_images_are_of_exact_versions_without_rights_and_from_files_that_are_let
 
 def started(command: list[str], **variables: str) -> subprocess.CompletedProcess:
     """Run a command by the start script with good secrets, unless ``variables`` has others."""
-    good = {
-        "PGPASSWORD": SECRETS["POSTGRES_PASSWORD"],
-        "MLFLOW_AUTH_ADMIN_PASSWORD": SECRETS["MLFLOW_ADMIN_PASSWORD"],
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": SECRETS["MLFLOW_SECRET_KEY"],
-    }
+    good = {variable: SECRETS[name] for variable, name in VARIABLES.items()}
     script = [sys.executable, str(DEPLOY / "start.py")]
     return finished([*script, *command], DEPLOY, {"PATH": os.environ["PATH"]} | good | variables, limit=30)
 
@@ -119,31 +121,101 @@ def test_start_script_becomes_the_command():
     assert process.stdout.split()[1] == str(os.getpid())  # no process of the script stays between
 
 
-@pytest.mark.parametrize(
-    ("secret", "reason"),
-    {
-        "": "is missing",
-        "Sh0rt-0ne!?": "has fewer than 12 characters",
-        "password1234": "is a password that everybody tries",
-        "changeme-changeme": "is a password that everybody tries",
-        "Admin-PASSWORD-1": "is a password that everybody tries",
-        "mlflow_postgres": "is a password that everybody tries",
-        "aaaaaaaaaaaaaaaaaaaa": "repeats the same few characters",
-    }.items(),
-)
-@pytest.mark.parametrize(
-    ("variable", "name"),
-    {
-        "PGPASSWORD": "POSTGRES_PASSWORD",
-        "MLFLOW_AUTH_ADMIN_PASSWORD": "MLFLOW_ADMIN_PASSWORD",
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "MLFLOW_SECRET_KEY",
-    }.items(),
-)
+REASONS = {
+    "": "is missing",
+    "Sh0rt-0ne!?": "has fewer than 32 characters",
+    "a1B2" * 12: "repeats itself",
+    "Admin-PASSWORD-1-of-MLflow-4-Postgres": "has words that everybody tries",
+    "The-house-by-the-sea-has-2-doors-and-5-windows": "reads like words or a number",
+    "31415926535897932384626433832795028841971": "reads like words or a number",
+}
+
+
+@pytest.mark.parametrize(("secret", "reason"), REASONS.items())
+@pytest.mark.parametrize(("variable", "name"), VARIABLES.items())
 def test_start_is_refused_with_a_bad_secret(variable, name, secret, reason):
     process = started(["echo", "started"], **{variable: secret})
     assert process.returncode == 1
     assert process.stdout == ""
-    assert process.stderr == f"Not started: {name} {reason}. Set it in deploy/.env, as .env.example says.\n"
+    assert process.stderr == f"Not started: {name} {reason}. Make all three: python3 make_env.py\n"
+
+
+# What everybody tries: short ones, long ones, and those with a sign, a capital and a digit, as forms ask for.
+EVERYBODYS = [
+    "123456789012",
+    "1234567890123",
+    "111111111111",
+    "121212121212",
+    "000000000000",
+    "987654321098",
+    "qwertyuiop12",
+    "qwertyuiop[]",
+    "1q2w3e4r5t6y",
+    "1qaz2wsx3edc",
+    "zaq12wsxcde3",
+    "asdfghjkl123",
+    "Password1234",
+    "P@ssw0rd1234",
+    "Passw0rd!123",
+    "password1234",
+    "Welcome12345",
+    "Welcome2024!",
+    "Admin1234567",
+    "administrator",
+    "changeme1234",
+    "letmein12345",
+    "iloveyou1234",
+    "Sommer2024!!",
+    "Mlflow123456",
+    "mlflow-server",
+    "postgres1234",
+    "abcdefghijkl",
+    "secretsecret",
+]
+
+
+@pytest.fixture
+def reason_against(monkeypatch):
+    """Give the function of the start script that judges a secret."""
+    monkeypatch.syspath_prepend(DEPLOY)
+    import start
+
+    return start.reason_against
+
+
+@pytest.mark.parametrize("secret", EVERYBODYS)
+def test_what_everybody_tries_is_refused_also_where_it_is_made_long(secret, reason_against):
+    assert len(EVERYBODYS) == 29
+    for longer in (secret, secret * 3, f"{secret}-{secret.title()}-{secret}"):
+        assert reason_against(longer)
+
+
+@pytest.mark.parametrize("made", [secrets.token_urlsafe, secrets.token_hex])
+def test_what_is_made_is_taken(made, reason_against):
+    refused = [secret for secret in (made(32) for _ in range(300)) if reason_against(secret)]
+    assert len(refused) < 300 / 50  # by chance, some of 0 to 9 and a to f alone have little variety
+
+
+def test_one_command_makes_the_settings_for_the_owner_alone(tmp_path, reason_against):
+    # given what the repository has
+    for name in ("make_env.py", "start.py", ".env.example"):
+        shutil.copy(DEPLOY / name, tmp_path)
+    (line,) = [line for line in commands("Start") if "make_env" in line]
+    # when the README's command is run twice, for a user whose files all may read
+    first, second = (finished(["bash", "-c", f"umask 0; {line}"], tmp_path, dict(os.environ), limit=30) for _ in "12")
+    # then the file is there, with three secrets that differ and that the server starts with
+    assert first.returncode == 0, first.stderr
+    settings = (tmp_path / ".env").read_text()
+    values = dict(re.findall(r"^(\w+)=(.*)$", settings, flags=re.MULTILINE))
+    made = [values.pop(name) for name in VARIABLES.values()]
+    assert len(set(made)) == 3
+    assert [secret for secret in made if reason_against(secret) or secret in first.stdout] == []
+    assert set(values.values()) == {""}
+    # and only its owner can read it, and the second one changed nothing
+    assert (tmp_path / ".env").stat().st_mode & 0o777 == 0o600
+    assert second.returncode == 1
+    assert "is there already, and stays as it is" in second.stderr
+    assert (tmp_path / ".env").read_text() == settings
 
 
 def test_start_is_refused_where_two_secrets_are_the_same():

@@ -24,9 +24,9 @@ from postgresql import PostgreSQL, postgresql
 
 DEPLOY = ROOT / "deploy"
 SECRETS = {
-    "POSTGRES_PASSWORD": "the-database's p%40ss:word/@1",
-    "MLFLOW_ADMIN_PASSWORD": "the-admins-pass-phrase-2",
-    "MLFLOW_SECRET_KEY": "the-key-of-the-sessions-3",
+    "POSTGRES_PASSWORD": "7Kd'2 x%40B:w9/@Tq4Rz1Lm8vN3cY6hJ5",  # with what an address or a shell would misread
+    "MLFLOW_ADMIN_PASSWORD": "pQ3-vX8_kL2-mT7_zB4-wR9_hN5-cF6_dJ",
+    "MLFLOW_SECRET_KEY": "4f9a1c7e2b8d3a6f5c0e9b7d1a4f8c2e",
 }
 SETTINGS = SECRETS | {"PUBLIC_HOST": "mlflow.example.org"}
 PASSWORDS = {

@@ -1,0 +1,121 @@
+"""MLflow's server with authentication, and three refusals that it lacks in version 3.17.
+
+`basic-auth` lets every user choose where an experiment's files go, which may be another user's folder; it lets every
+user list all users; and it verifies as many wrong passwords as somebody sends, faster for a name that does not exist.
+`mlflow server --app-name=team` starts this app; the name is known to MLflow by `server_app-1.dist-info`, beside this
+file.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import secrets
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from cachetools import TTLCache
+from flask import Response, request
+from google.protobuf.json_format import ParseError
+from mlflow.protos.service_pb2 import CreateExperiment
+from mlflow.server import app, auth
+from mlflow.utils.proto_json_utils import parse_dict
+from starlette.responses import PlainTextResponse
+from werkzeug.datastructures import Authorization
+from werkzeug.security import check_password_hash, generate_password_hash
+
+WRONG_PASSWORDS = 5  # for one name, in each process of the server, before it waits
+WAIT = 60  # seconds
+HEADERS = (b"authorization", b"x-mlflow-authorization")  # both are read by MLflow
+NOT_AUTHENTICATED = "You are not authenticated. Please see https://mlflow.org/docs/latest/auth/index.html"
+
+
+def chosen_location() -> str:
+    """Return where the request wants an experiment's files to go, read as MLflow reads it; "" where it does not say."""
+    message, body = CreateExperiment(), request.get_json(force=True, silent=True)
+    if isinstance(body, str):  # some clients encode it twice
+        body = app.json.loads(body)
+    with contextlib.suppress(ParseError):  # MLflow goes on with what it has read up to there
+        parse_dict(body or {}, message)
+    return message.artifact_location
+
+
+def refused() -> Response | None:
+    """Refuse who is not an admin what MLflow allows everybody. Flask calls it once the user is known."""
+    route = str(request.url_rule)
+    if route.endswith("/mlflow/experiments/create") and chosen_location():
+        reason = "only an admin may choose an artifact_location; leave it out, and the server chooses one."
+    elif route.endswith("/mlflow/users/list"):
+        reason = "only an admin may list the users."
+    else:
+        return None
+    return None if auth.sender_is_admin() else Response(f"Permission denied: {reason}", 403)
+
+
+class PasswordGuard:
+    """Hand on no request before its password was verified, and slow down who guesses.
+
+    Requests without credentials are for MLflow to answer: it has pages that need none.
+
+    After `WRONG_PASSWORDS` wrong ones, a name waits `WAIT` seconds. Passwords of one name are verified one at a time,
+    so that many guesses at the same moment gain nothing. A password that was right before is let pass meanwhile, so
+    nobody can shut out a user who works. A name that does not exist costs the same work and gets the same answers.
+    """
+
+    def __init__(self, served):
+        """Wrap an ASGI app."""
+        self.served = served
+        self.key = secrets.token_bytes(32)
+        self.right = TTLCache(maxsize=10_000, ttl=3600)  # by a keyed digest of the header
+        self.wrong = TTLCache(maxsize=100_000, ttl=WAIT)  # how many, by name
+        self.turns = WeakValueDictionary()
+        self.nobody = generate_password_hash(secrets.token_urlsafe())
+
+    async def __call__(self, scope, receive, send):
+        """Answer a request, or hand it on."""
+        answer = self.served
+        for name, value in scope.get("headers", []):
+            if name in HEADERS:
+                answer = await self.refusal(value) or answer
+        await answer(scope, receive, send)
+
+    async def refusal(self, header: bytes) -> PlainTextResponse | None:
+        """Return the answer to wrong credentials; None where they are right."""
+        credentials = Authorization.from_header(header.decode("latin-1"))
+        if credentials is None or credentials.type != "basic":
+            return self.not_authenticated()
+        name, mark = credentials.username, hashlib.blake2b(header, key=self.key).digest()
+        turn = self.turns.setdefault(name, asyncio.Lock())
+        if mark not in self.right:
+            async with turn:
+                if mark not in self.right:
+                    if self.wrong.get(name, 0) >= WRONG_PASSWORDS:
+                        reason = f"Too many wrong passwords for this user. Wait {WAIT} seconds."
+                        return PlainTextResponse(reason, 429, {"Retry-After": str(WAIT)})
+                    if not await asyncio.to_thread(self.is_right, name, credentials.password):
+                        self.wrong[name] = self.wrong.get(name, 0) + 1
+                        return self.not_authenticated()
+        self.right[mark] = True
+        return None
+
+    def is_right(self, name: str, password: str) -> bool:
+        """Verify a password, with the same work whether or not there is a user of this name."""
+        if auth.store.authenticate_user(name, password):
+            return True
+        if not auth.store.has_user(name):
+            check_password_hash(self.nobody, password)
+        return False
+
+    @staticmethod
+    def not_authenticated() -> PlainTextResponse:
+        """Return what MLflow answers, so that a browser asks for a password."""
+        return PlainTextResponse(NOT_AUTHENTICATED, 401, {"WWW-Authenticate": 'Basic realm="mlflow"'})
+
+
+def create_app() -> PasswordGuard:
+    """Return the app. The server's processes make it one after the other: the first makes tables and admin."""
+    with Path(__file__).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        served = auth.create_app()
+    app.before_request(refused)
+    return PasswordGuard(served)
