@@ -6,18 +6,26 @@ STORE is the folder with mlflow.db and mlruns; nothing in it is changed. ARTIFAC
 --artifacts-destination names. The database is the one that PostgreSQL's variables (PGHOST, PGUSER, PGPASSWORD) lead to:
 unless PGDATABASE says otherwise, that is the one with the user's name.
 Files are copied first, then all rows in one transaction: what fails leaves the server empty, and can be repeated.
+
+The store may come from somebody else, so nothing in it is believed: it may hold no links, an id must look like one, and
+every place that a row names must be that of a run or a model in this store. Until all is read, a lock keeps others from
+writing to the database; a store that changes meanwhile is not moved.
 """
 
 import re
 import shutil
 import sqlite3
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow.store.db.base_sql_model import Base
 from mlflow.store.model_registry.dbmodels.models import SqlModelVersion
 from mlflow.store.tracking.dbmodels.models import SqlExperiment, SqlLoggedModel, SqlRun
 from sqlalchemy import Connection, create_engine, delete, func, select, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 DATABASE = "postgresql+psycopg2://"
@@ -45,8 +53,10 @@ TABLES = [
 ]
 AS_MADE = {"workspaces": 1}  # rows that every new database has, and that stay
 SERVED = "mlflow-artifacts:"
-LOCAL = re.compile("file:|/|[A-Za-z]:")
+RUN, MODEL = re.compile("[0-9a-f]{32}"), re.compile("m-[0-9a-f]{32}")
+IN_USE = "the store is in use; stop what logs to it, and try again"
 BATCH = 1000
+PAUSE = 1  # seconds in which those who waited for the lock go on, and are noticed
 
 
 def rows_of(connection: Connection) -> dict[str, int]:
@@ -74,14 +84,52 @@ def check(source: Connection, target: Connection) -> None:
         raise ValueError(f"the server is not empty, it has rows in {', '.join(made)}; move to a new one")
 
 
+def has_no_way_out(path: str) -> bool:
+    """Return whether each part of ``path`` names a file or a folder below, however often it is decoded."""
+    return not {"", ".", ".."}.intersection(re.split(r"[/\\]", path)) and not re.search(r"%|\?|#", path)
+
+
+def files_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of each file below ``folder``.
+
+    Raises:
+        ValueError: there is something else, such as a link, which could lead out of the folder.
+    """
+    found = {}
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise ValueError(f"{path} is a link or no file; copy what it leads to in its place")
+        if path.is_file():
+            found[str(path.relative_to(folder))] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found
+
+
 def new_locations(source: Connection) -> dict[str, str]:
-    """Return the place of each run's and each model's files by its old one: where the server would have put them."""
-    locations = {}
-    for old, experiment, run in source.execute(select(SqlRun.artifact_uri, SqlRun.experiment_id, SqlRun.run_uuid)):
-        locations[old] = f"{SERVED}/{experiment}/{run}/artifacts"
+    """Return the place of each run's and each model's files, where the server would have put them, by its old one.
+
+    Their addresses by id, `runs:/...` and `models:/...`, stay as they are.
+
+    Raises:
+        ValueError: an id or a place is not one that MLflow makes.
+    """
     columns = SqlLoggedModel.artifact_location, SqlLoggedModel.experiment_id, SqlLoggedModel.model_id
-    for old, experiment, model in source.execute(select(*columns)):
-        locations[old] = f"{SERVED}/{experiment}/models/{model}/artifacts"
+    rows = [
+        *(
+            (*row, RUN, "")
+            for row in source.execute(select(SqlRun.artifact_uri, SqlRun.experiment_id, SqlRun.run_uuid))
+        ),
+        *((*row, MODEL, "models/") for row in source.execute(select(*columns))),
+    ]
+    locations = {}
+    for old, experiment, number, pattern, folder in rows:
+        if not isinstance(experiment, int) or not pattern.fullmatch(str(number)):
+            raise ValueError(f"{number!r} in experiment {experiment!r} is no id that MLflow makes")
+        rest = str(old).rpartition("/mlruns/")[2]
+        if rest == old or not f"/{rest}".endswith(f"/{folder}{number}/artifacts") or not has_no_way_out(rest):
+            raise ValueError(f"the files of {number} are said to be in {old!r}, which is not its place below mlruns")
+        locations[old] = f"{SERVED}/{experiment}/{folder}{number}/artifacts"
+        uri = f"{'models' if folder else 'runs'}:/{number}"
+        locations[uri] = uri  # names the files wherever they are
     return locations
 
 
@@ -92,11 +140,23 @@ def copy_files(locations: dict[str, str], store: Path, artifacts: Path) -> None:
         ValueError: the files of a model are not in the store.
     """
     for old, new in locations.items():
+        if not new.startswith(SERVED):
+            continue
         files = store / "mlruns" / old.rpartition("/mlruns/")[2]
         if files.is_dir():
-            shutil.copytree(files, artifacts / new.removeprefix(f"{SERVED}/"), dirs_exist_ok=True)
+            target = artifacts / new.removeprefix(f"{SERVED}/")
+            shutil.copytree(files, target, symlinks=True, dirs_exist_ok=True)  # a link that comes now is not followed
         elif "/models/" in new:  # a run need not have files
             raise ValueError(f"there are no files of the model in {files}")
+
+
+def new_place(old: str, locations: dict[str, str]) -> str | None:
+    """Return the new place of ``old``, or None where that is of no run and no model."""
+    for known, new in locations.items():
+        rest = old.removeprefix(known)
+        if old == known or (rest != old and rest[0] == "/" and has_no_way_out(rest[1:])):
+            return new + rest
+    return None
 
 
 def moved(table: str, row: dict, locations: dict[str, str]) -> dict:
@@ -113,13 +173,37 @@ def moved(table: str, row: dict, locations: dict[str, str]) -> dict:
         SqlModelVersion.__tablename__: ["source", "storage_location"],
     }
     for column in places.get(table, []):
-        old = row[column] or ""
-        prefix = next((place for place in locations if old == place or old.startswith(f"{place}/")), None)
-        if prefix:
-            row = row | {column: locations[prefix] + old.removeprefix(prefix)}
-        elif LOCAL.match(old):
-            raise ValueError(f"{old}, in {table}, belongs to no run and no model")
+        old = row[column]
+        if old:
+            new = new_place(str(old), locations)
+            if new is None:
+                raise ValueError(f"{old}, in {table}, belongs to no run and no model")
+            row = row | {column: new}
     return row
+
+
+@contextmanager
+def locked(store: Path) -> Iterator[Connection]:
+    """Give a connection to the store that reads one state, while nobody else can write to it.
+
+    Raises:
+        ValueError: at the end, others have written to the store, or would have.
+    """
+    address = f"{(store / 'mlflow.db').resolve().as_uri()}?mode=ro"
+    engine = create_engine(
+        "sqlite://", creator=lambda: sqlite3.connect(address, uri=True, isolation_level=None), poolclass=NullPool
+    )
+    before = files_in(store / "mlruns")
+    with engine.connect() as source:
+        version = source.exec_driver_sql("PRAGMA data_version").scalar()
+        source.exec_driver_sql("BEGIN")
+        source.exec_driver_sql("SELECT count(*) FROM sqlite_master")  # from here on, the lock holds
+        yield source
+        source.exec_driver_sql("COMMIT")
+        time.sleep(PAUSE)
+        changed = source.exec_driver_sql("PRAGMA data_version").scalar() != version
+    if changed or files_in(store / "mlruns") != before:
+        raise ValueError(IN_USE)
 
 
 def move(store: Path, artifacts: Path) -> None:
@@ -128,11 +212,11 @@ def move(store: Path, artifacts: Path) -> None:
     Raises:
         ValueError: with the reason for which nothing was moved.
     """
-    if not (store / "mlflow.db").is_file() or not artifacts.is_dir():
-        raise ValueError(f"there must be {store / 'mlflow.db'}, and the folder {artifacts}")
-    address = f"{(store / 'mlflow.db').resolve().as_uri()}?mode=ro"
-    origin = create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True), poolclass=NullPool)
-    with origin.connect() as source, create_engine(DATABASE, poolclass=NullPool).begin() as target:
+    if not (store / "mlflow.db").is_file() or (store / "mlflow.db").is_symlink():
+        raise ValueError(f"there must be a file {store / 'mlflow.db'}, and no link")
+    if not (store / "mlruns").is_dir() or not artifacts.is_dir():
+        raise ValueError(f"there must be the folders {store / 'mlruns'} and {artifacts}")
+    with create_engine(DATABASE, poolclass=NullPool).begin() as target, locked(store) as source:
         check(source, target)
         locations = new_locations(source)
         copy_files(locations, store, artifacts)
@@ -151,14 +235,20 @@ def move(store: Path, artifacts: Path) -> None:
         )
 
 
+def reason(error: Exception) -> str:
+    """Return one line on what was in the way."""
+    line = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    return IN_USE if "database is locked" in line else line
+
+
 def main(arguments: list[str]) -> None:
     """Move the store that the arguments name, or end with the reason why not."""
     if len(arguments) != 2:
         sys.exit(__doc__)
     try:
         move(*map(Path, arguments))
-    except ValueError as error:
-        sys.exit(f"Nothing was moved: {error}.")
+    except (ValueError, OSError, SQLAlchemyError) as error:
+        sys.exit(f"Nothing was moved: {reason(error)}.")
 
 
 if __name__ == "__main__":

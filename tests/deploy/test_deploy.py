@@ -12,6 +12,10 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -237,8 +241,11 @@ def follow(section: str, team, folder: Path) -> list[str]:
 
     Return those that are Compose's own. Of these, the ones that stop or start the server do so.
     """
-    of_compose = []
+    of_compose, settings = [], ""
     for line in commands(section):
+        if re.match(r"umask |\w+=", line):  # for the lines below
+            settings += f"{line}\n"
+            continue
         _, database, inside = line.rpartition("docker compose exec -T database ")
         run = re.fullmatch(r'docker compose run --rm(?: -T)?( --volume "[^"]+")? server (.*?)( [<>] \S+)?', line)
         if run:
@@ -254,7 +261,7 @@ def follow(section: str, team, folder: Path) -> list[str]:
                 team.start()
             continue
         variables = team.variables | {"PATH": f"{programs()}{os.pathsep}{os.environ['PATH']}"}
-        process = finished(["bash", "-c", line], folder, variables, limit=120)
+        process = finished(["bash", "-c", settings + line], folder, variables, limit=120)
         assert process.returncode == 0, f"{line}\n{process.stdout}{process.stderr}"
         assert secrets_in(process.stdout + process.stderr) == []
     return of_compose
@@ -420,43 +427,171 @@ def with_other_rows(store: Path) -> None:
     change(store, "INSERT INTO scheduler_leases VALUES ('a', 0, 1)")
 
 
+def change(store: Path, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(store / "mlflow.db")) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+# Stores of somebody who wants a file of the machine that moves them, or to write one there.
+ELSEWHERE = "/proc/self/environ"
+OF_ALL_RUNS = "UPDATE runs SET artifact_uri"
+
+
+def with_a_link_to_a_file(store: Path) -> None:
+    (next((store / "mlruns").glob("*/models/*/artifacts")) / "environ").symlink_to(ELSEWHERE)
+
+
+def with_a_link_to_a_folder(store: Path) -> None:
+    (store / "mlruns").rename(store / "behind")
+    (store / "mlruns").symlink_to(store / "behind")
+
+
+def with_a_link_for_a_database(store: Path) -> None:
+    (store / "mlflow.db").rename(store / "other.db")
+    (store / "mlflow.db").symlink_to(store / "other.db")
+
+
+def with_a_way_out_of_the_files(store: Path) -> None:
+    change(store, f"{OF_ALL_RUNS} = '/x/mlruns/../../../proc/self/' || run_uuid || '/artifacts'")
+
+
+def with_files_of_the_machine(store: Path) -> None:
+    change(store, f"{OF_ALL_RUNS} = 'file:///proc/self'")
+
+
+def with_an_id_that_leads_out(store: Path) -> None:
+    change(
+        store,
+        "PRAGMA foreign_keys = off",
+        "UPDATE runs SET run_uuid = '../../../evil', artifact_uri = '/x/mlruns/1/../../../evil/artifacts'"
+        " WHERE run_uuid = (SELECT min(run_uuid) FROM runs)",
+    )
+
+
+def with_an_experiment_that_leads_out(store: Path) -> None:
+    change(store, "PRAGMA foreign_keys = off", "UPDATE runs SET experiment_id = '../evil'")
+
+
 def with_files_elsewhere(store: Path) -> None:
     change(store, "UPDATE model_versions SET storage_location = '/elsewhere'")
 
 
-def change(store: Path, statement: str) -> None:
-    with contextlib.closing(sqlite3.connect(store / "mlflow.db")) as connection:
-        connection.execute(statement)
-        connection.commit()
+def with_a_source_elsewhere(store: Path) -> None:
+    change(store, "UPDATE model_versions SET source = 'https://example.org/model'")
+
+
+def with_a_source_that_leads_out(store: Path) -> None:
+    change(store, "UPDATE model_versions SET source = (SELECT min(artifact_uri) FROM runs) || '/../../../../etc'")
+
+
+def with_a_source_on_the_server(store: Path) -> None:
+    change(store, "UPDATE model_versions SET source = 'mlflow-artifacts:/1/secret'")
+
+
+def without_tables(store: Path) -> None:
+    change(store, "DROP TABLE alembic_version")
 
 
 REFUSALS = {
     without_files: "there are no files of the model in",
     of_another_version: "the store has schema other, the server ",
     with_other_rows: "the store has rows that this script does not know how to move, in scheduler_leases",
+    with_a_link_to_a_file: "environ is a link or no file",
+    with_a_link_to_a_folder: "mlruns is a link or no file",
+    with_a_link_for_a_database: "mlflow.db, and no link",
+    with_a_way_out_of_the_files: "which is not its place below mlruns",
+    with_files_of_the_machine: "which is not its place below mlruns",
+    with_an_id_that_leads_out: "is no id that MLflow makes",
+    with_an_experiment_that_leads_out: "is no id that MLflow makes",
     with_files_elsewhere: "/elsewhere, in model_versions, belongs to no run and no model",
+    with_a_source_elsewhere: "https://example.org/model, in model_versions, belongs to no run and no model",
+    with_a_source_that_leads_out: "/etc, in model_versions, belongs to no run and no model",
+    with_a_source_on_the_server: "mlflow-artifacts:/1/secret, in model_versions, belongs to no run and no model",
+    without_tables: "no such table: alembic_version",
 }
 
 
 @pytest.mark.parametrize(("prepare", "reason"), REFUSALS.items(), ids=[prepare.__name__ for prepare in REFUSALS])
-def test_a_store_that_cannot_be_moved_as_a_whole_is_not_moved(prepare, reason, team, moved, tmp_path, monkeypatch):
+def test_a_store_that_cannot_be_moved_as_a_whole_is_not_moved(prepare, reason, team, moved, moving, tmp_path):
     # given a store in which something is wrong, and an empty database
-    store = tmp_path / "store"
-    shutil.copytree(moved / "mlruns", store / "mlruns")
-    shutil.copy(moved / "mlflow.db", store)
+    store = copied(moved, tmp_path)
     prepare(store)
+    # when it is to be moved there, then one line says why not
+    assert re.fullmatch(rf"Nothing was moved: .*{re.escape(reason)}.*\.", moving(store))
+    # and the database stays empty, and nothing is written beside the artifacts
+    count = ["psql", "--no-align", "--tuples-only", "--command=SELECT count(*) FROM runs"]
+    assert team.database.run([*count, "--dbname=empty"], capture_output=True, text=True).stdout == "0\n"
+    assert list(tmp_path.rglob("*evil*")) == []
+    assert list((tmp_path / "artifacts").rglob("environ")) == []
+
+
+def copied(store: Path, folder: Path) -> Path:
+    """Copy a store to ``folder``, and make a folder for artifacts beside it."""
+    (folder / "artifacts").mkdir()
+    shutil.copytree(store / "mlruns", folder / "store/mlruns")
+    shutil.copy(store / "mlflow.db", folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture
+def moving(team, monkeypatch):
+    """Return a function that moves a store that `copied` made to the database that is empty, and gives why not."""
     for name, value in (team.database.variables | {"PGDATABASE": "empty"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(DEPLOY)
     import move_store
 
-    # when it is to be moved there
-    (tmp_path / "artifacts").mkdir()
-    with pytest.raises(ValueError, match=reason):
-        move_store.move(store, tmp_path / "artifacts")
-    # then the database stays empty
-    count = ["psql", "--no-align", "--tuples-only", "--command=SELECT count(*) FROM runs"]
-    assert team.database.run([*count, "--dbname=empty"], capture_output=True, text=True).stdout == "0\n"
+    def move(store):
+        with pytest.raises(SystemExit) as end:
+            move_store.main([str(store), str(store.parent / "artifacts")])
+        return str(end.value)
+
+    return move
+
+
+IN_USE = "Nothing was moved: the store is in use; stop what logs to it, and try again."
+LOGGING = """
+import sys, mlflow
+client = mlflow.MlflowClient(sys.argv[1])
+run = client.create_run("0")
+for step in range(1_000_000):
+    client.log_metric(run.info.run_id, "loss", step, step=step)
+    print(step, flush=True)
+"""
+WRITING = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[2])
+for step in range(1_000_000):
+    (folder / f"{step}.txt").write_text("more")
+    print(step, flush=True)
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("program", {"rows": LOGGING, "files": WRITING}.items(), ids=["rows", "files"])
+def test_a_store_that_somebody_logs_to_is_not_moved(program, moved, moving, tmp_path):
+    # given a process that logs to the store all the time
+    store = copied(moved, tmp_path)
+    folder = next((store / "mlruns").glob("*/models/*/artifacts"))
+    arguments = [f"sqlite:///{store / 'mlflow.db'}", str(folder)]
+    process = subprocess.Popen([sys.executable, "-c", program[1], *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "0\n"
+        # when it is to be moved, then it is not
+        assert moving(store) == IN_USE
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_locked_store_is_not_moved(moved, moving, tmp_path):
+    store = copied(moved, tmp_path)
+    with contextlib.closing(sqlite3.connect(store / "mlflow.db")) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        assert moving(store) == IN_USE
 
 
 def test_backup_wipe_and_restore_bring_everything_back(team, moved, tmp_path):
@@ -478,6 +613,63 @@ def test_backup_wipe_and_restore_bring_everything_back(team, moved, tmp_path):
         assert (logged(client), predictions(team)) == before
     with team.client("ana") as client:
         assert client.search_experiments() == []
+    # and nobody but the owner can read the backup, nor what was replaced
+    kept = list((tmp_path / "backup").iterdir())
+    assert len(kept) == 5
+    assert [path.name for path in [tmp_path / "backup", *kept] if path.stat().st_mode & 0o077] == []
+
+
+def test_a_restore_leaves_nothing_of_what_was_there_and_keeps_a_copy_of_it(team, moved, tmp_path):
+    # given a backup, and an experiment that ana made after it
+    follow("Back up", team, tmp_path)
+    with team.client("ana") as client:
+        run = client.create_run(client.create_experiment("after the backup")).info
+        client.log_text(run.run_id, "a secret of ana's", "secret.txt")
+    # when the backup is restored, and ben makes an experiment
+    follow("Restore", team, tmp_path)
+    with team.client("ben") as client:
+        number = client.create_experiment("ben's")
+    # then it has the number of ana's, and none of her files
+    assert number == run.experiment_id
+    assert not (team.artifacts / number).exists()
+    # and these are in the copy of what was replaced
+    (copy,) = (tmp_path / "backup").glob("replaced_*.tar")
+    with tarfile.open(copy) as archive:
+        assert f"./{number}/{run.run_id}/artifacts/secret.txt" in archive.getnames()
+
+
+def test_a_backup_taken_while_eight_clients_write_is_consistent(team, moved, tmp_path):
+    # given eight clients, who make runs with a file each, one after the other
+    ended, wrong = threading.Event(), []
+
+    def write(number):
+        client = mlflow.MlflowClient(team.address)
+        while not ended.is_set():
+            run_id = client.create_run("0").info.run_id
+            client.log_text(run_id, run_id * 1000, "a folder/notes.txt")
+            client.log_metric(run_id, "number", number)
+            client.set_terminated(run_id)
+        return number
+
+    with team.client("admin") as client, ThreadPoolExecutor(8) as executor:
+        clients = [executor.submit(write, number) for number in range(8)]
+        try:
+            while len(client.search_runs(["0"], "attributes.status = 'FINISHED'")) < 8:
+                time.sleep(0.1)
+            # when a backup is taken meanwhile
+            follow("Back up", team, tmp_path)
+        finally:
+            ended.set()
+        assert sorted(process.result() for process in clients) == list(range(8))
+        # then, once it is restored, every run that was finished has its metric and its file
+        follow("Restore", team, tmp_path)
+        runs = client.search_runs(["0"], "attributes.status = 'FINISHED'", max_results=10_000)
+        for run in runs:
+            notes = team.artifacts / "0" / run.info.run_id / "artifacts/a folder/notes.txt"
+            if "number" not in run.data.metrics or notes.read_text() != run.info.run_id * 1000:
+                wrong.append(run.info.run_id)
+    assert len(runs) >= 8
+    assert wrong == []
 
 
 def test_databases_are_upgraded_as_the_readme_says(team, moved, tmp_path):
