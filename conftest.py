@@ -64,7 +64,7 @@ def pytest_unconfigure(config):
 
 collect_ignore = ["guides/06_scale_out.ipynb"]  # tests/deploy/test_deploy_guides.py compares its outputs, on a server
 STORE = pytest.StashKey[str]()
-EXTENDED = {"page", "team", "spark"}  # the fixtures that give a browser, the team's server, and Spark
+EXTENDED = {"page", "team", "containers", "spark"}  # the fixtures that give a browser, the team's server, and Spark
 
 
 def skip_without_heart_disease_data():

@@ -25,7 +25,7 @@ def made() -> str:
 def main() -> None:
     """Write the file, or end with the reason why not."""
     lines = (HERE / ".env.example").read_text(encoding="utf-8").splitlines()
-    filled = [line + made() if line.removesuffix("=") in SECRETS.values() else line for line in lines]
+    filled = [line + made() if line.removesuffix("=") in SECRETS else line for line in lines]
     try:
         file = os.open(HERE / ".env", os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
     except FileExistsError:

@@ -1,16 +1,20 @@
 """Refuse to start with a secret that somebody chose; else become the command that is given.
 
 Usage: python start.py COMMAND [ARGUMENT ...]
+
+The secrets are files in the folder that SECRETS_FOLDER names. The command finds them in its environment, which
+nothing shows from outside the container.
 """
 
 import itertools
 import os
 import sys
+from pathlib import Path
 
-SECRETS = {
-    "PGPASSWORD": "POSTGRES_PASSWORD",
-    "MLFLOW_AUTH_ADMIN_PASSWORD": "MLFLOW_ADMIN_PASSWORD",
-    "MLFLOW_FLASK_SERVER_SECRET_KEY": "MLFLOW_SECRET_KEY",
+SECRETS = {  # the file's name, and the variable in which PostgreSQL's driver or MLflow looks for it
+    "POSTGRES_PASSWORD": "PGPASSWORD",
+    "MLFLOW_ADMIN_PASSWORD": "MLFLOW_AUTH_ADMIN_PASSWORD",
+    "MLFLOW_SECRET_KEY": "MLFLOW_FLASK_SERVER_SECRET_KEY",
 }
 REMEDY = "Make all three: python3 make_env.py"
 SHORTEST = 32  # make_env.py makes 43; `openssl rand -hex 16` gives 32
@@ -40,13 +44,15 @@ def reason_against(secret: str) -> str | None:
 
 def main(command: list[str]) -> None:
     """Check all secrets, then become ``command``."""
-    reasons = {name: reason_against(os.environ.get(variable, "")) for variable, name in SECRETS.items()}
+    folder = Path(os.environ.get("SECRETS_FOLDER", "/run/secrets"))
+    secrets = {name: (folder / name).read_text().strip() if (folder / name).exists() else "" for name in SECRETS}
+    reasons = {name: reason_against(secret) for name, secret in secrets.items()}
     refused = [f"{name} {reason}" for name, reason in reasons.items() if reason]
-    values = [os.environ.get(variable) for variable in SECRETS]
-    if not refused and len(set(values)) < len(values):
-        refused = [f"two of {', '.join(SECRETS.values())} are the same"]
+    if not refused and len(set(secrets.values())) < len(secrets):
+        refused = [f"two of {', '.join(SECRETS)} are the same"]
     if refused:
         sys.exit(f"Not started: {'; '.join(refused)}. {REMEDY}")
+    os.environ.update({SECRETS[name]: secret for name, secret in secrets.items()})
     if not command:
         sys.exit(__doc__)
     os.execvp(command[0], command)

@@ -22,7 +22,7 @@ import mlflow
 import pytest
 import requests
 import yaml
-from deployment import DEPLOY, PASSWORDS, SECRETS, interpolated, logged, secrets_in, services
+from deployment import DEPLOY, PASSWORDS, SECRETS, logged, readme_commands, secrets_in, services
 from execution import MODEL, ROOT, copy_project, execute, finished, git
 from postgresql import programs
 from sklearn.datasets import load_iris
@@ -30,12 +30,6 @@ from sklearn.datasets import load_iris
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
 COMPOSE = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
-README = (DEPLOY / "README.md").read_text(encoding="utf-8")
-VARIABLES = {
-    "PGPASSWORD": "POSTGRES_PASSWORD",
-    "MLFLOW_AUTH_ADMIN_PASSWORD": "MLFLOW_ADMIN_PASSWORD",
-    "MLFLOW_FLASK_SERVER_SECRET_KEY": "MLFLOW_SECRET_KEY",
-}
 
 
 def validated(file: Path) -> subprocess.CompletedProcess:
@@ -61,13 +55,21 @@ def test_compose_file_follows_the_compose_specification(tmp_path, lacking):
 def test_example_of_the_settings_names_them_all_and_holds_no_value():
     lines = [line for line in (DEPLOY / ".env.example").read_text().splitlines() if line and line[0] != "#"]
     assert all(line.endswith("=") for line in lines)
-    assert {line[:-1] for line in lines} == set(re.findall(r"\$\{(\w+)", COMPOSE))
+    of_compose = set(re.findall(r"\$\{(\w+)", COMPOSE)) | {secret["environment"] for secret in secrets_of_compose()}
+    assert {line[:-1] for line in lines} == of_compose
 
 
-@pytest.mark.parametrize("name", SECRETS)
-def test_a_secret_has_no_default(name):
-    with pytest.raises(ValueError, match=f"{name} is not set"):
-        interpolated(yaml.safe_load(COMPOSE), SECRETS | {name: ""})
+def secrets_of_compose() -> list[dict]:
+    return list(yaml.safe_load(COMPOSE)["secrets"].values())
+
+
+def test_secrets_are_in_no_containers_environment():
+    names = {secret["environment"] for secret in secrets_of_compose()}
+    assert names > SECRETS.keys()
+    for service in yaml.safe_load(COMPOSE)["services"].values():
+        assert [
+            value for value in service.get("environment", {}).values() for name in names if f"${{{name}" in value
+        ] == []
 
 
 def let_in() -> list[str]:
@@ -112,17 +114,36 @@ def test_images_are_of_exact_versions_without_rights_and_from_files_that_are_let
                 assert name in let_in()
 
 
-def started(command: list[str], **variables: str) -> subprocess.CompletedProcess:
-    """Run a command by the start script with good secrets, unless ``variables`` has others."""
-    good = {variable: SECRETS[name] for variable, name in VARIABLES.items()}
-    script = [sys.executable, str(DEPLOY / "start.py")]
-    return finished([*script, *command], DEPLOY, {"PATH": os.environ["PATH"]} | good | variables, limit=30)
+@pytest.fixture
+def started(tmp_path):
+    """Return a function that runs a command by the start script, with good secrets unless it is given others."""
+
+    def start(command: list[str], **others: str) -> subprocess.CompletedProcess:
+        for name, secret in (SECRETS | others).items():
+            (tmp_path / name).write_text(secret)
+        variables = {"PATH": os.environ["PATH"], "SECRETS_FOLDER": str(tmp_path)}
+        return finished([sys.executable, str(DEPLOY / "start.py"), *command], DEPLOY, variables, limit=30)
+
+    return start
 
 
-def test_start_script_becomes_the_command():
+def test_start_script_becomes_the_command(started):
     process = started(["sh", "-c", "echo $$ $PPID; exit 3"])
     assert process.returncode == 3
     assert process.stdout.split()[1] == str(os.getpid())  # no process of the script stays between
+
+
+def test_start_script_hands_on_the_secrets_where_each_program_looks_for_it(started):
+    process = started(["sh", "-c", 'echo "$PGPASSWORD|$MLFLOW_AUTH_ADMIN_PASSWORD|$MLFLOW_FLASK_SERVER_SECRET_KEY"'])
+    assert process.stdout == "|".join(SECRETS.values()) + "\n"
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_start_is_refused_without_a_secret(name, started, tmp_path):
+    (tmp_path / "none").mkdir()
+    process = started(["env", f"SECRETS_FOLDER={tmp_path / 'none'}", sys.executable, str(DEPLOY / "start.py"), "true"])
+    assert process.returncode == 1
+    assert f"{name} is missing" in process.stderr
 
 
 REASONS = {
@@ -136,9 +157,9 @@ REASONS = {
 
 
 @pytest.mark.parametrize(("secret", "reason"), REASONS.items())
-@pytest.mark.parametrize(("variable", "name"), VARIABLES.items())
-def test_start_is_refused_with_a_bad_secret(variable, name, secret, reason):
-    process = started(["echo", "started"], **{variable: secret})
+@pytest.mark.parametrize("name", SECRETS)
+def test_start_is_refused_with_a_bad_secret(name, secret, reason, started):
+    process = started(["echo", "started"], **{name: secret})
     assert process.returncode == 1
     assert process.stdout == ""
     assert process.stderr == f"Not started: {name} {reason}. Make all three: python3 make_env.py\n"
@@ -204,14 +225,14 @@ def test_one_command_makes_the_settings_for_the_owner_alone(tmp_path, reason_aga
     # given what the repository has
     for name in ("make_env.py", "start.py", ".env.example"):
         shutil.copy(DEPLOY / name, tmp_path)
-    (line,) = [line for line in commands("Start") if "make_env" in line]
+    (line,) = [line for line in readme_commands("Start") if "make_env" in line]
     # when the README's command is run twice, for a user whose files all may read
     first, second = (finished(["bash", "-c", f"umask 0; {line}"], tmp_path, dict(os.environ), limit=30) for _ in "12")
     # then the file is there, with three secrets that differ and that the server starts with
     assert first.returncode == 0, first.stderr
     settings = (tmp_path / ".env").read_text()
     values = dict(re.findall(r"^(\w+)=(.*)$", settings, flags=re.MULTILINE))
-    made = [values.pop(name) for name in VARIABLES.values()]
+    made = [values.pop(name) for name in SECRETS]
     assert len(set(made)) == 3
     assert [secret for secret in made if reason_against(secret) or secret in first.stdout] == []
     assert set(values.values()) == {""}
@@ -222,18 +243,11 @@ def test_one_command_makes_the_settings_for_the_owner_alone(tmp_path, reason_aga
     assert (tmp_path / ".env").read_text() == settings
 
 
-def test_start_is_refused_where_two_secrets_are_the_same():
-    process = started(["echo", "started"], PGPASSWORD=SECRETS["MLFLOW_SECRET_KEY"])
+def test_start_is_refused_where_two_secrets_are_the_same(started):
+    process = started(["echo", "started"], POSTGRES_PASSWORD=SECRETS["MLFLOW_SECRET_KEY"])
     assert process.returncode == 1
     assert "POSTGRES_PASSWORD, MLFLOW_ADMIN_PASSWORD, MLFLOW_SECRET_KEY are the same" in process.stderr
     assert secrets_in(process.stderr) == []
-
-
-def commands(section: str) -> list[str]:
-    """Return the command lines of a section of the README, without comments."""
-    text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", README, flags=re.MULTILINE | re.DOTALL)[1]
-    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    return [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines()]
 
 
 def follow(section: str, team, folder: Path) -> list[str]:
@@ -242,7 +256,7 @@ def follow(section: str, team, folder: Path) -> list[str]:
     Return those that are Compose's own. Of these, the ones that stop or start the server do so.
     """
     of_compose, settings = [], ""
-    for line in commands(section):
+    for line in readme_commands(section):
         if re.match(r"umask |\w+=", line):  # for the lines below
             settings += f"{line}\n"
             continue
@@ -306,7 +320,7 @@ def test_without_a_public_name_the_server_answers_on_this_machine_only():
 
 def test_users_are_added_and_granted_rights_as_the_readme_says(team, tmp_path):
     # given an experiment and a model of eve's, whom the README's first command is to add
-    add, *grants = [line for line in commands("Add a user") if "curl" in line]
+    add, *grants = [line for line in readme_commands("Add a user") if "curl" in line]
     assert len(grants) == 2
 
     def asked(line: str, **names: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from deployment import PASSWORDS, SECRETS, logged, secrets_in, services
+from deployment import PASSWORDS, logged, secrets_in, services
 from execution import (
     MODEL,
     NOT_REBUILT,
@@ -159,16 +159,21 @@ def test_another_users_work_can_neither_be_read_nor_changed(team):
 
 def test_experiment_container_runs_make_run_against_the_server(team, tmp_path):
     # given what the container's image holds, and its environment variables
-    service = services(SECRETS | {"EXPERIMENT_USERNAME": "ana", "EXPERIMENT_PASSWORD": PASSWORDS["ana"]})["experiment"]
+    service = services({"EXPERIMENT_USERNAME": "ana"})["experiment"]
     assert service["command"] == ["make", "run"]
     copy_project(tmp_path)
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
-    variables = service["environment"] | {"MLFLOW_TRACKING_URI": team.address, "REBUILD_ENVIRONMENT": "off"}
+    (tmp_path / "secret").write_text(PASSWORDS["ana"])
+    entrypoint = [part.replace("/run/secrets/EXPERIMENT_PASSWORD", "secret") for part in service["entrypoint"]]
+    own = {"MLFLOW_TRACKING_URI": team.address, "REBUILD_ENVIRONMENT": "off"}
+    variables = {name: value for name, value in service["environment"].items() if value} | own
     team.empty()
     # when its command is run, with this environment in place of the one in the image
     installed = ["INSTALLED=", f"BIN='{Path(sys.executable).parent}'"]
-    process = finished([*service["command"], *installed], tmp_path, dict(os.environ) | variables, limit=120)
+    process = finished(
+        [*entrypoint, *service["command"], *installed], tmp_path, dict(os.environ) | variables, limit=120
+    )
     # then the notebook is executed, and has logged to the server
     assert process.returncode == 0, process.stderr
     assert "NOT CHECKED" in (tmp_path / "build/project.html").read_text(encoding="utf-8")

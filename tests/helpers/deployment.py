@@ -54,7 +54,9 @@ def interpolated(value, settings: dict[str, str]):
             raise ValueError(f"{name} is not set: {text}")
         return settings.get(name) or text
 
-    return re.sub(r"\$\{(\w+):([-?])([^}]*)\}", replaced, value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"\$\{(\w+):([-?])([^}]*)\}", replaced, value).replace("$$", "$")
 
 
 def services(settings: dict[str, str] = SECRETS) -> dict:
@@ -67,6 +69,14 @@ def entrypoint() -> list[str]:
     instructions = re.findall(r"^ENTRYPOINT (.*)$", (DEPLOY / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(instructions) == 1
     return yaml.safe_load(instructions[0])
+
+
+def readme_commands(section: str) -> list[str]:
+    """Return the command lines of a section of deploy/README.md, without comments."""
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", readme, flags=re.MULTILINE | re.DOTALL)[1]
+    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines()]
 
 
 class Deployment:
@@ -85,6 +95,9 @@ class Deployment:
         self.address = f"http://127.0.0.1:{self.port}"
         self.artifacts = folder / "artifacts"
         self.artifacts.mkdir()
+        (folder / "secrets").mkdir(mode=0o700)
+        for name, secret in SECRETS.items():
+            (folder / "secrets" / name).write_text(secret)
         container = services()["server"]["environment"]
         variables = {name: self.native(value) for name, value in container.items()} | database.variables
         self.variables = environment(folder, **variables, PYTHONWARNINGS="ignore")
@@ -104,6 +117,7 @@ class Deployment:
             r"^mlflow$": str(Path(sys.executable).with_name("mlflow")),
             r"^(start|move_store)\.py$": rf"{DEPLOY}/\1.py",
             r"^/server\b": str(DEPLOY),
+            r"^/run/secrets\b": str(self.folder / "secrets"),
             r"(?<![\w.])/artifacts\b": str(self.artifacts),
             r"(?<=^--host=)0\.0\.0\.0$": "127.0.0.1",
             r"(?<=^--port=)5000$": str(self.port),

@@ -1,0 +1,254 @@
+"""The team's server in containers: built, used, killed, backed up, restored and upgraded, by deploy/README.md."""
+
+import contextlib
+import html
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import requests
+from containers import in_containers, why_no_engine
+from deployment import readme_commands
+from execution import ROOT, environment
+from mlflow.exceptions import MlflowException
+from nbconvert.filters import markdown2html
+from nbval.plugin import get_sanitize_patterns
+from serving import NAME
+
+GUIDES = ["project.ipynb", *sorted(f"guides/{path.name}" for path in ROOT.glob("guides/0[1-5]*.ipynb"))]
+
+
+@pytest.fixture(scope="module")
+def containers(tmp_path_factory):
+    """Give the team's server, running in containers."""
+    if reason := why_no_engine():
+        pytest.skip(f"no containers: {reason}")  # also where CI is set: not every machine can have an engine
+    with in_containers(tmp_path_factory.mktemp("containers")) as running:
+        yield running
+
+
+def test_all_services_start_healthy_and_only_the_server_is_published(containers):
+    listed = containers.run("docker compose ps --format json").stdout
+    services = {service["Service"]: service for service in map(json.loads, listed.splitlines())}
+    assert {name: service["Health"] for name, service in services.items()} == {
+        "database": "healthy",
+        "server": "healthy",
+    }
+    published = {
+        name: [port["URL"] for port in service["Publishers"] or [] if port["PublishedPort"]]
+        for name, service in services.items()
+    }
+    assert published == {"database": [], "server": ["127.0.0.1"]}
+
+
+def test_no_process_runs_as_root(containers):
+    for service, number in containers.ids().items():
+        users = containers.run(f"docker top {number} -eo pid,uid,comm").stdout.splitlines()[1:]
+        assert len(users) > 1
+        assert [line for line in users if line.split()[1] == "0"] == [], service
+    assert containers.run("docker compose run --rm -T experiment id --user").stdout == "10001\n"
+
+
+def test_database_can_be_reached_from_the_server_alone(containers):
+    connect = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)"
+    reach = f"docker compose run --rm -T experiment .venv/bin/python -c '{connect}'"
+    assert containers.run(f"{reach} server 5000").returncode == 0
+    answer = containers.run(f"{reach} database 5432", check=False)
+    assert answer.returncode == 1
+    assert re.search("gaierror|timed out|refused|unreachable", answer.stderr)
+
+
+def test_no_secret_is_in_what_the_engine_shows_or_in_an_image(containers):
+    # given what the engine tells of containers, images and volumes; `run` looks for secrets in all of it
+    numbers = " ".join(containers.ids().values())
+    images = containers.run("docker compose --profile '*' config --images").stdout.split()
+    assert len(images) >= 3
+    containers.run(
+        f"docker inspect {numbers} {' '.join(images)}; docker compose logs; docker compose --profile '*' ps --all"
+    )
+    for image in images:
+        containers.run(f"docker history --no-trunc {image}")
+        # then no file in an image has one either, and no .env
+        search = "grep --recursive --files-with-matches --fixed-strings --file=- /server /project /home /etc /tmp"
+        script = f"({search}; find / -xdev -name '.env*' -path '*deploy*') 2>/dev/null || true"
+        looked = subprocess.run(
+            ["docker", "run", "--rm", "--interactive", "--user=root", "--entrypoint=sh", image, "-c", script],
+            input="\n".join(containers.secrets),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (looked.returncode, looked.stdout) == (0, "")
+
+
+def test_users_are_refused_what_the_server_alone_decides(containers):
+    # given an experiment of ana's
+    with containers.client("ana") as client:
+        run = client.create_run(client.create_experiment("ana's")).info
+        client.log_text(run.run_id, "by ana", "notes.txt")
+    # then ben can neither read nor write it, nor choose where his files go, nor list the users
+    with containers.client("ben") as client:
+        for call in (client.get_run, lambda number: client.log_text(number, "by ben", "notes.txt")):
+            with pytest.raises((MlflowException, requests.HTTPError), match="403"):
+                call(run.run_id)
+        with pytest.raises(MlflowException, match="only an admin may choose an artifact_location"):
+            client.create_experiment("ben's", "file:///artifacts/1")
+    assert containers.ask("ben", "GET", "api/2.0/mlflow/users/list").status_code == 403
+    # and who has no password, or a wrong one, gets nothing
+    address = f"{containers.address}/api/2.0/mlflow/experiments/get?experiment_id=0"
+    assert requests.get(address, timeout=30).status_code == 401
+    assert requests.get(address, auth=("ben", "guess"), timeout=30).status_code == 401
+
+
+def shown(text: str) -> str:
+    """Return what a page shows, without tags and spaces, and with what varies replaced as the tests of notebooks do."""
+    text = html.unescape(re.sub(r"<(style|script)[^>]*>.*?</\1>|<[^>]+>", "", text, flags=re.DOTALL))
+    for pattern, replacement in get_sanitize_patterns((ROOT / "tests/sanitize.cfg").read_text(encoding="utf-8")):
+        text = re.sub(pattern, replacement, text)
+    return "".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def pages(containers, heart_disease):
+    """Run the quickstart and the guides in the experiment container as ana; give the text of each page."""
+    build = containers.folder / "build"
+    build.mkdir()
+    build.chmod(0o777)  # the container's user is none of this machine
+    (build / NAME).write_bytes(heart_disease)
+    mounted = f"--volume {build}:/project/build --env HEART_DISEASE_DATA=/project/build/{NAME}"
+    for command in ("make run", "make guides"):
+        containers.run(f"docker compose run --rm -T {mounted} experiment {command}", limit=900)
+    return {page.stem: shown(page.read_text(encoding="utf-8")) for page in build.glob("*.html")}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_notebook_shows_its_stored_outputs_in_the_experiment_container(name, pages):
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    stored = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            table, markdown = data.get("text/html"), data.get("text/markdown")
+            if "image/png" not in data and "nbval-ignore-output" not in cell.metadata.get("tags", []):
+                text = html.escape(output.get("text") or data.get("text/plain") or "")
+                stored.append(shown(table or (markdown and markdown2html(markdown)) or text))
+    assert len(stored) > 3
+    assert [text for text in stored if text not in pages[Path(name).stem]] == []
+
+
+# Logs one value after the other, and prints the number of each that the server has acknowledged.
+WRITER = """
+import mlflow
+client = mlflow.MlflowClient()
+run = client.create_run("0")
+print(run.info.run_id, flush=True)
+for number in range(1_000_000):
+    client.log_metric(run.info.run_id, "number", number, step=number)
+    print(number, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def writing(containers, folder: Path):
+    """Run the writer as admin until the end of the block, and give a function that returns what was acknowledged."""
+    file = folder / "acknowledged.txt"
+    variables = environment(folder, **containers.as_user("admin"), MLFLOW_HTTP_REQUEST_MAX_RETRIES="9")
+    with file.open("w") as output:
+        command = [sys.executable, "-c", WRITER]
+        writer = subprocess.Popen(command, cwd=folder, env=variables, stdout=output, stderr=subprocess.DEVNULL)
+    try:
+        yield lambda: file.read_text().rpartition("\n")[0].splitlines()
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def wait_until(condition, limit=120):
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("service", ["server", "database"])
+def test_a_killed_container_loses_nothing_that_was_acknowledged(service, containers, tmp_path):
+    with writing(containers, tmp_path) as acknowledged:
+        # given a writer
+        wait_until(lambda: len(acknowledged()) > 20)
+        # when a container is killed under it, and started again
+        containers.run(f"docker kill --signal=KILL {containers.ids()[service]}")
+        early = acknowledged()
+        containers.run("docker compose up --detach --wait")
+        # then the writer goes on, without a new start
+        wait_until(lambda: len(acknowledged()) > len(early))
+        run_id, *numbers = acknowledged()
+    # and all that was acknowledged is there
+    with containers.client("admin") as client:
+        there = {metric.step for metric in client.get_metric_history(run_id, "number")}
+    assert len(numbers) > 20
+    assert there.issuperset(map(int, numbers))
+
+
+def test_down_keeps_the_data_and_up_finds_it(containers):
+    with containers.client("ana") as client:
+        run = client.create_run(client.create_experiment("kept")).info
+        client.log_text(run.run_id, "by ana", "notes.txt")
+    containers.run("docker compose down")
+    assert containers.ids() == {}
+    containers.run(containers.up)
+    with containers.client("ana") as client:
+        assert Path(client.download_artifacts(run.run_id, "notes.txt")).read_text() == "by ana"
+
+
+def models(containers) -> list[tuple[str, str]]:
+    """Return each version of ana's, and the run that made it."""
+    with containers.client("ana") as client:
+        return [(version.name, str(version.version), version.run_id) for version in client.search_model_versions()]
+
+
+def test_backup_and_restore_by_the_readme_bring_back_what_was_wiped(containers):
+    # given runs with files, and a backup
+    with containers.client("ana") as client:
+        run = client.create_run(client.create_experiment("backed up")).info
+        client.log_text(run.run_id, "by ana", "notes.txt")
+    before = models(containers)
+    containers.follow("Back up")
+    backup = containers.folder / "deploy/backup"
+    assert [path.name for path in [backup, *backup.iterdir()] if path.stat().st_mode & 0o077] == []
+    # when all volumes are removed, and the backup is restored
+    containers.run("docker compose down --volumes")
+    containers.follow("Restore")
+    # then users, runs and files are back
+    assert models(containers) == before
+    with containers.client("ana") as client:
+        assert Path(client.download_artifacts(run.run_id, "notes.txt")).read_text() == "by ana"
+
+
+def test_upgrade_by_the_readme_keeps_everything(containers):
+    with containers.client("ana") as client:
+        run = client.create_run(client.create_experiment("upgraded")).info
+    before = models(containers)
+    containers.follow("Upgrade")
+    assert models(containers) == before
+    with containers.client("ana") as client:
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+
+
+def test_what_was_deleted_is_removed_as_the_readme_says(containers):
+    # given a run with a file, which was deleted
+    with containers.client("ana") as client:
+        run = client.create_run(client.create_experiment("grows")).info
+        client.log_text(run.run_id, "by ana", "notes.txt")
+        client.delete_run(run.run_id)
+    # when
+    (command,) = [line for line in readme_commands("What grows") if " gc " in line]
+    containers.run(re.sub(r"--older-than=\w+", "--older-than=0d0h0m0s", command))
+    # then run and file are gone
+    with containers.client("ana") as client, pytest.raises(MlflowException, match=r"not found|403"):
+        client.get_run(run.run_id)
+    assert containers.run(f"docker compose exec -T server find /artifacts -path '*{run.run_id}*' -type f").stdout == ""
