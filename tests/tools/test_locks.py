@@ -1,9 +1,11 @@
 """The locks: what they promise, that they agree, and that what is installed and logged is what they say."""
 
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
@@ -15,7 +17,8 @@ from packaging.utils import canonicalize_name
 
 MODEL, BASIC, SERVER = "model_requirements.txt", "requirements.txt", "deploy/requirements.txt"
 DEVELOPMENT, SCALE = "requirements-dev.txt", "requirements-scale.txt"
-LOCKS = [MODEL, BASIC, SERVER, DEVELOPMENT, SCALE]
+AUDIT = ".github/requirements-audit.txt"
+LOCKS = [MODEL, BASIC, SERVER, DEVELOPMENT, SCALE, AUDIT]
 UV = [sys.executable, "-m", "uv"]
 
 
@@ -112,8 +115,8 @@ def compile_again(tmp_path, lacking):
     """
 
     def compile_again(old: str = "", new: str = "") -> list[str]:
-        (tmp_path / SERVER).parent.mkdir()
         for name in ["pyproject.toml", *LOCKS]:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
         text = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
         assert old in text
@@ -143,7 +146,7 @@ def test_locks_are_what_pyproject_compiles_to(compile_again):
 
 def test_a_changed_pin_without_a_new_lock_is_noticed(compile_again):
     skops = f"skops=={versions(MODEL)['skops']}"
-    assert compile_again(skops, "skops==0.15.0") == LOCKS
+    assert compile_again(skops, "skops==0.15.0") == [lock for lock in LOCKS if lock != AUDIT]
 
 
 def test_installed_environment_is_the_lock():
@@ -173,3 +176,45 @@ def test_model_environment_is_about_half_of_one_with_full_mlflow(tmp_path):
     # then
     print(f"{small / 1e6:.0f} MB of {full / 1e6:.0f} MB: {small / full:.2f}")
     assert small / full <= 0.55
+
+
+def sync_command(folder: Path) -> list[str]:
+    """Return how the Makefile installs a lock, into the environment in ``folder``."""
+    line = re.search(r"^SYNC = ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
+    options = line.replace("\\\n", " ").split()
+    assert options[0] == "$(UV)"
+    return [*UV, *(option.replace("$(BIN)/python", str(folder)) for option in options[1:])]
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["as it is", "changed"])
+def test_what_has_to_be_built_is_built_by_the_setuptools_of_the_lock(changed, tmp_path, lacking):
+    # given a package that has to be built, and the lock of which the hashes of setuptools are changed or not
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/setup.py").write_text("from setuptools import setup; setup(name='built', version='1')")
+    with tarfile.open(tmp_path / "built-1.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "package", "built-1")
+    digest = hashlib.sha256((tmp_path / "built-1.tar.gz").read_bytes()).hexdigest()
+    address = (tmp_path / "built-1.tar.gz").as_uri()
+    (tmp_path / "lock.txt").write_text(f"built @ {address} --hash=sha256:{digest}")
+    block = re.search(r"^setuptools==.*(?:\n    --hash.*)*", (ROOT / BASIC).read_text(), flags=re.MULTILINE)[0]
+    (tmp_path / BASIC).write_text(re.sub("sha256:....", "sha256:0000", block) if changed else block)
+    subprocess.run([*UV, "venv", "--quiet", "--python", sys.executable, "environment"], cwd=tmp_path, check=True)
+    # when it is installed as the Makefile does
+    python = next(tmp_path.glob("environment/[bS]*/python*"))
+    process = subprocess.run(
+        [*sync_command(python), "--no-cache", "lock.txt"], cwd=tmp_path, capture_output=True, text=True
+    )
+    if re.search("error sending request|dns error", process.stderr):
+        lacking("a package index", "connect this machine to one")
+    # then it is, unless setuptools is another one than the lock's
+    assert (process.returncode == 0) != changed, process.stderr
+    if changed:
+        assert re.search("(?i)hash mismatch for `setuptools==", process.stderr)
+
+
+def test_actions_of_ci_are_named_by_their_commits():
+    workflows = [path.read_text(encoding="utf-8") for path in (ROOT / ".github/workflows").glob("*.yml")]
+    actions = [line for text in workflows for line in re.findall(r"uses: (.*)", text)]
+    assert actions
+    assert [action for action in actions if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)] == []
+    assert [line for text in workflows for line in re.findall(r"pip install (?!.*--require-hashes).*", text)] == []
