@@ -87,9 +87,14 @@ def test_settings_and_backups_are_kept_out_of_git_and_of_the_images():
     assert [name for name in let_in() for path in secret if path.startswith(name)] == []
 
 
-def test_only_the_server_is_published_and_only_to_this_machine():
+def test_only_server_and_model_are_published_and_only_to_this_machine():
     published = {name: service["ports"] for name, service in services().items() if "ports" in service}
-    assert published == {"server": ["127.0.0.1:5000:5000"]}
+    assert published == {"server": ["127.0.0.1:5000:5000"], "model": ["127.0.0.1:5001:5001"]}
+
+
+def test_only_the_server_shares_a_network_with_the_database():
+    assert [name for name, service in services().items() if "inside" in service["networks"]] == ["database", "server"]
+    assert yaml.safe_load(COMPOSE)["networks"]["inside"] == {"internal": True}
 
 
 def test_database_image_is_of_the_version_that_the_tests_run(lacking):

@@ -51,6 +51,8 @@ class Containers:
         self.run(settings)
         env = folder / "deploy/.env"
         values = {"MLFLOW_PORT": str(self.port), "EXPERIMENT_USERNAME": "ana", "EXPERIMENT_PASSWORD": USERS["ana"]}
+        values |= {"MODEL_PORT": str(free_port()), "MODEL_USERNAME": "ben", "MODEL_PASSWORD": USERS["ben"]}
+        values["MODEL_URI"] = "models:/served@production"
         env.write_text(re.sub(r"^(\w+)=$", lambda line: line[0] + values.get(line[1], ""), env.read_text(), flags=re.M))
         self.settings = dict(re.findall(r"^(\w+)=(.+)$", env.read_text(), flags=re.MULTILINE))
         self.secrets = [value for name, value in self.settings.items() if re.search("PASSWORD|SECRET", name)]
