@@ -17,6 +17,7 @@ ALLOWED = {
     "store": set(),
     "tables": set(),
     "comparison": set(),
+    "drift": set(),
     "environment": {"pins", "store", "tables", "comparison"},
     "interface": {"store"},
     "check": {"interface", "pins", "store"},

@@ -1,0 +1,270 @@
+"""lifecycle.drift: the statistics against computations of their own, what is an alarm, and how often it is false."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.datasets import load_iris
+
+from lifecycle.drift import ColumnsDifferError, Limits, drift, false_alarms, out_of_range, share
+
+FLOWERS = load_iris(as_frame=True).data
+
+
+def flowers(rows: int, seed: int) -> pd.DataFrame:
+    """Return flowers of Iris, drawn with replacement."""
+    return FLOWERS.sample(rows, replace=True, random_state=seed, ignore_index=True)
+
+
+def numbers(rows: int, seed: int, columns: int = 4) -> pd.DataFrame:
+    """Return standard normal numbers."""
+    return pd.DataFrame(np.random.default_rng(seed).normal(size=(rows, columns))).rename(columns="column {}".format)
+
+
+def colours(**counts: int) -> pd.DataFrame:
+    return pd.DataFrame({"colour": [name for name, count in counts.items() for _ in range(count)]})
+
+
+def alarms(found) -> list[str]:
+    return [column.column for column in found if column.alarm]
+
+
+def drifted(reference, rows) -> bool:
+    return bool(alarms(drift(reference, rows)))
+
+
+def outside(reference, rows) -> bool:
+    return bool(alarms(out_of_range(reference, rows)))
+
+
+# The statistics
+
+
+def test_statistic_is_the_largest_distance_of_the_two_distributions():
+    reference, rows = numbers(60, 0, 1), numbers(80, 1, 1) + 0.7
+    at = np.concatenate([reference["column 0"], rows["column 0"]])
+    shares = [np.array([(table["column 0"] <= value).mean() for value in at]) for table in (reference, rows)]
+    assert drift(reference, rows)[0].statistic == pytest.approx(np.abs(shares[0] - shares[1]).max())
+
+
+def test_size_of_a_shift_is_the_shift_in_standard_deviations():
+    reference = numbers(500, 0, 1) * 7 + 100
+    (found,) = drift(reference, reference + 3)
+    assert found.size == pytest.approx(3 / reference["column 0"].std(ddof=0))
+
+
+def test_size_sees_a_spread_that_grew_around_the_same_mean():
+    # given as many rows, so that the distance is the mean one of the sorted values
+    reference = numbers(500, 0, 1)
+    (found,) = drift(reference, 3 * reference)
+    expected = np.abs(np.sort(3 * reference["column 0"]) - np.sort(reference["column 0"])).mean()
+    assert found.size == pytest.approx(expected / reference["column 0"].std(ddof=0))
+    assert found.alarm
+
+
+def test_size_of_categories_is_the_share_that_would_have_to_change():
+    (found,) = drift(colours(red=50, green=50), colours(red=80, green=20))
+    assert found.size == pytest.approx(0.3)
+
+
+def test_p_value_of_categories_is_the_chi_squared_tests():
+    (found,) = drift(colours(red=50, green=30, blue=20), colours(red=40, green=30, blue=30))
+    observed = np.array([[50, 30, 20], [40, 30, 30]])
+    expected = observed.sum(axis=1, keepdims=True) * observed.sum(axis=0) / observed.sum()
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    assert found.statistic == pytest.approx(statistic)
+    assert found.p_value == pytest.approx(stats.chi2.sf(statistic, df=2))
+
+
+def test_p_value_of_few_rows_is_near_the_exact_one():
+    # given counts too small for the approximation, whose exact p-value is Fisher's
+    (found,) = drift(colours(red=9, green=1), colours(red=2, green=6))
+    assert found.p_value == pytest.approx(stats.fisher_exact([[9, 1], [2, 6]]).pvalue, abs=0.005)
+
+
+def test_p_values_are_corrected_for_the_number_of_columns():
+    # given the p-values of four columns
+    reference, rows = numbers(80, 0), numbers(80, 1) + np.array([0, 0.2, 0.4, 0.6])
+    raw = {name: stats.ks_2samp(reference[name], rows[name]).pvalue for name in reference}
+    # when they are corrected step by step, from the largest down
+    expected, smallest = {}, 1.0
+    for rank, name in sorted(enumerate(sorted(raw, key=raw.get), start=1), reverse=True):
+        smallest = min(smallest, raw[name] * len(raw) / rank)
+        expected[name] = smallest
+    # then
+    assert {found.column: found.p_value for found in drift(reference, rows)} == pytest.approx(expected)
+
+
+def test_interval_of_a_share_is_clopper_and_pearsons():
+    found = share(71, 75)
+    assert (found.low, found.high) == pytest.approx((stats.beta.ppf(0.025, 71, 5), stats.beta.ppf(0.975, 72, 4)))
+    assert str(found) == "0.9467 (95 % interval 0.8690 to 0.9853)"
+
+
+def test_chance_of_values_beyond_the_extremes_is_that_of_a_simulation():
+    # given 30 numbers and a batch of 40, many times over, and how often three or more of the batch lie beyond
+    generator, beyond = np.random.default_rng(0), 0
+    for _ in range(4000):
+        seen, later = generator.normal(size=30), generator.normal(size=40)
+        beyond += ((later < seen.min()) | (later > seen.max())).sum() >= 3
+    # when three of 40 lie beyond
+    reference = pd.DataFrame({"length": np.linspace(0, 1, 30)})
+    (found,) = out_of_range(reference, pd.DataFrame({"length": [2.0] * 3 + [0.5] * 37}))
+    # then
+    assert found.rows == 3
+    assert found.p_value == pytest.approx(beyond / 4000, abs=0.03)
+
+
+# Alarms
+
+
+def test_two_percent_at_five_thousand_rows_is_significant_and_no_alarm():
+    found = drift(FLOWERS, (1.02 * flowers(5000, 0)).round(2))
+    assert min(column.p_value for column in found) < 0.01
+    assert alarms(found) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_percent_is_no_alarm_either_if_few_rows_were_learned_from(seed):
+    assert not drifted(flowers(75, seed), (1.02 * flowers(5000, seed + 100)).round(2))
+
+
+def test_large_shift_in_a_few_rows_is_an_alarm():
+    assert alarms(drift(numbers(75, 0), numbers(40, 1) + np.array([0, 0, 0, 1.5]))) == ["column 3"]
+
+
+def test_large_difference_that_is_not_significant_is_no_alarm():
+    (found,) = drift(numbers(75, 0, 1), numbers(75, 0, 1).nlargest(3, "column 0"))
+    assert found.size > 0.5
+    (found,) = drift(numbers(4, 0, 1), numbers(4, 0, 1) + 2)
+    assert found.size > 0.5
+    assert not found.alarm
+
+
+def test_caller_states_what_counts():
+    reference, rows = numbers(500, 0, 1), numbers(500, 1, 1) + 0.4
+    assert not drift(reference, rows)[0].alarm
+    assert drift(reference, rows, Limits(shift=0.3))[0].alarm
+
+
+@pytest.mark.parametrize("kind", [str, bool, "category"])
+def test_other_shares_of_categories_are_an_alarm(kind):
+    def made(first, second):
+        return pd.DataFrame({"kind": pd.Series([1] * first + [0] * second).astype(kind)})
+
+    assert alarms(drift(made(50, 50), made(80, 20))) == ["kind"]
+    assert alarms(drift(made(50, 50), made(51, 49))) == []
+
+
+def test_gaps_that_become_frequent_are_an_alarm():
+    reference = numbers(200, 0, 2).mask(np.arange(400).reshape(200, 2) % 20 == 0)
+    rows = numbers(200, 1, 2).mask(np.arange(400).reshape(200, 2) % 4 == 0)
+    assert alarms(drift(reference, rows)) == ["column 0 (gaps)"]
+
+
+def test_column_of_gaps_alone_is_an_alarm():
+    assert alarms(drift(numbers(50, 0, 1), numbers(50, 1, 1) * np.nan)) == ["column 0 (gaps)"]
+
+
+def test_names_that_never_repeat_are_no_drift():
+    reference, rows = ({"name": [f"{letter}{number}" for number in range(300)]} for letter in "ab")
+    assert alarms(drift(pd.DataFrame(reference), pd.DataFrame(rows))) == []
+    assert alarms(out_of_range(pd.DataFrame(reference), pd.DataFrame(rows))) == []
+
+
+def test_dates_are_left_out():
+    dates = pd.DataFrame({"day": pd.date_range("2026-01-01", periods=50)})
+    assert drift(dates, dates + pd.Timedelta(days=365)) == ()
+    assert out_of_range(dates, dates + pd.Timedelta(days=365)) == ()
+
+
+def test_ruler_that_shows_thirty_percent_too_much_is_out_of_range():
+    found = out_of_range(flowers(75, 0), 1.3 * flowers(75, 1))
+    assert "sepal length (cm)" in alarms(found)
+    assert found[0].seen == "4.4 to 7.9"
+    assert found[0].share == found[0].rows / 75 > 0.3
+
+
+def test_value_of_unknown_is_out_of_range():
+    rows = flowers(75, 1)
+    rows.loc[:7, "petal width (cm)"] = -999
+    assert alarms(out_of_range(flowers(75, 0), rows)) == ["petal width (cm)"]
+
+
+def test_category_never_seen_and_gap_never_seen_are_out_of_range():
+    reference = colours(red=40, green=40).assign(size=1.0)
+    assert alarms(out_of_range(reference, colours(red=30, lilac=10).assign(size=1.0))) == ["colour"]
+    rows = colours(red=20, green=20).assign(size=[1.0] * 30 + [np.nan] * 10)
+    assert alarms(out_of_range(reference, rows)) == ["size"]
+
+
+def test_gaps_like_those_of_training_are_in_range():
+    reference = pd.DataFrame({"size": pd.array([1, 2, None] * 20, dtype="Int64"), "colour": ["red", None, "red"] * 20})
+    assert alarms(out_of_range(reference, reference)) == []
+
+
+def test_infinite_number_is_out_of_range_and_no_error():
+    rows = numbers(50, 1, 1)
+    rows.iloc[:10] = np.inf
+    assert alarms(out_of_range(numbers(50, 0, 1), rows)) == ["column 0"]
+    assert all(np.isfinite(column.size) for column in drift(numbers(50, 0, 1), rows))
+
+
+def test_constant_column_that_moves_has_a_finite_size():
+    reference = pd.DataFrame({"level": [5.0] * 50, "zero": [0.0] * 50})
+    found = {column.column: column for column in drift(reference, reference + 5)}
+    assert found["level"].size == 1
+    assert np.isfinite(found["zero"].size)
+
+
+def test_column_of_one_value_among_gaps_has_no_range():
+    assert out_of_range(pd.DataFrame({"size": [1.0, None, None]}), pd.DataFrame({"size": [2.0]})) == ()
+
+
+def test_rows_that_cannot_be_compared_are_refused():
+    with pytest.raises(ColumnsDifferError, match=r"lack a column that the model learned from: petal width \(cm\)"):
+        drift(FLOWERS, FLOWERS.drop(columns="petal width (cm)"))
+    with pytest.raises(ColumnsDifferError, match=r"'petal width \(cm\)' holds numbers in training, and here 'wide'"):
+        out_of_range(FLOWERS, FLOWERS.assign(**{"petal width (cm)": [0.2] * 149 + ["wide"]}))
+    with pytest.raises(ColumnsDifferError, match="holds numbers in training"):
+        drift(numbers(5, 0, 1), pd.DataFrame({"column 0": pd.date_range("2026-01-01", periods=5)}))
+    with pytest.raises(ValueError, match="0 rows cannot be compared with 150"):
+        drift(FLOWERS, FLOWERS.head(0))
+
+
+def test_nothing_of_the_tables_is_changed():
+    reference, rows = flowers(50, 0), flowers(50, 1)
+    before = reference.copy(), rows.copy()
+    drift(reference, rows), out_of_range(reference, rows)
+    pd.testing.assert_frame_equal(reference, before[0])
+    pd.testing.assert_frame_equal(rows, before[1])
+
+
+# False alarms
+
+
+@pytest.mark.parametrize("batch", [20, 75])
+def test_rate_of_false_alarms_is_below_the_level(batch):
+    found = false_alarms(flowers(75, 0), batch, lambda *tables: drifted(*tables) or outside(*tables), resamples=100)
+    assert found.cases == 100
+    assert found.low <= 2 * Limits().level
+
+
+def test_rate_on_independent_draws_is_below_the_level():
+    # given rows and batches from the same source, columns of numbers and one of categories
+    def made(rows, seed):
+        chosen = np.random.default_rng(seed).choice(["red", "green", "blue"], rows)
+        return numbers(rows, seed, 3).assign(colour=chosen)
+
+    raised = sum(drifted(made(75, seed), made(40, seed + 1000)) for seed in range(200))
+    beyond = sum(outside(made(75, seed), made(40, seed + 1000)) for seed in range(200))
+    # then no more alarms than the level allows, for the number of trials
+    assert raised <= stats.binom.ppf(0.999, 200, Limits().level)
+    assert beyond <= stats.binom.ppf(0.999, 200, Limits().level)
+
+
+def test_resampling_raises_the_alarm_that_it_is_given():
+    assert false_alarms(FLOWERS, 10, lambda *_: True, resamples=5).value == 1
+    sizes = []
+    false_alarms(FLOWERS, 10, lambda *tables: sizes.append(tuple(map(len, tables))), resamples=2)
+    assert sizes == [(150, 10), (150, 10)]
