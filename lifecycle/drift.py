@@ -38,6 +38,9 @@ class Limits:
     loss: float = 0.05
 
 
+LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class ColumnDrift:
     """One column, tested: the corrected p-value, the size of the difference, and whether both make it an alarm."""
@@ -48,6 +51,7 @@ class ColumnDrift:
     p_value: float
     size: float
     unit: str
+    smallest: float  # the size from which on it counts
     alarm: bool
 
 
@@ -95,7 +99,7 @@ def share(count: int, cases: int) -> Share:
     return Share(int(count), int(cases), float(interval.low), float(interval.high))
 
 
-def drift(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = Limits()) -> tuple[ColumnDrift, ...]:
+def drift(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) -> tuple[ColumnDrift, ...]:
     """Return the drift of each column of ``reference`` in ``rows``: the alarms, then the others, by their p-values.
 
     Numbers are compared by the Kolmogorov-Smirnov test. Their size is the Wasserstein distance in standard deviations
@@ -128,13 +132,13 @@ def drift(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = Limits()
             found.append((name, "chi-squared", *_categories(*values), "of the rows", limits.share))
     corrected = stats.false_discovery_control([p for _, _, _, p, *_ in found]) if found else []
     drifts = [
-        ColumnDrift(name, test, statistic, float(p), size, unit, bool(p < limits.level and size >= smallest))
+        ColumnDrift(name, test, statistic, float(p), size, unit, smallest, bool(p < limits.level and size >= smallest))
         for (name, test, statistic, _, size, unit, smallest), p in zip(found, corrected, strict=True)
     ]
     return tuple(sorted(drifts, key=lambda column: (not column.alarm, column.p_value)))
 
 
-def out_of_range(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = Limits()) -> tuple[OutOfRange, ...]:
+def out_of_range(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) -> tuple[OutOfRange, ...]:
     """Return for each column of ``reference`` how many ``rows`` hold a value beyond all that was seen in training.
 
     There the model guesses, and most often the cause is a fault: another unit, a broken instrument, a new code. Refuse

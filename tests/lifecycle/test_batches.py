@@ -1,0 +1,176 @@
+"""lifecycle.batches: rows from the record of a served version, and what a batch leaves in the store."""
+
+import json
+
+import mlflow
+import pandas as pd
+import pytest
+from versions import NAME, iris_rows, register, store_in
+
+from lifecycle.batches import log_batch, picture, recorded
+from lifecycle.keys import own_public_key
+from lifecycle.monitoring import Verdict, baseline, judge
+from lifecycle.verification import verified
+
+ROWS = iris_rows()
+FEATURES = ROWS.columns[:-1].tolist()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Give the folder of a store with one signed version, of a model that learned from every second flower."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch, store_in(folder, patch):
+        register(folder, rows=ROWS[::2].reset_index(drop=True), input_example=None)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def version(store):
+    with verified(f"models:/{NAME}/1", own_public_key(store)) as version:
+        yield version
+
+
+@pytest.fixture(scope="module")
+def known(version):
+    return baseline(version)
+
+
+@pytest.fixture
+def usual():
+    return ROWS[1::2].reset_index(drop=True)
+
+
+# The record
+
+
+def entry(number: int, rows: pd.DataFrame, **other) -> dict:
+    """Return what the guard records of one request."""
+    answer = {"name": NAME, "version": "1", "status": 200, "predictions": ["setosa"] * len(rows)}
+    return (
+        {"time": f"2026-01-31T12:00:{number:02}.000+00:00", "id": f"id{number}"}
+        | answer
+        | {"inputs": rows[FEATURES].to_dict("list")}
+        | other
+    )
+
+
+def write(folder, *entries, name="requests-2026-01-31-aa.jsonl") -> None:
+    (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def test_recorded_rows_come_back_with_their_answers(tmp_path, version):
+    write(tmp_path, entry(1, ROWS[:2]), entry(2, ROWS[100:101], predictions=["virginica"]))
+    rows = recorded(tmp_path, version)
+    pd.testing.assert_frame_equal(
+        rows[FEATURES].reset_index(drop=True), ROWS.loc[[0, 1, 100], FEATURES].reset_index(drop=True)
+    )
+    assert rows["prediction"].tolist() == ["setosa", "setosa", "virginica"]
+    assert rows.index.tolist() == ["id1", "id1", "id2"]
+
+
+def test_requests_of_another_client_are_not_in_a_batch(tmp_path, version):
+    # given two clients that ask the same server in turn, one of them badly
+    mine = [entry(number, ROWS[number : number + 1]) for number in (1, 3, 5)]
+    others = [entry(2, ROWS[50:90]), entry(4, ROWS[:0], status=400, predictions=[])]
+    write(tmp_path, mine[0], others[0], mine[1], others[1], mine[2])
+    # when the batch is read by the ids of its answers, in the order in which its labels will come
+    rows = recorded(tmp_path, version, ["id5", "id1", "id3"])
+    # then
+    assert rows[FEATURES].to_numpy().tolist() == ROWS.loc[[5, 1, 3], FEATURES].to_numpy().tolist()
+
+
+def test_record_of_several_servers_and_days_is_read_by_time(tmp_path, version):
+    write(tmp_path, entry(2, ROWS[2:3]))
+    write(tmp_path, entry(1, ROWS[1:2]), entry(3, ROWS[3:4]), name="requests-2026-01-30-bb.jsonl")
+    assert recorded(tmp_path, version).index.tolist() == ["id1", "id2", "id3"]
+
+
+def test_line_that_is_being_written_and_refused_requests_are_left_out(tmp_path, version):
+    write(tmp_path, entry(1, ROWS[:1]), {"time": "2026-01-31", "id": "id2", "status": 400, "message": "no rows"})
+    with (tmp_path / "requests-2026-01-31-aa.jsonl").open("a") as file:
+        file.write('{"time": "2026-01-31T13')
+    assert recorded(tmp_path, version).index.tolist() == ["id1"]
+
+
+def test_answer_that_is_not_recorded_is_said(tmp_path, version):
+    write(tmp_path, entry(1, ROWS[:1]))
+    with pytest.raises(ValueError, match=r"1 of 2 answers of .* are not in the record .*, the first is id7"):
+        recorded(tmp_path, version, ["id1", "id7"])
+    with pytest.raises(ValueError, match=f"There is no answer of models:/{NAME}/1 in the record"):
+        recorded(tmp_path / "nowhere", version)
+
+
+def test_answers_of_another_version_do_not_count(tmp_path, version):
+    write(tmp_path, entry(1, ROWS[:1]), entry(2, ROWS[1:2], version="2"), entry(3, ROWS[2:3], name="other"))
+    assert recorded(tmp_path, version).index.tolist() == ["id1"]
+
+
+# What a batch leaves in the store
+
+
+def test_batch_and_model_are_inputs_of_the_run(version, known, usual):
+    run_id = log_batch(version, known, usual, judge(known, usual), "Monday").info.run_id
+    run = mlflow.get_run(run_id)
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.tags[0].value) == ("Monday", "monitoring")
+    assert [used.model_id for used in run.inputs.model_inputs] == [version.model_id]
+    assert run.data.tags["verdict"] == "quiet"
+
+
+def test_accuracy_belongs_to_the_model_and_to_that_batch(version, known, usual):
+    # given two batches
+    batches = {"first": usual, "second": usual.head(50)}
+    runs = {name: log_batch(version, known, rows, judge(known, rows), name) for name, rows in batches.items()}
+    # when the model's metrics are read
+    metrics = mlflow.get_logged_model(version.model_id).metrics
+    # then there is one for each batch
+    for name, rows in batches.items():
+        (metric,) = [found for found in metrics if found.run_id == runs[name].info.run_id]
+        assert (metric.key, metric.dataset_name) == ("accuracy", name)
+        assert metric.dataset_digest == mlflow.get_run(runs[name].info.run_id).inputs.dataset_inputs[0].dataset.digest
+        assert metric.value == (known.estimator.predict(rows[FEATURES]) == rows["species"]).mean()
+
+
+def test_rows_answers_and_judgement_are_kept(version, known, usual):
+    judgement = judge(known, usual)
+    run_id = log_batch(version, known, usual, judgement).info.run_id
+    kept = mlflow.load_table("batch.json", [run_id])
+    assert kept["prediction"].tolist() == known.estimator.predict(usual[FEATURES]).tolist()
+    said = mlflow.artifacts.load_dict(f"runs:/{run_id}/judgement.json")
+    assert said["verdict"] == judgement.verdict == Verdict.QUIET
+    assert said["accuracy"] == {
+        "count": judgement.accuracy.count,
+        "cases": 75,
+        "low": judgement.accuracy.low,
+        "high": judgement.accuracy.high,
+    }
+    assert {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)} == {
+        "batch.json",
+        "judgement.json",
+        "drift.png",
+    }
+
+
+def test_batch_without_labels_leaves_no_accuracy(version, known, usual):
+    run_id = log_batch(version, known, usual[FEATURES], judge(known, usual[FEATURES])).info.run_id
+    assert mlflow.get_run(run_id).data.metrics == {}
+
+
+def test_broken_batch_is_kept_without_answers(version, known, usual):
+    broken = usual.drop(columns=FEATURES[0])
+    run_id = log_batch(version, known, broken, judge(known, broken)).info.run_id
+    assert mlflow.get_run(run_id).data.tags["verdict"] == "broken input"
+    assert "prediction" not in mlflow.load_table("batch.json", [run_id])
+
+
+def test_picture_shows_sizes_in_multiples_of_what_counts(known, usual):
+    judgement = judge(known, usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6}))
+    (axes,) = picture(judgement).axes
+    widths = {
+        label.get_text(): bar.get_width() for label, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
+    }
+    assert widths == {column.column: column.size / column.smallest for column in judgement.drift}
+    assert axes.lines[0].get_xdata()[0] == 1
+    red = {bar.get_facecolor() for bar, column in zip(axes.patches, judgement.drift[::-1], strict=True) if column.alarm}
+    assert len(red) == 1

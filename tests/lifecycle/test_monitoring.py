@@ -1,0 +1,258 @@
+"""lifecycle.monitoring: the verdict on a batch, for each thing that can go wrong with rows, labels and answers."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.datasets import load_breast_cancer
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from versions import iris_rows, save
+
+from lifecycle.drift import Limits, false_alarms, share
+from lifecycle.monitoring import Verdict, answered, baseline, judge
+from lifecycle.signing import Statement
+from lifecycle.verification import Verified
+
+ROWS = iris_rows()
+FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"
+
+
+def version_of(folder, model, rows, target=TARGET) -> Verified:
+    """Return a version as it is handed out once it is verified; its files are in ``folder``."""
+    saved = save(folder / "model", model, rows, target, input_example=None)
+    rows.to_parquet(folder / "rows.parquet")
+    statement = Statement("iris", "1", "0", "release", "")
+    return Verified("models:/iris/1", statement, saved, folder / "packages.txt", folder / "rows.parquet", "")
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """Give what batches are compared with: of a linear model that learned from every second flower."""
+    model = LogisticRegression(max_iter=1000)
+    return baseline(version_of(tmp_path_factory.mktemp("model"), model, ROWS[::2].reset_index(drop=True)))
+
+
+@pytest.fixture
+def usual():
+    """Give the other flowers, with their labels."""
+    return ROWS[1::2].reset_index(drop=True)
+
+
+def reasons(judgement) -> str:
+    return "\n".join(judgement.reasons)
+
+
+# As usual
+
+
+def test_usual_rows_are_quiet(known, usual):
+    judgement = judge(known, usual)
+    assert judgement.verdict == Verdict.QUIET
+    assert judgement.reasons == ()
+    assert judgement.accuracy.count == (known.estimator.predict(usual[FEATURES]) == usual[TARGET]).sum()
+
+
+def test_rows_without_labels_are_judged_without_accuracy(known, usual):
+    judgement = judge(known, usual[FEATURES])
+    assert judgement.verdict == Verdict.QUIET
+    assert judgement.accuracy is None
+
+
+def test_labels_that_are_there_for_some_rows_count(known, usual):
+    usual.loc[10:, TARGET] = None
+    assert judge(known, usual).accuracy.cases == 10
+
+
+def test_further_columns_and_another_order_change_nothing(known, usual):
+    other = usual[usual.columns[::-1]].assign(colour="blue")
+    assert judge(known, other) == judge(known, usual)
+
+
+def test_few_rows_are_quiet_although_a_class_is_not_among_them(known, usual):
+    assert judge(known, usual[usual[TARGET] != "virginica"].head(3)).verdict == Verdict.QUIET
+
+
+def test_rate_of_false_alarms_of_the_whole_verdict_is_low(known):
+    def alarm(reference, rows):
+        drawn = dataclasses.replace(known, rows=reference, predictions=known.estimator.predict(reference[FEATURES]))
+        return judge(drawn, rows).verdict != Verdict.QUIET
+
+    rate = false_alarms(known.rows, 75, alarm, resamples=60)
+    assert rate.low <= 2 * Limits().level
+
+
+# Broken input: refuse or repair, never retrain
+
+
+def test_ruler_that_shows_thirty_percent_too_much_is_broken_input(known, usual):
+    judgement = judge(known, usual.assign(**1.3 * usual[FEATURES]))
+    assert judgement.verdict == Verdict.BROKEN
+    assert "sepal length (cm): " in judgement.reasons[0]
+    assert "rows are beyond what training saw" in judgement.reasons[0]
+
+
+def test_rows_that_lack_a_column_or_hold_text_in_one_are_broken_input(known, usual):
+    judgement = judge(known, usual.drop(columns=FEATURES[3]))
+    assert judgement.verdict == Verdict.BROKEN
+    assert "lack a column that the model learned from: petal width (cm)" in reasons(judgement)
+    judgement = judge(known, usual.assign(**{FEATURES[3]: "wide"}))
+    assert judgement.verdict == Verdict.BROKEN
+    assert "'wide'" in reasons(judgement)
+
+
+def test_gap_that_the_model_cannot_take_is_broken_input(known, usual):
+    usual.loc[0, FEATURES[0]] = np.nan
+    judgement = judge(known, usual)
+    assert judgement.verdict == Verdict.BROKEN
+    assert "cannot predict these rows: Input X contains NaN" in reasons(judgement)
+
+
+def test_no_rows_are_refused(known, usual):
+    with pytest.raises(ValueError, match="no rows to judge"):
+        judge(known, usual.head(0))
+
+
+# Drift
+
+
+def test_shifted_rows_within_the_range_are_drift(known, usual):
+    judgement = judge(known, usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6})[FEATURES])
+    assert judgement.verdict == Verdict.DRIFT
+    assert "sepal width (cm): " in judgement.reasons[0]
+    assert "standard deviations, p = " in judgement.reasons[0]
+
+
+def test_predictions_that_drift_are_drift_although_no_column_does(known, usual):
+    # given answers that are all of one class, for the usual rows
+    judgement = judge(known, usual[FEATURES].assign(prediction="setosa"))
+    assert judgement.verdict == Verdict.DRIFT
+    assert judgement.reasons[0].startswith("prediction of species: 0.6")
+
+
+def test_two_percent_of_scale_in_five_thousand_rows_is_quiet(known):
+    rows = ROWS.sample(5000, replace=True, random_state=0, ignore_index=True)
+    assert judge(known, rows.assign(**(1.02 * rows[FEATURES]).round(2))).verdict == Verdict.QUIET
+
+
+# Labels: an alarm for people
+
+
+@pytest.mark.parametrize("name", ["SETOSA ", "Setosa", " setosa"])
+def test_class_that_is_written_differently_is_an_alarm_that_says_so(known, usual, name):
+    judgement = judge(known, usual.replace({TARGET: {"setosa": name}}))
+    assert judgement.verdict == Verdict.LABELS
+    assert f"{name!r} is no class that the model knows, and is written like 'setosa'" in judgement.reasons
+
+
+def test_new_class_is_an_alarm(known, usual):
+    usual.loc[0, TARGET] = "pumila"
+    judgement = judge(known, usual)
+    assert judgement.verdict == Verdict.LABELS
+    assert judgement.reasons == ("'pumila' is no class that the model knows",)
+
+
+def test_class_that_has_vanished_is_an_alarm(known, usual):
+    judgement = judge(known, usual[usual[TARGET] != "virginica"].head(20))
+    assert judgement.verdict == Verdict.LABELS
+    assert "no row of the class 'virginica' among 20, where 33% were" in judgement.reasons
+
+
+def test_labels_are_more_urgent_than_drift_and_broken_rows_than_labels(known, usual):
+    rows = usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6}).replace({TARGET: {"setosa": "pumila"}})
+    judgement = judge(known, rows)
+    assert judgement.verdict == Verdict.LABELS
+    assert "sepal width" in reasons(judgement)
+    assert judge(known, rows.assign(**1.3 * usual[FEATURES])).verdict == Verdict.BROKEN
+
+
+# Accuracy
+
+
+def test_labels_that_are_swapped_raise_the_accuracy_alarm(known, usual):
+    # given the usual rows, with two species taken for each other
+    swapped = {"versicolor": "virginica", "virginica": "versicolor"}
+    judgement = judge(known, usual.replace({TARGET: swapped}))
+    # then nothing but the accuracy shows it
+    assert judgement.verdict == Verdict.ACCURACY
+    assert judgement.reasons == (f"accuracy {judgement.accuracy}, expected {known.expected}",)
+    assert judgement.accuracy.high < known.expected.low
+
+
+def test_accuracy_that_may_be_lower_by_chance_is_no_alarm(known, usual):
+    # given two errors in ten rows
+    rows = answered(known, usual.sample(10, random_state=0))
+    wrong = rows.index[:2]
+    rows.loc[wrong, "prediction"] = rows.loc[wrong, TARGET].map(
+        {"setosa": "virginica", "versicolor": "setosa", "virginica": "setosa"}
+    )
+    assert judge(known, rows[[*FEATURES, TARGET, "prediction"]]).verdict == Verdict.QUIET
+
+
+def test_small_loss_is_no_alarm_however_many_rows(known):
+    # given an expectation that is met but for two in a hundred, on 20,000 rows
+    expected = dataclasses.replace(known, expected=share(20_000, 20_000))
+    rows = answered(known, ROWS.sample(20_000, replace=True, random_state=0, ignore_index=True))
+    rows["prediction"] = rows[TARGET].where(rows.index % 50 != 0, "setosa")
+    judgement = judge(expected, rows)
+    assert judgement.accuracy.high < judgement.expected.low
+    assert judgement.verdict == Verdict.QUIET
+    assert judge(expected, rows, Limits(loss=0.01)).verdict == Verdict.ACCURACY
+
+
+def test_answers_that_were_given_are_judged_and_not_those_of_today(known, usual):
+    judgement = judge(known, usual.assign(prediction=usual[TARGET]))
+    assert judgement.accuracy.value == 1
+
+
+@pytest.mark.parametrize("kind", ["int", "text", "bool"])
+def test_classes_of_any_type_meet_labels_as_a_file_gives_them(tmp_path, kind):
+    # given classes of one type, and labels with a gap as pandas reads them from a file
+    frame = load_breast_cancer(as_frame=True).frame[["mean radius", "mean texture", "target"]]
+    classes = {"int": frame["target"], "text": frame["target"].map(str), "bool": frame["target"].astype(bool)}[kind]
+    rows = frame.assign(target=classes)
+    known = baseline(version_of(tmp_path, LogisticRegression(max_iter=1000), rows[::2], "target"))
+    batch = rows[1::2].reset_index(drop=True)
+    batch["target"] = batch["target"].astype(object)
+    batch.loc[0, "target"] = None
+    batch.to_csv(tmp_path / "batch.csv", index=False)
+    # then they are the same classes
+    judgement = judge(known, pd.read_csv(tmp_path / "batch.csv"))
+    assert judgement.verdict == Verdict.QUIET
+    assert judgement.accuracy.cases == len(batch) - 1
+
+
+# What batches are compared with
+
+
+def test_expected_accuracy_is_that_of_cross_validation_on_the_rows_learned_from(known):
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    model = LogisticRegression(max_iter=1000)
+    scores = cross_val_score(model, known.rows[FEATURES], known.rows[TARGET], cv=folds)
+    assert known.expected.value == pytest.approx(scores.mean())
+    assert known.expected.cases == 75
+
+
+def test_expected_accuracy_can_be_given(tmp_path):
+    known = baseline(version_of(tmp_path, None, ROWS), share(140, 150))
+    assert known.expected == share(140, 150)
+
+
+def test_target_is_the_column_that_the_model_is_not_asked_with(known):
+    assert (known.target, known.features) == (TARGET, FEATURES)
+
+
+def test_model_that_is_no_classifier_is_refused(tmp_path):
+    rows = ROWS[FEATURES]
+    with pytest.raises(ValueError, match="models:/iris/1 is no classifier with one target"):
+        baseline(version_of(tmp_path, LinearRegression(), rows, FEATURES[0]))
+
+
+def test_class_of_one_row_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="A class of 'species' has one row"):
+        baseline(version_of(tmp_path, None, ROWS.head(51)))
+
+
+def test_class_of_three_rows_is_cross_validated(tmp_path):
+    assert baseline(version_of(tmp_path, None, ROWS.head(53))).expected.cases == 53
