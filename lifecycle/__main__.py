@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from lifecycle import release_commands
+from lifecycle import monitoring_commands, release_commands
 from lifecycle.shell import in_one_line, use_store
 
 
@@ -166,7 +166,7 @@ def search_worker(run_id: str, objective: str) -> None:
         work(run_id, load_objective(objective), os.environ["SEARCH_STORAGE"], objective.rpartition(":")[0])
 
 
-for command in release_commands.COMMANDS:
+for command in (*release_commands.COMMANDS, *monitoring_commands.COMMANDS):
     main.add_command(command)
 
 if __name__ == "__main__":

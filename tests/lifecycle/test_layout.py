@@ -18,6 +18,7 @@ ALLOWED = {
     "tables": set(),
     "comparison": set(),
     "drift": set(),
+    "monitoring_commands": {"batches", "drift", "keys", "monitoring", "shell", "store", "tables", "verification"},
     "monitoring": {"drift", "verification"},
     "batches": {"monitoring", "verification"},
     "challenger": {"comparison", "drift", "monitoring", "signing", "tables", "verification"},

@@ -1,0 +1,129 @@
+"""The command `lifecycle watch`, as cron calls it: what it prints, what it leaves, and its exit status."""
+
+import json
+import sys
+
+import mlflow
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from execution import environment, finished
+from versions import NAME, iris_rows, register, store_in
+
+from lifecycle.__main__ import main
+
+ROWS = iris_rows()
+FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Give the folder of a store with one signed version, of a model that learned from every second flower."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch, store_in(folder, patch):
+        register(folder, rows=ROWS[::2].reset_index(drop=True), input_example=None)
+        yield folder
+
+
+@pytest.fixture
+def watched(store, tmp_path, monkeypatch):
+    """Give a function that watches rows, with further options, and returns exit status and output."""
+    monkeypatch.chdir(store)
+
+    def run(rows: pd.DataFrame, *options: str, uri: str = f"models:/{NAME}/1"):
+        rows.to_csv(tmp_path / "Monday.csv", index=False)
+        result = CliRunner().invoke(main, ["watch", uri, "--rows", str(tmp_path / "Monday.csv"), *options])
+        return result.exit_code, result.output
+
+    return run
+
+
+@pytest.fixture
+def usual():
+    return ROWS[1::2].reset_index(drop=True)
+
+
+def test_usual_rows_end_with_0_and_are_a_run(watched, usual):
+    status, printed = watched(usual, "--experiment", "usual rows")
+    assert status == 0, printed
+    assert printed.startswith("quiet: 75 rows\nrecorded in run ")
+    (run,) = mlflow.search_runs(experiment_names=["usual rows"], output_format="list")
+    assert printed.split()[-1] == run.info.run_id
+    assert (run.info.run_name, run.data.tags["verdict"]) == ("Monday", "quiet")
+
+
+def test_broken_ruler_ends_with_2_and_the_reason(watched, usual):
+    status, printed = watched(usual.assign(**1.3 * usual[FEATURES]))
+    assert status == 2
+    assert printed.startswith("broken input: 75 rows\nsepal length (cm): ")
+
+
+def test_swapped_labels_end_with_2(watched, usual):
+    status, printed = watched(usual.replace({TARGET: {"versicolor": "virginica", "virginica": "versicolor"}}))
+    assert status == 2
+    assert printed.startswith("accuracy alarm: 75 rows\naccuracy 0.")
+
+
+def test_judgement_as_json(watched, usual):
+    status, printed = watched(usual[FEATURES], "--json")
+    assert status == 0
+    said = json.loads(printed)
+    assert (said["verdict"], said["accuracy"]) == ("quiet", None)
+    assert {column["column"] for column in said["drift"]} == {*FEATURES, "prediction of species"}
+
+
+def test_labels_under_another_name_count(watched, usual):
+    renamed = usual.rename(columns={TARGET: "what it was"})
+    assert json.loads(watched(renamed, "--json")[1])["accuracy"] is None
+    assert json.loads(watched(renamed, "--json", "--target", "what it was")[1])["accuracy"]["cases"] == 75
+
+
+def test_limits_can_be_stated(watched, usual):
+    shifted = usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6})
+    assert watched(shifted)[0] == 2
+    assert watched(shifted, "--shift", "2", "--share", "1", "--loss", "1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--target", "nowhere"], "There is no column 'nowhere'"),
+        (["--public-key", "none.pub"], "none.pub"),
+        (["--shift", "far"], "'far' is not a valid float"),
+        (["--nonsense"], "No such option"),
+    ],
+)
+def test_error_ends_with_1_and_is_no_alarm(watched, usual, options, reason):
+    status, printed = watched(usual, *options)
+    assert status == 1
+    assert reason in printed
+
+
+def test_missing_file_and_missing_option_end_with_1(store, monkeypatch):
+    monkeypatch.chdir(store)
+    result = CliRunner().invoke(main, ["watch", f"models:/{NAME}/1", "--rows", "none.csv"])
+    assert (result.exit_code, "there is no such file" in result.output) == (1, True)
+    assert CliRunner().invoke(main, ["watch", f"models:/{NAME}/1"]).exit_code == 1
+
+
+def test_version_that_was_changed_in_the_store_is_not_loaded(watched, usual, store):
+    # given the training rows of the version, in the store, changed in one number
+    (path,) = store.glob("mlruns/**/training_rows.parquet")
+    content = path.read_bytes()
+    pd.read_parquet(path).assign(**{FEATURES[0]: 1.0}).to_parquet(path)
+    try:
+        status, printed = watched(usual)
+    finally:
+        path.write_bytes(content)
+    # then
+    assert status == 1
+    assert "It is not what was signed" in printed
+
+
+def test_as_a_process_in_the_folder_of_the_store(store, usual, tmp_path):
+    usual.to_csv(tmp_path / "Monday.csv", index=False)
+    command = [sys.executable, "-m", "lifecycle", "watch", f"models:/{NAME}/1", "--rows", str(tmp_path / "Monday.csv")]
+    process = finished(command, store, environment(tmp_path), limit=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert process.stdout.startswith("quiet: 75 rows\n")
