@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from lifecycle.comparison import Interval, choose, rows_interval
 from lifecycle.drift import LIMITS, Limits
+from lifecycle.gate import scores_per_row
 from lifecycle.monitoring import Baseline, Verdict, judge, labels_of
 from lifecycle.signing import register_candidate
 from lifecycle.tables import fingerprint
@@ -29,7 +29,9 @@ class NoChallengeError(RuntimeError):
 
 @dataclass(frozen=True)
 class Contest:
-    """The accuracy of the challenger minus that of the champion, and who is chosen.
+    """How much better the challenger is than the champion, and who is chosen.
+
+    It is the difference that the gate looks at, too: of the mean log of the probability given to the right class.
 
     Attributes:
         usual: on rows as before.
@@ -124,13 +126,13 @@ def contest(known: Baseline, challenger: object, usual: pd.DataFrame, new: pd.Da
         new: rows that have drifted, with labels, that neither has learned from.
         seed: of the bootstrap.
     """
-
-    def accuracy(actual: np.ndarray, predicted: np.ndarray) -> float:  # scikit-learn's takes a hundred times as long
-        return float((actual == predicted).mean())
+    models = challenger, known.estimator
+    probable = all(hasattr(model, "predict_proba") for model in models)
+    columns = [*known.features, known.target]
 
     def difference(rows: pd.DataFrame) -> Interval:
-        answers = [model.predict(rows[known.features]) for model in (challenger, known.estimator)]
-        return rows_interval(accuracy, rows[known.target], *answers, seed=seed)
+        scores = [scores_per_row(model, rows[columns], known.target, probable=probable) for model in models]
+        return rows_interval(lambda _, values: values.mean(), rows[known.target], *scores, seed=seed)
 
     rows = pd.concat([usual, new], ignore_index=True)
     on_usual, on_new, on_both = difference(usual), difference(new), difference(rows)

@@ -100,7 +100,7 @@ def share(count: int, cases: int) -> Share:
 
 
 def drift(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) -> tuple[ColumnDrift, ...]:
-    """Return the drift of each column of ``reference`` in ``rows``: the alarms, then the others, by their p-values.
+    """Return the drift of each column of ``reference`` in ``rows``.
 
     Numbers are compared by the Kolmogorov-Smirnov test. Their size is the Wasserstein distance in standard deviations
     of the reference: where one distribution is the other, shifted, this is the shift. Categories, truth values and gaps
@@ -131,11 +131,10 @@ def drift(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) 
             values = [_text(table[name]).fillna("(gap)") for table in (reference, rows)]
             found.append((name, "chi-squared", *_categories(*values), "of the rows", limits.share))
     corrected = stats.false_discovery_control([p for _, _, _, p, *_ in found]) if found else []
-    drifts = [
+    return tuple(
         ColumnDrift(name, test, statistic, float(p), size, unit, smallest, bool(p < limits.level and size >= smallest))
         for (name, test, statistic, _, size, unit, smallest), p in zip(found, corrected, strict=True)
-    ]
-    return tuple(sorted(drifts, key=lambda column: (not column.alarm, column.p_value)))
+    )
 
 
 def out_of_range(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) -> tuple[OutOfRange, ...]:

@@ -157,6 +157,11 @@ def judge(known: Baseline, rows: pd.DataFrame, limits: Limits = LIMITS) -> Judge
     return Judgement(verdict, tuple(text for _, text in found), len(rows), drifts, ranges, accuracy, known.expected)
 
 
+def unusual(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) -> bool:
+    """Tell whether a column has drifted or is out of range, for ``lifecycle.drift.false_alarms``."""
+    return any(column.alarm for column in (*drift(reference, rows, limits), *out_of_range(reference, rows, limits)))
+
+
 def labels_of(known: Baseline, rows: pd.DataFrame) -> pd.Series:
     """Return the labels, as text where the version's classes are text; gaps where there are none."""
     if known.target not in rows:

@@ -1,11 +1,13 @@
 """lifecycle.challenger: from which rows a challenger may learn, and when it takes the champion's place."""
 
+import dataclasses
+
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.base import clone
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import log_loss
 from versions import LOCK, NAME, ROOT, iris_rows, register, store_in
 
 from lifecycle.challenger import NoChallengeError, challenge, contest
@@ -89,14 +91,14 @@ def test_challenger_that_is_better_by_a_difference_that_counts_wins(known, usual
     assert found.both.low > 0
 
 
-def test_differences_are_those_of_the_accuracies(known, usual):
+def test_differences_are_those_of_the_log_losses(known, usual):
     challenger, new = trained(known, changed(1)), changed(2)
     found = contest(known, challenger, usual, new)
     for rows, difference in ((usual, found.usual), (new, found.new), (found.rows, found.both)):
-        scores = [
-            accuracy_score(rows[TARGET], model.predict(rows[FEATURES])) for model in (challenger, known.estimator)
+        losses = [
+            log_loss(rows[TARGET], model.predict_proba(rows[FEATURES])) for model in (challenger, known.estimator)
         ]
-        assert difference.difference == pytest.approx(scores[0] - scores[1])
+        assert difference.difference == pytest.approx(losses[1] - losses[0])
     assert len(found.rows) == len(usual) + len(new)
 
 
@@ -112,6 +114,33 @@ def test_challenger_that_is_worse_on_usual_rows_loses_although_it_is_better_on_a
     found = contest(known, challenger, usual, new)
     assert found.both.low > 0
     assert found.usual.high < 0
+    assert found.winner == "champion"
+
+
+class Stated:
+    """A model that gives the class of each row a stated probability: first of the usual rows, then of the new ones."""
+
+    classes_ = np.array(["no", "yes"])
+
+    def __init__(self, usual, new):
+        """Take both lists of probabilities."""
+        self.shares = {len(usual): usual, len(new): new, len(usual) + len(new): [*usual, *new]}
+
+    def predict_proba(self, features):
+        """Return the probabilities of both classes."""
+        right = np.array(self.shares[len(features)])
+        return np.column_stack([1 - right, right])
+
+
+def test_challenger_that_is_better_on_new_rows_alone_loses_where_all_rows_do_not_tell(known):
+    # given a challenger that is surer of three new rows, and on twenty usual rows now surer and now less sure
+    rows = pd.DataFrame({"width": [1.0] * 20, "answer": ["yes"] * 20})
+    champion = Stated([0.5] * 20, [0.5] * 3)
+    of_the_champion = dataclasses.replace(known, features=["width"], target="answer", estimator=champion)
+    challenger = Stated([0.9, 0.3] * 10, [0.6, 0.6, 0.7])
+    found = contest(of_the_champion, challenger, rows, rows.head(3))
+    assert found.new.low > 0
+    assert not found.both.counts
     assert found.winner == "champion"
 
 

@@ -191,6 +191,14 @@ def test_value_of_unknown_is_out_of_range():
     assert alarms(out_of_range(flowers(75, 0), rows)) == ["petal width (cm)"]
 
 
+def test_one_row_in_a_hundred_beyond_is_no_alarm_however_many_rows():
+    reference, rows = pd.DataFrame({"length": np.linspace(0, 1, 5000)}), pd.DataFrame({"length": [0.5] * 1000})
+    rows.loc[:9, "length"] = 1.1
+    (found,) = out_of_range(reference, rows)
+    assert found.p_value < 0.01
+    assert not found.alarm
+
+
 def test_category_never_seen_and_gap_never_seen_are_out_of_range():
     reference = colours(red=40, green=40).assign(size=1.0)
     assert alarms(out_of_range(reference, colours(red=30, lilac=10).assign(size=1.0))) == ["colour"]

@@ -120,6 +120,13 @@ def test_version_that_was_changed_in_the_store_is_not_loaded(watched, usual, sto
     assert "It is not what was signed" in printed
 
 
+def test_alias_that_was_moved_without_a_release_is_not_watched(watched, usual):
+    mlflow.MlflowClient().set_registered_model_alias(NAME, "champion", "1")
+    status, printed = watched(usual, uri=f"models:/{NAME}@champion")
+    assert status == 1
+    assert "no release as champion" in printed
+
+
 def test_as_a_process_in_the_folder_of_the_store(store, usual, tmp_path):
     usual.to_csv(tmp_path / "Monday.csv", index=False)
     command = [sys.executable, "-m", "lifecycle", "watch", f"models:/{NAME}/1", "--rows", str(tmp_path / "Monday.csv")]
