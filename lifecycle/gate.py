@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import mlflow
 import numpy as np
 import pandas as pd
@@ -157,7 +158,12 @@ def evaluate(version: Verified, rows: pd.DataFrame, target: str) -> "mlflow.mode
     """Return MLflow's evaluation of a classifier on ``rows``, which it logs to the active run."""
     options = {"targets": target, "model_type": "classifier"}
     options["evaluator_config"] = {"log_model_explainability": False}  # which would need shap
-    return mlflow.models.evaluate(str(version.folder), rows, **options)
+    before = set(plt.get_fignums())
+    try:
+        return mlflow.models.evaluate(str(version.folder), rows, **options)
+    finally:
+        for number in set(plt.get_fignums()) - before:  # MLflow leaves a figure open, which a notebook would show
+            plt.close(number)
 
 
 def check_floors(evaluation: "mlflow.models.EvaluationResult", floors: dict[str, float]) -> Check:

@@ -43,7 +43,7 @@ def copy_project(folder: Path, notebook: str = "project.ipynb") -> Path:
     """Copy a notebook, its pins, and its program if it has one, to ``folder``, and return the path there."""
     (folder / notebook).parent.mkdir(parents=True, exist_ok=True)
     programs = [path.relative_to(ROOT) for path in ROOT.glob("guides/*.py") if path.name[:3] == Path(notebook).name[:3]]
-    locks = ["requirements.txt"] if programs else []
+    locks = ["requirements.txt"] if notebook.startswith("guides/") else []
     for name in (notebook, "model_requirements.txt", *locks, *programs):
         shutil.copy(ROOT / name, folder / name)
     return folder / notebook

@@ -4,6 +4,7 @@ import shutil
 import sys
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import mlflow
 import pytest
 from execution import ROOT
@@ -92,6 +93,7 @@ def test_scores_are_those_of_mlflow_and_in_the_run(judge, good, cautious):
     features, target = ROWS_TEST.drop(columns="species"), ROWS_TEST["species"]
     assert verdict.metrics["accuracy_score"] == (model.predict(features) == target).mean()
     assert verdict.metrics["log_loss"] == pytest.approx(log_loss(target, model.predict_proba(features)))
+    assert plt.get_fignums() == []
     holder, candidate = mlflow.search_runs(output_format="list", max_results=2)
     assert candidate.data.metrics["accuracy_score"] == verdict.metrics["accuracy_score"]
     assert holder.data.tags["mlflow.parentRunId"] == candidate.info.run_id

@@ -1,4 +1,4 @@
-"""Guide 03: what the comparison, the killed search, the final evaluation and the release log."""
+"""Guide 03: what the comparison, the killed search, the final evaluation and the candidate log."""
 
 import mlflow
 import pandas as pd
@@ -9,6 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 
 from lifecycle.tables import fingerprint
+from lifecycle.verification import verified
 
 GUIDE = "guides/03_search_and_evaluate.ipynb"
 EXPERIMENT = "iris_classification"
@@ -139,7 +140,7 @@ def test_final_run_is_marked_and_scored_on_the_test_rows(client, runs):
     assert run.info.run_name == "final LogisticRegression_subset"
     assert run.data.tags["final_evaluation"] == "true"
     features, target = part_of_iris("test")
-    answers = mlflow.pyfunc.load_model(f"models:/{MODEL}@production").predict(features)
+    answers = mlflow.pyfunc.load_model(f"models:/{MODEL}@candidate").predict(features)
     assert run.data.metrics["test_accuracy"] == accuracy_score(target, answers)
     assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["iris_development", "iris_test"]
 
@@ -156,13 +157,15 @@ def test_final_run_says_who_used_the_test_rows_before(folder, client, runs):
     assert "In this store, 0 earlier runs have used these test rows." in "".join(text_outputs(executed(folder)))
 
 
-def test_production_is_the_final_version_and_the_older_one_is_still_there(client, runs):
-    assert str(client.get_model_version_by_alias(MODEL, "production").version) == "2"
-    assert client.get_model_version(MODEL, "1").run_id == runs["LogisticRegression_subset"].info.run_id
-    assert client.get_model_version(MODEL, "2").run_id == runs["final LogisticRegression_subset"].info.run_id
+def test_candidate_is_the_final_version_and_signed_and_nothing_is_in_production(folder, client, runs):
+    assert set(client.get_registered_model(MODEL).aliases) == {"candidate"}
+    assert client.get_model_version(MODEL, "1").run_id == runs["final LogisticRegression_subset"].info.run_id
+    with verified(f"models:/{MODEL}@candidate", folder / "keys/signing_key.pub") as copy:
+        assert copy.statement.purpose == "candidate"
+        assert len(pd.read_parquet(copy.training_rows)) == 120
 
 
-def test_version_that_is_not_better_than_the_holder_does_not_go_into_production(tmp_path):
+def test_recipe_that_is_not_better_by_a_difference_that_counts_is_not_taken(tmp_path):
     # given a store in which a run has used the test rows, and a search that is too short to find anything
     features, target = part_of_iris("test")
     rows = mlflow.data.from_pandas(features.assign(species=target))
@@ -173,10 +176,11 @@ def test_version_that_is_not_better_than_the_holder_does_not_go_into_production(
     mlflow.set_tracking_uri(None)
     # when
     process = papermill(copy_project(tmp_path, GUIDE), tmp_path, {"n_trials": 6})
-    # then both versions are there, and the first stays in production
+    # then the candidate has scikit-learn's own settings
     assert process.returncode == 0, process.stderr
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
-    assert str(client.get_model_version_by_alias(MODEL, "production").version) == "1"
-    assert len(client.search_model_versions(f"name = '{MODEL}'")) == 2
+    final = runs_by_name(client)["final LogisticRegression_subset"]
+    assert final.data.params["C"] == "1.0"
+    assert "the untuned recipe is the candidate" in "".join(text_outputs(executed(tmp_path)))
     # and the final run says who has used the test rows before
-    assert runs_by_name(client)["final LogisticRegression_subset"].data.tags["earlier_runs_on_test_rows"] == "1"
+    assert final.data.tags["earlier_runs_on_test_rows"] == "1"
