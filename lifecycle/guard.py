@@ -441,13 +441,9 @@ class Connection(H11Protocol):
         self.since = time.monotonic()
         super().on_response_complete()
 
-    def eof_received(self) -> bool | None:
-        """Answer a client that has sent a whole request and closed its own direction; refuse half a request."""
-        if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE) and not self.cycle.response_complete:
-            self.cycle.keep_alive = False
-            return True  # leave the other direction open
+    def eof_received(self) -> None:
+        """Refuse half a request of a client that has closed its direction; a whole one is answered by now."""
         self.end("400 Bad Request", "the request ends before it is complete")
-        return None
 
     def end(self, status: str, message: str) -> None:
         """Close the connection; say why to a client of which a part of a request is here."""
