@@ -99,20 +99,26 @@ def ui(port: int | None) -> None:
 @click.option("--key", default="id", show_default=True, help="The column of integers that tells the rows apart.")
 @click.option("--gaps", is_flag=True, help="Values may be missing: the model fills them.")
 @click.option("--master", default="local[*]", show_default=True, help="Spark's address.")
-@click.option("--lock", default="requirements.txt", show_default=True, help="The hashes for the model's environment.")
+@click.option("--public-key", type=click.Path(path_type=Path), help="By default the one beside the store.")
+@click.option("--trusted-type", "trusted_types", multiple=True, help="What the model may hold, as reviewed.")
 @click.option("--this-environment", is_flag=True, help="Score in this environment, and build none.")
 @click.option("--experiment", default="scoring", show_default=True, help="Where the run goes.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was scored as JSON.")
-def score(uri: str, as_json: bool, experiment: str, lock: str, this_environment: bool, **settings) -> None:
-    """Score a Parquet data set with the model at URI on Spark, in the environment that the model recorded."""
+def score(
+    uri: str, as_json: bool, experiment: str, public_key: Path | None, this_environment: bool, **settings
+) -> None:
+    """Score a Parquet data set with the signed version at URI on Spark, in the environment that it recorded."""
     with in_one_line():
-        from lifecycle.scoring import score
+        from lifecycle.keys import own_public_key
+        from lifecycle.scoring import check_result, score
         from lifecycle.store import open_experiment
 
         use_store()
-        open_experiment(experiment, "Data sets scored by registered models.", Path.cwd())
         rows, result = settings.pop("rows"), settings.pop("result")
-        scored = score(uri, rows, result, lock=None if this_environment else lock, **settings)
+        check_result(result)
+        key = public_key or own_public_key(Path.cwd())
+        open_experiment(experiment, "Data sets scored by registered models.", Path.cwd())
+        scored = score(uri, rows, result, public_key=key, own_environment=not this_environment, **settings)
     done = f"{scored.rows} rows (digest {scored.digest}) scored into {result}, recorded in run {scored.run_id}"
     click.echo(json.dumps(asdict(scored)) if as_json else done)
 

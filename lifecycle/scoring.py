@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lifecycle.spark import in_a_line, spark_session, verified_archives
+from lifecycle.verification import verified
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -150,22 +151,27 @@ def score(
     key: str = "id",
     gaps: bool = False,
     master: str = "local[*]",
-    lock: str | Path | None = None,
+    public_key: Path,
+    trusted_types: list[str] | tuple[str, ...] = (),
+    own_environment: bool = True,
 ) -> Scored:
     """Score the Parquet data set at ``path``, write keys and predictions to ``result``, and log a run that says so.
 
     The run is in the active experiment, with rows and model as its inputs. It fails if Spark does.
 
     Args:
-        uri: the model's address, such as ``models:/name@champion``.
+        uri: the version's address, such as ``models:/name@champion``. It is verified before it is loaded.
         path: as for ``check_rows``.
         result: a folder that is not there yet.
         key: as for ``check_rows``.
         gaps: as for ``check_rows``.
         master: Spark's address.
-        lock: the hashes for the model's own environment, as for ``verified_archives``; None to score in this one.
+        public_key: the public half of the key that signed the version.
+        trusted_types: see ``lifecycle.verification.verified``.
+        own_environment: whether to score in the environment that the version recorded, or in this one.
 
     Raises:
+        NotVerifiedError: the version is not what was signed.
         FileExistsError, UnfitRowsError, SparkMissingError, EnvironmentRefusedError: before anything is written.
         SparkFailedError: Spark failed.
     """
@@ -175,17 +181,19 @@ def score(
     from mlflow.entities import LoggedModelInput
 
     check_result(result)
-    with tempfile.TemporaryDirectory() as scratch, spark_session(master, Path(scratch)) as spark:
-        folder = mlflow.artifacts.download_artifacts(uri, dst_path=scratch)  # once: an alias may move
-        model = mlflow.models.Model.load(folder)
+    with contextlib.ExitStack() as stack:
+        version = stack.enter_context(verified(uri, public_key, trusted_types=trusted_types))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        spark = stack.enter_context(spark_session(master, scratch))
+        model = mlflow.models.Model.load(str(version.folder))
         rows = check_rows(spark, path, model.signature, key, gaps=gaps)
-        with verified_archives(lock) if lock else contextlib.nullcontext():
-            predict = mlflow.pyfunc.spark_udf(spark, folder, env_manager="uv" if lock else "local")
+        environment = "uv" if own_environment else "local"
+        with verified_archives(version.packages) if own_environment else contextlib.nullcontext():
+            predict = mlflow.pyfunc.spark_udf(spark, str(version.folder), env_manager=environment)
         dataset = MetaDataset(SparkDatasetSource(path=str(path)), name=Path(path).name, digest=rows.digest)
         with mlflow.start_run(run_name="scoring", tags={"mlflow.source.name": "lifecycle score"}) as run:
-            environment = "uv" if lock else "local"
             mlflow.log_params({"model_uri": uri, "rows": rows.count, "environment": environment, "result": result})
-            mlflow.log_input(dataset, "scoring", model=LoggedModelInput(model.model_id) if model.model_id else None)
+            mlflow.log_input(dataset, "scoring", model=LoggedModelInput(version.model_id))
             frame = rows.frame.coalesce(spark.sparkContext.defaultParallelism)  # a server of MLflow's for each
             columns = [quoted(name) for name in input_types(model.signature)]
             with in_a_line("Scoring failed:"):

@@ -32,7 +32,7 @@ ALLOWED = {
     "guard": set(),  # runs where there is no lifecycle
     "serving": {"environment", "verification"},
     "spark": {"store"},
-    "scoring": {"spark", "store"},
+    "scoring": {"spark", "store", "verification"},
     "workers": {"store"},
     "keys": {"store"},
     "contents": {"pins"},

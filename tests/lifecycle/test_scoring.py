@@ -21,6 +21,7 @@ from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import ColSpec, Schema, TensorSpec
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
+from versions import register, store_in
 
 from lifecycle import scoring
 from lifecycle import spark as sparks
@@ -41,21 +42,11 @@ def uri(folder, empty_store):
     """Give the address of a registered model, in a store that is active as long as this module's tests."""
     folder.mkdir()
     shutil.copy(empty_store, folder)
-    mlflow.set_tracking_uri(f"sqlite:///{folder.as_posix()}/mlflow.db")
-    mlflow.set_experiment(experiment_id=mlflow.create_experiment("scoring", (folder / "mlruns").as_uri()))
-    iris = load_iris(as_frame=True)
-    species = pd.Series(iris.target_names[iris.target], name="species")
-    with mlflow.start_run():
-        mlflow.sklearn.log_model(
-            LogisticRegression(max_iter=1000).fit(iris.data, species),
-            name="iris",
-            signature=infer_signature(iris.data, species),
-            pip_requirements=str(ROOT / "model_requirements.txt"),
-            registered_model_name="iris",
-        )
-    mlflow.MlflowClient().set_registered_model_alias("iris", "champion", "1")
-    yield "models:/iris@champion"
-    mlflow.set_tracking_uri(None)
+    with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
+        iris = load_iris(as_frame=True)
+        register(folder, rows=iris.data.assign(species=iris.target_names[iris.target]))
+        mlflow.MlflowClient().set_registered_model_alias("iris", "champion", "1")
+        yield "models:/iris@champion"
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +326,7 @@ TWICE = """
 @pytest.fixture(scope="module")
 def commanded(spark, folder, uri, flowers):
     """Give what ``lifecycle score`` prints, run twice in a process, and the temporary files that it leaves."""
-    arguments = ["score", uri, "--rows", str(folder / "data"), "--lock", str(LOCK), "--master", "local[2]", "--json"]
+    arguments = ["score", uri, "--rows", str(folder / "data"), "--master", "local[2]", "--json"]
     results = [str(folder / "result"), str(folder / "again")]
     variables = environment(folder.parent, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
     command = [sys.executable, "-c", textwrap.dedent(TWICE), *arguments, *results]
