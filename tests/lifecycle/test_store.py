@@ -18,6 +18,7 @@ from execution import ROOT, commit_all, environment, free_port, git, snapshot, t
 
 from lifecycle.store import (
     StoreUnusableError,
+    begin_store,
     check_store,
     make_sqlite_store,
     open_experiment,
@@ -145,6 +146,21 @@ def test_start_succeeds_after_starts_that_were_killed_while_they_made_the_store(
     # then it succeeds and clears up what the others left
     assert process.returncode == 0, printed
     assert names(folder) == ["mlflow.db"]
+
+
+def test_store_is_made_by_another_process_while_this_one_goes_on(tmp_path):
+    process = begin_store(tmp_path)
+    assert process.wait(120) == 0
+    assert names(tmp_path) == ["mlflow.db"]
+    assert begin_store(tmp_path) is None  # it is there
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///what?/mlflow.db", "sqlite:///{folder}/notes.txt"])
+def test_nothing_is_begun_for_a_server_or_a_store_that_cannot_be_read(uri, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("no database")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(folder=tmp_path))
+    assert begin_store(tmp_path) is None
+    assert names(tmp_path) == ["notes.txt"]
 
 
 # --- a half-made store
