@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import MetricThreshold
 
 from lifecycle.comparison import Interval, rows_interval
-from lifecycle.environment import EnvironmentNotBuiltError, PredictionFailedError, built, predict
+from lifecycle.environment import EnvironmentNotBuiltError, PredictionFailedError, built, predict, python_note
 from lifecycle.verification import Verified
 
 PASSED, FAILED, UNCHECKED = "passed", "failed", "not checked"
@@ -221,9 +221,8 @@ def check_environment(candidate: Verified, features: pd.DataFrame, cache: Path |
         except (EnvironmentNotBuiltError, PredictionFailedError) as error:
             return Check("fresh environment", FAILED, " ".join(str(error).split()))
     same = sum(one == other for one, other in zip(here, there, strict=True))
-    return Check(
-        "fresh environment", PASSED if same == len(here) else FAILED, f"{same} of {len(here)} predictions are the same"
-    )
+    found = [f"{same} of {len(here)} predictions are the same", python_note(candidate.folder)]
+    return Check("fresh environment", PASSED if same == len(here) else FAILED, ". ".join(filter(None, found)))
 
 
 def not_rebuilt() -> Check:
