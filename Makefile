@@ -72,9 +72,10 @@ site: $(DEVELOPMENT) ## build the site into build/site, from what is stored in t
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/site-doctrees . build/site
 	@echo "The site: build/site/index.html"
 
-benchmark: $(INSTALLED) ## measure the quickstart, the search of guide 03, and guide 06 where Spark is, against their peers
+benchmark: $(INSTALLED) ## measure the quickstart, the search of guide 03, the shared server, and guide 06 where Spark is, against their peers
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/server.py
 	$(if $(OUT_OF_REACH),@echo "Left out: benchmarks/scale.py. $(TO_REACH_IT)",$(BIN)/python benchmarks/scale.py)
 
 reproduce: $(INSTALLED) ## execute fresh clones in unlike situations, and compare all that they give (NOTEBOOKS=... for some)
