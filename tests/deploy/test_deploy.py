@@ -286,6 +286,13 @@ def follow(section: str, team, folder: Path) -> list[str]:
     return of_compose
 
 
+@pytest.mark.parametrize("name", ["server", "model"])
+def test_health_check_is_one_program(name):
+    command, _, _, program = services()[name]["healthcheck"]["test"]
+    assert command == "CMD"
+    compile(program, "health check", "exec")
+
+
 def test_health_check_of_the_container_passes(team):
     check = services()["server"]["healthcheck"]["test"]
     assert check[0] == "CMD"
