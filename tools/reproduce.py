@@ -212,7 +212,9 @@ def parts(value: Any) -> Iterator[bytes]:
     import numpy as np
 
     yield f"<{type(value).__name__}>".encode()
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind != "O":
+    if isinstance(value, np.ndarray) and value.dtype.names:  # the nodes of a tree; between the fields are unset bytes
+        yield from parts({name: value[name] for name in value.dtype.names})
+    elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind != "O":
         yield f"{value.dtype}{value.shape}".encode() + value.tobytes()
     elif isinstance(value, dict):
         for key in sorted(value, key=repr):

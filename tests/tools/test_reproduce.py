@@ -119,6 +119,19 @@ def test_parameters_are_equal_only_if_every_bit_is(reproduce, estimator):
     assert reproduce.digest(model) != reproduce.digest(other)
 
 
+def test_unset_bytes_between_the_fields_of_a_table_do_not_count(reproduce):
+    # given two arrays of the same values, with other bytes between their fields
+    fields = np.dtype([("left", "u1"), ("threshold", "f8")], align=True)
+    array, other = (np.frombuffer(bytearray([filling]) * 2 * fields.itemsize, dtype=fields) for filling in (0, 255))
+    for filled in (array, other):
+        filled["left"], filled["threshold"] = 1, 0.5
+    assert array.tobytes() != other.tobytes()
+    # then
+    assert reproduce.digest(array) == reproduce.digest(other)
+    other["threshold"][1] = 0.25
+    assert reproduce.digest(array) != reproduce.digest(other)
+
+
 def test_altered_prediction_is_found(reproduce):
     probabilities = np.array([[0.2, 0.8], [0.5, 0.5]])
     classes = np.array(["yes", "no"], dtype=object)
