@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
+from pygments.lexers import TextLexer
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,7 @@ autodoc_mock_imports = [name for name in ("pyspark",) if find_spec(name) is None
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 add_module_names = False
+suppress_warnings = ["ref.python"]  # two modules may each have a class of that name
 python_maximum_signature_line_length = 80
 
 html_theme = "pydata_sphinx_theme"
@@ -62,8 +64,9 @@ def contents(*pages: str) -> str:
 
 
 def modules() -> str:
-    """Return a section for each module of the library, with its docstrings."""
-    names = sorted(module.name for module in pkgutil.iter_modules(lifecycle.__path__) if module.name != "__main__")
+    """Return a section for each module of the library, with its docstrings, but for those of the commands."""
+    names = sorted(module.name for module in pkgutil.iter_modules(lifecycle.__path__))
+    names = [name for name in names if name != "__main__" and not name.endswith("_commands")]
     return "".join(f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: lifecycle.{name}\n```\n" for name in names)
 
 
@@ -118,6 +121,7 @@ def open_at_home(app: Sphinx, failure: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Connect the functions above to Sphinx."""
+    app.add_lexer("mermaid", TextLexer)  # GitHub draws these; here they stay text, which needs no script from elsewhere
     app.connect("source-read", complete)
     app.connect("autodoc-process-docstring", link_issues)
     app.connect("html-page-context", show_files)
