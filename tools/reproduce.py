@@ -299,6 +299,9 @@ def committed_notebooks() -> list[str]:
 
 def cause(notebook: str, situation: Situation, first: dict, found: dict, work: Path) -> str:
     """Return which setting alone makes the same difference. Python comes first: it has a folder of its own."""
+    again = executed(work / FIRST.folder, notebook, FIRST, work, results=f"{Path(notebook).stem} again")
+    if any(differences(first, again).values()):
+        return "the cause: chance, since a second execution of the first clone differs, too"
     for name, value in sorted(situation.varied(FIRST).items(), key=lambda setting: setting[0] != "python"):
         alone = replace(FIRST, **{name: value})
         clone = work / (situation if name == "python" else alone).folder
