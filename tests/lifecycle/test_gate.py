@@ -283,3 +283,15 @@ def test_verdict_names_every_check_that_did_not_pass():
     with pytest.raises(GateClosedError) as caught:
         Verdict(checks, {}, None).require()
     assert "one failed (because); three not checked (left). The alias stays" in str(caught.value)
+
+
+@pytest.mark.parametrize("open_before", [0, 1])
+def test_evaluation_leaves_no_figure_open_and_closes_no_other(judge, good, open_before):
+    # given a figure of the caller's, or none
+    plt.close("all")
+    mine = [plt.figure().number for _ in range(open_before)]
+    # when
+    judge(good)
+    # then
+    assert plt.get_fignums() == mine
+    plt.close("all")
