@@ -15,6 +15,7 @@ from lifecycle.comparison import Interval, choose, rows_interval
 from lifecycle.drift import LIMITS, Limits
 from lifecycle.gate import scores_per_row
 from lifecycle.monitoring import Baseline, Verdict, judge, labels_of
+from lifecycle.pins import find_model_requirements
 from lifecycle.signing import register_candidate
 from lifecycle.tables import fingerprint
 from lifecycle.verification import Verified
@@ -56,7 +57,7 @@ def challenge(
     *,
     key: Path,
     lock: Path,
-    requirements: Path,
+    requirements: Path | None = None,
     limits: Limits = LIMITS,
     seed: int = 0,
 ) -> "tuple[ModelVersion, Contest]":
@@ -72,7 +73,8 @@ def challenge(
         new: rows that have drifted, with labels.
         key: the private key that signs the candidate.
         lock: the list that holds the hashes of ``requirements``.
-        requirements: the pins that the candidate records, of this environment, in which it learns.
+        requirements: the pins that the candidate records, of this environment, in which it learns; by default the
+            project's, see ``lifecycle.pins.find_model_requirements``.
         limits: from where on a finding is an alarm.
         seed: of the halves and of the bootstrap.
 
@@ -103,7 +105,7 @@ def challenge(
             f"{folder}/model",
             signature=source.signature,
             input_example=rows[known.features].head(3),
-            pip_requirements=str(requirements),
+            pip_requirements=str(requirements or find_model_requirements()),
             skops_trusted_types=source.flavors["sklearn"].get("skops_trusted_types"),
         )
         candidate = register_candidate(Path(folder) / "model", name, key=key, lock=lock, training_rows=rows)

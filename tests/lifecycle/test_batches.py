@@ -5,9 +5,10 @@ import json
 import mlflow
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from versions import NAME, iris_rows, register, store_in
 
-from lifecycle.batches import log_batch, picture, recorded
+from lifecycle.batches import log_batch, plot_drift, recorded
 from lifecycle.keys import own_public_key
 from lifecycle.monitoring import Verdict, baseline, judge
 from lifecycle.verification import verified
@@ -154,7 +155,9 @@ def test_rows_answers_and_judgement_are_kept(version, known, usual):
 
 def test_batch_without_labels_leaves_no_accuracy(version, known, usual):
     run_id = log_batch(version, known, usual[FEATURES], judge(known, usual[FEATURES])).info.run_id
-    assert mlflow.get_run(run_id).data.metrics == {}
+    run = mlflow.get_run(run_id)
+    assert run.data.metrics == {}
+    assert [used.model_id for used in run.inputs.model_inputs] == [version.model_id]
 
 
 def test_broken_batch_is_kept_without_answers(version, known, usual):
@@ -166,7 +169,8 @@ def test_broken_batch_is_kept_without_answers(version, known, usual):
 
 def test_picture_shows_sizes_in_multiples_of_what_counts(known, usual):
     judgement = judge(known, usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6}))
-    (axes,) = picture(judgement).axes
+    axes = Figure().subplots()
+    plot_drift(judgement, axes)
     widths = {
         label.get_text(): bar.get_width() for label, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
     }

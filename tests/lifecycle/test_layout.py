@@ -21,7 +21,7 @@ ALLOWED = {
     "monitoring_commands": {"batches", "drift", "keys", "monitoring", "shell", "store", "tables", "verification"},
     "monitoring": {"drift", "verification"},
     "batches": {"monitoring", "serving", "verification"},
-    "challenger": {"comparison", "drift", "gate", "monitoring", "signing", "tables", "verification"},
+    "challenger": {"comparison", "drift", "gate", "monitoring", "pins", "signing", "tables", "verification"},
     "environment": {"pins", "store", "tables", "comparison"},
     "interface": {"store"},
     "check": {"interface", "pins", "store"},
