@@ -162,27 +162,6 @@ def refusal(notebook: str, **parameters) -> str:
     raise AssertionError(f"{notebook} took {parameters}")
 
 
-def run_cells(notebook: str, starts: list[str], names: dict, **parameters) -> dict:
-    """Run some code cells of a guide in this process, in the order in which they are asked for.
-
-    Args:
-        notebook: the path in the project.
-        starts: how each cell begins.
-        names: what the cells find defined; what they define is added.
-        parameters: what to put in place of the defaults in the cell tagged ``parameters``, if it is among them.
-
-    Returns:
-        ``names``.
-    """
-    cells = [cell for cell in nbformat.read(ROOT / notebook, as_version=4).cells if cell.cell_type == "code"]
-    for start in starts:
-        (cell,) = [cell for cell in cells if cell.source.startswith(start)]
-        exec(cell.source, names)
-        if "parameters" in cell.metadata.get("tags", []):
-            names |= parameters
-    return names
-
-
 def executed(folder: Path) -> nbformat.NotebookNode:
     """Return the notebook that ``execute`` left in ``folder``."""
     notebook = nbformat.read(folder / "executed.ipynb", as_version=4)

@@ -9,7 +9,7 @@ from execution import ROOT, git
 
 NOTEBOOKS = git(ROOT, "ls-files", "*.ipynb", ":!benchmarks").splitlines()
 GUIDES = [name for name in NOTEBOOKS if name.startswith("guides/")]
-LEAN = [name for name in GUIDES if name[7:9] in ("01", "02", "03", "06")]
+LEAN = [name for name in GUIDES if name[7:9] in ("01", "02", "03", "05", "06")]
 
 
 def code_cells(notebook: str) -> list[nbformat.NotebookNode]:
