@@ -136,32 +136,6 @@ def papermill(
     return finished(command, folder, environment(folder, **variables), limit)
 
 
-def refusal(notebook: str, **parameters) -> str:
-    """Run the code of a guide that comes before its store, in this process, and return the error that it ends with.
-
-    The cell that finds the pins is left out. What is run writes nothing: what a guide writes goes to its store.
-
-    Args:
-        notebook: the path in the project.
-        parameters: what to put in place of the defaults in the cell tagged ``parameters``.
-
-    Raises:
-        AssertionError: there was no error.
-    """
-    names = {"__name__": "__main__"}
-    for cell in nbformat.read(ROOT / notebook, as_version=4).cells:
-        if cell.source.startswith("open_experiment("):
-            break
-        if cell.cell_type == "code" and not cell.source.startswith("os.environ"):
-            try:
-                exec(cell.source, names)
-            except ValueError as error:
-                return str(error)
-        if "parameters" in cell.metadata.get("tags", []):
-            names |= parameters
-    raise AssertionError(f"{notebook} took {parameters}")
-
-
 def executed(folder: Path) -> nbformat.NotebookNode:
     """Return the notebook that ``execute`` left in ``folder``."""
     notebook = nbformat.read(folder / "executed.ipynb", as_version=4)

@@ -9,7 +9,6 @@ from execution import ROOT, git
 
 NOTEBOOKS = git(ROOT, "ls-files", "*.ipynb", ":!benchmarks").splitlines()
 GUIDES = [name for name in NOTEBOOKS if name.startswith("guides/")]
-LEAN = [name for name in GUIDES if name[7:9] in ("01", "02", "03", "05", "06")]
 
 
 def code_cells(notebook: str) -> list[nbformat.NotebookNode]:
@@ -54,7 +53,7 @@ def code_lines(cell: nbformat.NotebookNode) -> int:
     return sum(bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.splitlines())
 
 
-@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("name", GUIDES)
 def test_guide_can_be_read_in_a_quarter_of_an_hour(name):
     lines = [code_lines(cell) for cell in code_cells(name)]
     words = sum(len(cell.source.split()) for cell in prose_cells(name))
@@ -64,7 +63,7 @@ def test_guide_can_be_read_in_a_quarter_of_an_hour(name):
     assert words >= 8 * sum(lines)
 
 
-@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("name", GUIDES)
 def test_guide_says_what_it_teaches_and_what_it_does_not_show(name):
     first, *_, last = prose_cells(name)
     assert re.search(r"\n\| you (learn|do) \| with \|\n", first.source)
@@ -72,7 +71,7 @@ def test_guide_says_what_it_teaches_and_what_it_does_not_show(name):
     assert "## In this guide we ..." in last.source
 
 
-@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("name", GUIDES)
 def test_printed_commands_name_the_environment_and_links_lead_to_files(name):
     prose = "\n".join(cell.source for cell in prose_cells(name))
     for block in re.findall(r"```\n(.*?)```", prose, re.DOTALL):
