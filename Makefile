@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test test-all guides report ui lab notebooks screenshots site benchmark reproduce lock lint browser postgresql scale clean help
+.PHONY: run test test-all guides report ui lab notebooks screenshots site bench reproduce lock lint browser postgresql scale clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
@@ -72,11 +72,8 @@ site: $(DEVELOPMENT) ## build the site into build/site, from what is stored in t
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/site-doctrees . build/site
 	@echo "The site: build/site/index.html"
 
-benchmark: $(INSTALLED) ## measure the quickstart, the search of guide 03, the shared server, and guide 06 where Spark is, against their peers
-	$(BIN)/python benchmarks/quickstart.py
-	$(BIN)/python benchmarks/search.py
-	$(BIN)/python benchmarks/server.py
-	$(if $(OUT_OF_REACH),@echo "Left out: benchmarks/scale.py. $(TO_REACH_IT)",$(BIN)/python benchmarks/scale.py)
+bench: $(INSTALLED) ## measure everything against its named peers, and write benchmarks/RESULTS.md; it takes long
+	$(BIN)/python benchmarks/results.py $(if $(ONLY),--only $(ONLY))
 
 reproduce: $(INSTALLED) ## execute fresh clones in unlike situations, and compare all that they give (NOTEBOOKS=... for some)
 	$(BIN)/python tools/reproduce.py $(if $(filter command line environment,$(origin NOTEBOOKS)),$(NOTEBOOKS))

@@ -1,0 +1,67 @@
+"""Measure what it takes to install the lock from a clone, beside `pip install -r` of the same lock.
+
+Usage: python benchmarks/installation.py [--rounds 3]
+
+- ours: as the Makefile does it: a venv, uv by pip with its hash verified, and `uv pip sync` with copies of the files.
+- pip: a venv, and `pip install --require-hashes -r requirements.txt`.
+
+Cold: both have an empty package cache of their own. Warm: both have what the cold installation left. A round runs each
+once, in turn; a ratio is formed within a round, and its median over the rounds is the figure, with the range.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = ROOT / "requirements.txt"
+
+
+def seconds(way: str, folder: Path, cache: Path) -> float:
+    """Return how long it takes to make an environment in ``folder`` with the packages of the lock.
+
+    Args:
+        way: "ours" or "pip".
+        folder: where the environment goes; not there yet.
+        cache: the package cache, of pip and of uv.
+    """
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("UV_CACHE", "PIP_CACHE"))}
+    variables |= {"UV_CACHE_DIR": str(cache / "uv"), "PIP_CACHE_DIR": str(cache / "pip")}
+    python = folder / "bin/python"
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes", "-r"]
+    uv = folder.parent / f"{folder.name}-uv.txt"
+    uv.write_text(re.search(r"(?ms)^uv==.*?(?=^    # via)", LOCK.read_text(encoding="utf-8"))[0])
+    sync = [folder / "bin/uv", "pip", "sync", "--quiet", "--link-mode", "copy", "--require-hashes"]
+    steps = [[*pip, LOCK]] if way == "pip" else [[*pip, uv], [*sync, "--python", python, LOCK]]
+    begin = time.perf_counter()
+    for step in [[sys.executable, "-m", "venv", folder], *steps]:
+        subprocess.run(step, env=variables, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    taken = {(way, state): [] for state in ("cold", "warm") for way in ("ours", "pip")}
+    for number in range(parser.parse_args().rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            for way, state in taken:
+                folder = Path(scratch) / f"{way}-{state}-{number}"
+                taken[way, state].append(seconds(way, folder, Path(scratch) / f"cache-{way}"))
+    print("cache   ours (s)   pip (s)   ours / pip")
+    for state in ("cold", "warm"):
+        ours, pip = taken["ours", state], taken["pip", state]
+        ratios = [one / other for one, other in zip(ours, pip, strict=True)]
+        figures = f"{statistics.median(ours):8.1f}  {statistics.median(pip):8.1f}   {statistics.median(ratios):.2f}"
+        print(f"{state:6}{figures} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Run the benchmarks, one after the other, and write what they print to benchmarks/RESULTS.md.
+
+Usage: python benchmarks/results.py [--only quickstart search serving scale server] [--quick]
+
+Each part has its command, so that anybody can repeat it alone. A part that is not run keeps what stands in the file,
+with the commit and the date at which it was measured. `--quick` takes few rounds, to see that all of it works.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/RESULTS.md"
+PARTS = {  # title, arguments, and those of a quick run
+    "quickstart": ("The quickstart beside MLflow's own, and beside the bare calls", [], ["--rounds", "1"]),
+    "installation": ("Setting up from a clone, beside pip", [], ["--rounds", "1"]),
+    "environment": ("What a model needs, beside full MLflow", [], []),
+    "store": ("Logging a run, and finding the best one", [], ["--runs", "50"]),
+    "search": ("A tracked search beside an untracked one, and beside MLflow's own storage", [], ["--rounds", "1"]),
+    "serving": ("Serving beside `mlflow models serve`", ["--start"], ["--rounds", "1", "--seconds", "0.5"]),
+    "scale": ("Spark beside one process, and two workers beside one", [], ["--rounds", "1", "--rows", "10000"]),
+    "server": ("The team's server beside `mlflow server` on SQLite", [], ["--clients", "8", "--seconds", "5"]),
+}
+HEAD = """# Results
+
+Each part compares this project with a named peer, in one run on one machine. Ratios say more than times, which another
+machine changes. `make bench` measures all parts, and writes this file. Nobody edits it.
+"""
+
+
+def machine() -> str:
+    """Return what the figures depend on: processor, memory, system and versions."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("mlflow", "scikit-learn", "pandas", "uv")]
+    cores = f"{os.cpu_count()} cores, {memory:.0f} GB"
+    return f"{platform.system()}, {cores}, Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def measured(name: str, arguments: list[str]) -> str:
+    """Run one benchmark, and return its part of the page.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    command = [f"benchmarks/{name}.py", *arguments]
+    print("...", *command, flush=True)
+    before = os.getloadavg()[0]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    today = datetime.datetime.now(datetime.UTC).date()
+    facts = f"{today}, commit {commit}, load of the machine before: {before:.1f}\n{machine()}"
+    text = done.stdout.strip()
+    return f"## {PARTS[name][0]}\n\n```\n.venv/bin/python {' '.join(command)}\n```\n\n{facts}\n\n```\n{text}\n```\n"
+
+
+def parts_of(page: str) -> dict[str, str]:
+    """Return the parts that a page has, by the name of the benchmark."""
+    found = re.findall(r"(?ms)^## .*?(?=^## |\Z)", page)
+    return {re.search(r"benchmarks/(\w+)\.py", part)[1]: part.rstrip() + "\n" for part in found}
+
+
+def main() -> None:
+    """Measure, and write the page after each part."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true")
+    settings = parser.parse_args()
+    parts = parts_of(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for name in settings.only:
+        if name == "scale" and (shutil.which("java") is None or importlib.util.find_spec("pyspark") is None):
+            print("Left out: benchmarks/scale.py. It needs Java 17 or later and: make scale")
+            continue
+        _, arguments, quick = PARTS[name]
+        parts[name] = measured(name, arguments + quick if settings.quick else arguments)
+        page = "\n".join([HEAD, *(parts[name] for name in PARTS if name in parts)])
+        RESULTS.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
