@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import click
-from pygments.lexers import TextLexer
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +120,6 @@ def open_at_home(app: Sphinx, failure: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Connect the functions above to Sphinx."""
-    app.add_lexer("mermaid", TextLexer)  # GitHub draws these; here they stay text, which needs no script from elsewhere
     app.connect("source-read", complete)
     app.connect("autodoc-process-docstring", link_issues)
     app.connect("html-page-context", show_files)
