@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test test-all guides report ui lab notebooks screenshots site bench reproduce lock lint browser postgresql scale clean help
+.PHONY: run test test-all guides report ui lab notebooks screenshots site bench reliability reproduce lock lint browser postgresql scale clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
@@ -71,6 +71,9 @@ screenshots: browser ## take the pictures in docs/images
 site: $(DEVELOPMENT) ## build the site into build/site, from what is stored in the notebooks
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/site-doctrees . build/site
 	@echo "The site: build/site/index.html"
+
+reliability: $(INSTALLED) ## kill, crowd and damage everything, and count what survives; it takes an hour
+	$(BIN)/python benchmarks/reliability.py
 
 bench: $(INSTALLED) ## measure everything against its named peers, and write benchmarks/RESULTS.md; it takes long
 	$(BIN)/python benchmarks/results.py $(if $(ONLY),--only $(ONLY))

@@ -26,6 +26,7 @@ PARTS = {  # title, arguments, and those of a quick run
     "environment": ("What a model needs, beside full MLflow", [], []),
     "store": ("Logging a run, and finding the best one", [], ["--runs", "50"]),
     "search": ("A tracked search beside an untracked one, and beside MLflow's own storage", [], ["--rounds", "1"]),
+    "verification": ("Verifying a signature, beside the bare SHA-256", [], ["--rounds", "1", "--megabytes", "1"]),
     "serving": ("Serving beside `mlflow models serve`", ["--start"], ["--rounds", "1", "--seconds", "0.5"]),
     "scale": ("Spark beside one process, and two workers beside one", [], ["--rounds", "1", "--rows", "10000"]),
     "server": ("The team's server beside `mlflow server` on SQLite", [], ["--clients", "8", "--seconds", "5"]),

@@ -1,0 +1,183 @@
+"""Kill, crowd and damage what this project runs, and count what survives.
+
+Usage: python benchmarks/reliability.py [--moments 30] [--changes 100] [--only kill-quickstart kill-release ...]
+
+- kill-quickstart, kill-search, kill-release: the quickstart, guide 03 and a release are killed by SIGKILL, with their
+  children, at seeded moments. After each, the store opens, everything that was registered before loads and predicts the
+  same, and a new execution finishes.
+- crowd: six processes open a store that is not there yet, at the same moment; beside it, six that do so as MLflow does.
+- bytes: one random byte of a signed version's files is changed in the store. It survives if the version is refused;
+  beside it, what `mlflow.pyfunc.load_model` does: it refuses as well, or predicts the same, or differs without a word.
+
+Each line of the table: what was tried, how often, what survived. Exit status 1 if anything of ours was lost.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+
+import mlflow
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests/helpers"))
+
+from releases import make_store  # noqa: E402
+from versions import iris_rows  # noqa: E402
+
+from lifecycle.keys import own_public_key  # noqa: E402
+from lifecycle.verification import NotVerifiedError, verified  # noqa: E402
+
+RELEASE = "import sys; from pathlib import Path; from releases import released; released(Path(sys.argv[1]))"
+OPEN = {
+    "ours": "import sys; from lifecycle.store import make_sqlite_store as make; make(sys.argv[1])",
+    "mlflow": "import sys, mlflow; mlflow.MlflowClient(f'sqlite:///{sys.argv[1]}').search_experiments()",
+}
+
+
+def program(name: str, folder: Path) -> list[str]:
+    """Return the command of a program that is to be killed; it works on the store in ``folder``."""
+    if name == "release":
+        return [sys.executable, "-c", RELEASE, str(folder)]
+    notebook = {"quickstart": "project.ipynb", "search": "guides/03_search_and_evaluate.ipynb"}[name]
+    for file in (notebook, "model_requirements.txt", "requirements.txt"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
+    options = ["--execute", "--to", "notebook", "--output", str(folder / "out.ipynb")]
+    return [sys.executable, "-m", "nbconvert", *options, str(folder / notebook)]
+
+
+def started(command: list[str], folder: Path) -> subprocess.Popen:
+    """Start a program in a session of its own, on the store in ``folder``."""
+    variables = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "REBUILD_ENVIRONMENT": "off"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
+    silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=folder, env=variables, start_new_session=True, **silent)
+
+
+def answers(folder: Path) -> dict[str, list]:
+    """Return what each registered version in the store of ``folder`` predicts, in a process that opens it anew."""
+    code = """
+import json, sys, mlflow
+from versions import iris_rows
+rows, client = iris_rows().drop(columns="species"), mlflow.MlflowClient()
+found = {}
+for version in client.search_model_versions():
+    uri = f"models:/{version.name}/{version.version}"
+    try:
+        found[uri] = mlflow.pyfunc.load_model(uri).predict(rows).tolist()
+    except Exception as error:
+        found[uri] = repr(error)
+print(json.dumps(found))
+"""
+    variables = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def kill(name: str, moments: int, scratch: Path) -> Counter:
+    """Kill a program at random moments, and count what became of its store."""
+    chance, outcomes, folder = random.Random(0), Counter(), scratch / name
+    if name == "release":
+        make_store(folder, 1)
+    else:
+        folder.mkdir()
+    begin = time.monotonic()
+    if started(program(name, folder), folder).wait():
+        raise RuntimeError(f"The {name} does not run at all. Run it by hand to see why.")
+    duration, before = time.monotonic() - begin, answers(folder)
+    for _ in range(moments):
+        process = started(program(name, folder), folder)
+        time.sleep(chance.uniform(0, duration))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        after = answers(folder)
+        kept = all(after.get(uri) == said for uri, said in before.items())
+        finished = started(program(name, folder), folder).wait() == 0
+        outcomes["survived" if kept and finished else "lost"] += 1
+        before = answers(folder)
+    return outcomes
+
+
+def crowd(way: str, times: int, scratch: Path) -> Counter:
+    """Let six processes open a store that is not there yet, and count what became of them and of the store."""
+    outcomes = Counter()
+    for number in range(times):
+        folder = scratch / f"crowd-{way}-{number}"
+        folder.mkdir()
+        command = [sys.executable, "-c", OPEN[way], str(folder / "mlflow.db")]
+        results = [process.wait() for process in [started(command, folder) for _ in range(6)]]
+        later = started([sys.executable, "-c", OPEN["mlflow"], str(folder / "mlflow.db")], folder).wait()
+        outcomes["survived" if not any(results) and not later else "lost"] += 1
+    return outcomes
+
+
+def change_bytes(changes: int, scratch: Path) -> tuple[Counter, Counter]:
+    """Change a random byte of a signed version's files, and count what loading it says, verified and plainly."""
+    folder, chance = make_store(scratch / "bytes", 1), random.Random(0)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(None)
+    version = mlflow.MlflowClient().get_model_version("iris", 1)
+    place = mlflow.get_logged_model(version.source.rpartition("/")[2]).artifact_location.removeprefix("file://")
+    files = sorted(path for path in Path(place).iterdir() if path.name != "registered_model_meta")
+    rows, ours, plain = iris_rows().drop(columns="species"), Counter(), Counter()
+    expected = mlflow.pyfunc.load_model("models:/iris/1").predict(rows).tolist()
+    for _ in range(changes):
+        path = chance.choices(files, [file.stat().st_size for file in files])[0]
+        content = bytearray(path.read_bytes())
+        original = bytes(content)
+        content[chance.randrange(len(content))] ^= chance.randrange(1, 256)
+        path.write_bytes(content)
+        try:
+            with verified("models:/iris@production", own_public_key(folder), purpose="release"):
+                ours["lost"] += 1
+        except NotVerifiedError:
+            ours["survived"] += 1
+        try:
+            same = mlflow.pyfunc.load_model("models:/iris/1").predict(rows).tolist() == expected
+            plain["survived" if same else "lost"] += 1
+        except Exception:
+            plain["survived"] += 1
+        path.write_bytes(original)
+    return ours, plain
+
+
+def main() -> None:
+    """Try everything, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--moments", type=int, default=30)
+    parser.add_argument("--changes", type=int, default=100)
+    parts = ["kill-quickstart", "kill-search", "kill-release", "crowd", "bytes"]
+    parser.add_argument("--only", nargs="*", choices=parts, default=parts)
+    settings = parser.parse_args()
+    table: dict[str, Counter] = {}
+    with tempfile.TemporaryDirectory() as place:
+        scratch = Path(place)
+        for name in ("quickstart", "search", "release"):
+            if f"kill-{name}" in settings.only:
+                table[f"{name}, killed"] = kill(name, settings.moments, scratch)
+        if "crowd" in settings.only:
+            table["six at once, no store yet"] = crowd("ours", 5, scratch)
+            table["the same as MLflow does it (peer)"] = crowd("mlflow", 5, scratch)
+        if "bytes" in settings.only:
+            ours, plain = change_bytes(settings.changes, scratch)
+            table |= {"a byte changed, verified": ours, "a byte changed, loaded plainly (peer)": plain}
+    print(f"{'tried':42}{'times':>6}{'survived':>10}{'lost':>6}")
+    for title, outcomes in table.items():
+        print(f"{title:42}{outcomes.total():6}{outcomes['survived']:10}{outcomes['lost']:6}")
+    sys.exit(any(outcomes["lost"] for title, outcomes in table.items() if "(peer)" not in title))
+
+
+if __name__ == "__main__":
+    main()
