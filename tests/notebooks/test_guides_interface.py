@@ -101,9 +101,9 @@ def test_search_of_guide_03_shows_its_picture(page, client, interface, pictures)
 def test_registered_model_shows_its_versions_and_the_alias(page, interface, pictures):
     page.goto(f"{interface}/#/models/iris_classification_best_model?{MODE}")
     page.get_by_text("@ production").wait_for()
-    row = page.get_by_role("row").filter(has_text="production").inner_text()
-    assert "Version 2" in row
-    assert "model_card" in row  # guide 04 has released the version of guide 03
-    assert "Version 1" in page.inner_text("body")
+    row = page.get_by_role("row").filter(has_text="@ production").inner_text()
+    assert "Version 1" in row
+    assert "released.production" in row  # guide 04 has released the candidate of guide 03
+    assert "Version 2" in page.inner_text("body")
     page.set_viewport_size({"width": 1280, "height": 520})
     picture(page, pictures, "guides_model.png")
