@@ -60,7 +60,7 @@ def measured(name: str, arguments: list[str]) -> str:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     today = datetime.datetime.now(datetime.UTC).date()
     facts = f"{today}, commit {commit}, load of the machine before: {before:.1f}\n{machine()}"
-    text = done.stdout.strip()
+    text = done.stdout.strip("\n")
     return f"## {PARTS[name][0]}\n\n```\n.venv/bin/python {' '.join(command)}\n```\n\n{facts}\n\n```\n{text}\n```\n"
 
 
