@@ -64,6 +64,7 @@ def verified(
     Raises:
         NotVerifiedError: the version is not what was signed, or holds what nobody has reviewed.
         KeyRefusedError: the public key is none.
+        ValueError: ``uri`` names no version.
         mlflow.MlflowException: there is no such version, or the store gives no answer.
     """
     digits = fingerprint_of(public_key)
