@@ -16,10 +16,13 @@ Bytecode matters: Python compiles each module that it has no compiled file for. 
 a container that sets PYTHONDONTWRITEBYTECODE; `warm` keeps them, as from the second run on a laptop. Both are set by
 environment variables for every candidate alike, so what is in .venv does not count. The environment that the last step
 of the quickstart builds comes from uv's cache after the first round, as on a laptop from the second run on.
+
+At the end, a bar for each section of the notebook: where the time of a run with the environment rebuilt goes.
 """
 
 import argparse
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -47,8 +50,8 @@ RATIOS = [
 ]
 
 
-def seconds(candidate: str, bytecode: dict[str, str]) -> float:
-    """Return the wall-clock seconds that one run of ``candidate`` takes, in a folder of its own.
+def run(candidate: str, bytecode: dict[str, str]) -> tuple[float, str]:
+    """Return the wall-clock seconds that one run of ``candidate`` takes, in a folder of its own, and what it printed.
 
     Raises:
         RuntimeError: the run failed; with what it printed.
@@ -66,12 +69,12 @@ def seconds(candidate: str, bytecode: dict[str, str]) -> float:
         elapsed = time.perf_counter() - start
     if process.returncode != 0:
         raise RuntimeError(f"{candidate}:\n{process.stdout}\n{process.stderr}")
-    return elapsed
+    return elapsed, process.stdout
 
 
 def measure(rounds: int, bytecode: dict[str, str]) -> None:
     """Run all candidates in ``rounds`` counted rounds and print the seconds and the ratios."""
-    taken = [{name: seconds(name, bytecode) for name in CANDIDATES} for _ in range(rounds + 1)][1:]
+    taken = [{name: run(name, bytecode)[0] for name in CANDIDATES} for _ in range(rounds + 1)][1:]
     for name in CANDIDATES:
         values = [one[name] for one in taken]
         print(f"  {name:30} {statistics.median(values):6.2f} s  ({min(values):.2f} to {max(values):.2f})")
@@ -81,6 +84,19 @@ def measure(rounds: int, bytecode: dict[str, str]) -> None:
             f"  {name} / {peer}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f}), "
             f"bound {bound:.2f}"
         )
+
+
+def show_sections(rounds: int, bytecode: dict[str, str]) -> None:
+    """Print the median seconds of each section over ``rounds`` runs, as `make run` measures them, each with its bar."""
+    taken = {}
+    for _ in range(rounds):
+        elapsed, printed = run("project, environment rebuilt", bytecode)
+        found = {title: float(value) for title, value in re.findall(r"(?m)^  (\S.*?) +([\d.]+) s$", printed)}
+        found["(the kernel, and the page)"] = elapsed - sum(found.values())
+        for title, value in found.items():
+            taken.setdefault(title, []).append(value)
+    for title, values in taken.items():
+        print(f"  {title:30} {statistics.median(values):5.1f} s  {'#' * round(4 * statistics.median(values))}")
 
 
 def main() -> None:
@@ -98,6 +114,7 @@ def main() -> None:
             if options.bytecode in (name, "both"):
                 print(f"{name} bytecode, {options.rounds} rounds")
                 measure(options.rounds, bytecode)
+                show_sections(options.rounds, bytecode)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,12 @@ Usage: python benchmarks/reliability.py [--moments 30] [--changes 100] [--only k
 
 - kill-quickstart, kill-search, kill-release: the quickstart, guide 03 and a release are killed by SIGKILL, with their
   children, at seeded moments. After each, the store opens, everything that was registered before loads and predicts the
-  same, and a new execution finishes.
+  same, every run that is called finished has a score or a record of its end, and a new execution finishes.
+- set-up: `make run` in a fresh clone is killed at ten seeded moments. The same command afterwards finishes.
+- faults: the quickstart by `tools/run.py` on a full disk, in a read-only folder, on a database that is locked for a
+  minute, without HOME, in a C locale, under umask 077, with CRLF pins, and with the disk full while the tables are
+  made. It survives if it finishes, or ends with a line that says why; and finishes once the fault is gone, with all
+  that was registered before.
 - crowd: six processes open a store that is not there yet, at the same moment; beside it, six that do so as MLflow does.
 - bytes: one random byte of a signed version's files is changed in the store. It survives if the version is refused;
   beside it, what `mlflow.pyfunc.load_model` does: it refuses as well, or predicts the same, or differs without a word.
@@ -13,6 +18,7 @@ Each line of the table: what was tried, how often, what survived. Exit status 1 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -43,6 +49,19 @@ OPEN = {
     "ours": "import sys; from lifecycle.store import make_sqlite_store as make; make(sys.argv[1])",
     "mlflow": "import sys, mlflow; mlflow.MlflowClient(f'sqlite:///{sys.argv[1]}').search_experiments()",
 }
+ANSWERS = """
+import json, mlflow
+from versions import iris_rows
+rows, client = iris_rows().drop(columns="species"), mlflow.MlflowClient()
+found = {}
+for version in client.search_model_versions():
+    uri = f"models:/{version.name}/{version.version}"
+    try:
+        found[uri] = mlflow.pyfunc.load_model(uri).predict(rows).tolist()
+    except Exception as error:
+        found[uri] = repr(error)
+print(json.dumps(found))
+"""
 
 
 def program(name: str, folder: Path) -> list[str]:
@@ -67,23 +86,22 @@ def started(command: list[str], folder: Path) -> subprocess.Popen:
 
 def answers(folder: Path) -> dict[str, list]:
     """Return what each registered version in the store of ``folder`` predicts, in a process that opens it anew."""
-    code = """
-import json, sys, mlflow
-from versions import iris_rows
-rows, client = iris_rows().drop(columns="species"), mlflow.MlflowClient()
-found = {}
-for version in client.search_model_versions():
-    uri = f"models:/{version.name}/{version.version}"
-    try:
-        found[uri] = mlflow.pyfunc.load_model(uri).predict(rows).tolist()
-    except Exception as error:
-        found[uri] = repr(error)
-print(json.dumps(found))
-"""
     variables = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", ANSWERS], env=variables, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def unfounded(folder: Path) -> list[str]:
+    """Return the runs that are called finished, and have neither a metric nor, as a release, the time of its end."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = mlflow.MlflowClient.search_runs(client, experiments, "attributes.status = 'FINISHED'", max_results=5000)
+    return [
+        run.info.run_id
+        for run in found
+        if not (run.data.metrics or run.outputs.model_outputs or {"released_at", "search"} & set(run.data.tags))
+    ]
 
 
 def kill(name: str, moments: int, scratch: Path) -> Counter:
@@ -105,9 +123,86 @@ def kill(name: str, moments: int, scratch: Path) -> Counter:
         after = answers(folder)
         kept = all(after.get(uri) == said for uri, said in before.items())
         finished = started(program(name, folder), folder).wait() == 0
-        outcomes["survived" if kept and finished else "lost"] += 1
+        outcomes["survived" if kept and finished and not unfounded(folder) else "lost"] += 1
         before = answers(folder)
     return outcomes
+
+
+def interrupt_set_up(moments: int, scratch: Path) -> Counter:
+    """Kill `make run` in a fresh clone at random moments of its first half minute, and run it again to its end."""
+    chance, outcomes = random.Random(0), Counter()
+    for number in range(moments):
+        clone = scratch / f"clone-{number}"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "VIRTUAL"))}
+        how = {"cwd": clone, "env": variables, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(["make", "run"], start_new_session=True, **how)
+        time.sleep(chance.uniform(0, 30))
+        with contextlib.suppress(ProcessLookupError):  # it had finished
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        finished = subprocess.run(["make", "run"], check=False, **how).returncode == 0
+        outcomes["survived" if finished and (clone / "build/project.html").is_file() else "lost"] += 1
+        shutil.rmtree(clone)
+    return outcomes
+
+
+FAULTS = {  # what is done in the shell, in a small tmpfs of its own, and whether the quickstart has run there before
+    "a full disk": ("fill; quickstart; status=$?; rm filler; return $status", True),
+    "a full disk, no store yet": ("fill; quickstart; status=$?; rm filler; return $status", False),
+    "a read-only folder": ("mount -o remount,ro .; quickstart; status=$?; mount -o remount,rw .; return $status", True),
+    "a database locked for a minute": (
+        '"$PYTHON" -c "$LOCK" & sleep 3; quickstart; status=$?; wait; return $status',
+        True,
+    ),
+    "no HOME": ("env -u HOME $QUICKSTART", True),
+    "a C locale": ("LC_ALL=C LANG=C PYTHONUTF8=0 quickstart", True),
+    "umask 077": ("umask 077; quickstart", True),
+    "CRLF pins": ("sed -i 's/$/\\r/' model_requirements.txt; quickstart", True),
+}
+LOCK = """
+import sqlite3, time
+sqlite3.connect("mlflow.db").execute("BEGIN EXCLUSIVE")
+time.sleep(60)
+"""
+ONE_FAULT = """
+mount -t tmpfs -o size=40m tmpfs "$PWD" && cd "$PWD" && cp "$ROOT/project.ipynb" "$ROOT/model_requirements.txt" .
+quickstart() { $QUICKSTART; }
+fill() { dd if=/dev/zero of=filler bs=64k 2>/dev/null; }
+locked() { "$PYTHON" -c "$LOCK" & sleep 3; }
+fault() { %s; }
+if %s; then quickstart; fi
+"$PYTHON" -c "$ANSWERS" >"$OUT/before.json"
+(fault) >"$OUT/log.txt" 2>&1
+echo "ended with $?" >>"$OUT/log.txt"
+quickstart && "$PYTHON" -c "$ANSWERS" >"$OUT/after.json"
+"""
+
+
+def meet_faults(scratch: Path) -> dict[str, Counter]:
+    """Run the quickstart with each fault, then without, and count what became of it; one line per fault."""
+    table = {}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
+    variables |= {"PYTHON": sys.executable, "ROOT": str(ROOT), "ANSWERS": ANSWERS, "LOCK": LOCK, "OUT": str(scratch)}
+    variables |= {"QUICKSTART": f"{sys.executable} {ROOT}/tools/run.py project.ipynb", "REBUILD_ENVIRONMENT": "off"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
+    for title, (fault, earlier) in FAULTS.items():
+        place = scratch / f"fault {len(table)}"
+        place.mkdir()
+        command = ["unshare", "--mount", "--", "bash", "-c", ONE_FAULT % (fault, str(earlier).lower())]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        later = subprocess.run(command, cwd=place, env=variables, check=False, **silent).returncode == 0
+        said = (scratch / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        finished, reason = said[-1] == "ended with 0", " ".join(said[-2].split())[:150] if len(said) > 1 else ""
+        print(f"  {title}: {'it finished' if finished else reason}", flush=True)
+        kept = later and last_json(scratch / "before.json").items() <= last_json(scratch / "after.json").items()
+        table[title] = Counter(["survived" if kept and (finished or reason) else "lost"])
+    return table
+
+
+def last_json(path: Path) -> dict:
+    """Return what the last line of a file says, as JSON."""
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
 
 def crowd(way: str, times: int, scratch: Path) -> Counter:
@@ -158,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--moments", type=int, default=30)
     parser.add_argument("--changes", type=int, default=100)
-    parts = ["kill-quickstart", "kill-search", "kill-release", "crowd", "bytes"]
+    parts = ["kill-quickstart", "kill-search", "kill-release", "crowd", "bytes", "set-up", "faults"]
     parser.add_argument("--only", nargs="*", choices=parts, default=parts)
     settings = parser.parse_args()
     table: dict[str, Counter] = {}
@@ -173,6 +268,10 @@ def main() -> None:
         if "bytes" in settings.only:
             ours, plain = change_bytes(settings.changes, scratch)
             table |= {"a byte changed, verified": ours, "a byte changed, loaded plainly (peer)": plain}
+        if "set-up" in settings.only:
+            table["`make run` of a fresh clone, killed"] = interrupt_set_up(min(settings.moments, 10), scratch)
+        if "faults" in settings.only:
+            table |= meet_faults(scratch)
     print(f"{'tried':42}{'times':>6}{'survived':>10}{'lost':>6}")
     for title, outcomes in table.items():
         print(f"{title:42}{outcomes.total():6}{outcomes['survived']:10}{outcomes['lost']:6}")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +23,28 @@ TYPES = click.option("--trusted-type", "trusted_types", multiple=True, help="Wha
 ALIAS = click.option("--alias", default="production", show_default=True, help="The alias to move.")
 
 
-def gate_options(function: Callable) -> Callable:
-    """Add the options of whatever goes through the gate."""
-    for option in (
-        click.option("--rows", required=True, metavar="CSV", help="The test rows, which nobody has learned from."),
-        click.option("--target", required=True, metavar="COLUMN", help="The column with the classes."),
-        click.option("--floor", "floors", multiple=True, required=True, metavar="METRIC=VALUE", help="At least this."),
-        click.option("--allow-equal", is_flag=True, help="Not better than the holder is enough, if it is not worse."),
-        click.option("--no-environment", is_flag=True, help="Build no environment; then only the risk is yours."),
-        click.option("--cache", type=FILE, help="Keep downloaded packages there."),
-    ):
-        function = option(function)
-    return function
+GATE = (
+    click.option("--rows", required=True, metavar="CSV", help="The test rows, which nobody has learned from."),
+    click.option("--target", required=True, metavar="COLUMN", help="The column with the classes."),
+    click.option("--floor", "floors", multiple=True, required=True, metavar="METRIC=VALUE", help="At least this."),
+    click.option("--allow-equal", is_flag=True, help="Not better than the holder is enough, if it is not worse."),
+    click.option("--no-environment", is_flag=True, help="Build no environment; then only the risk is yours."),
+    click.option("--cache", type=FILE, help="Keep downloaded packages there."),
+    ALIAS,
+    TYPES,
+    JSON,
+)
+RELEASE = (
+    *GATE,
+    click.option("--intended-use", required=True, help="For the model card: what the model is for."),
+    click.option("--limits", required=True, help="For the model card: what it is not for."),
+    KEY,
+)
+
+
+def with_options(options: tuple[Callable, ...]) -> Callable:
+    """Return a decorator that adds ``options`` to a command, in this order."""
+    return lambda function: reduce(lambda command, option: option(command), reversed(options), function)
 
 
 def floors_of(texts: tuple[str, ...]) -> dict[str, float]:
@@ -80,11 +91,8 @@ def verify(uri: str, public_key: Path | None, trusted_types: tuple[str, ...], as
 
 @click.command()
 @click.argument("uri")
-@gate_options
-@ALIAS
+@with_options(GATE)
 @PUBLIC_KEY
-@TYPES
-@JSON
 def gate(uri: str, alias: str, public_key: Path | None, trusted_types: tuple[str, ...], as_json: bool, **gate) -> None:
     """Check the version at URI as a release would, and change nothing; exit status 1 if it would be refused."""
     with in_one_line():
@@ -104,15 +112,9 @@ def gate(uri: str, alias: str, public_key: Path | None, trusted_types: tuple[str
 
 @click.command()
 @click.argument("uri")
-@gate_options
-@click.option("--intended-use", required=True, help="For the model card: what the model is for.")
-@click.option("--limits", required=True, help="For the model card: what it is not for.")
-@ALIAS
-@KEY
-@TYPES
+@with_options(RELEASE)
 @click.option("--tag", is_flag=True, help="Tag the commit that the version was made from.")
 @click.option("--push", default="", metavar="REMOTE", help="Push that tag.")
-@JSON
 def release(uri: str, key: Path | None, tag: bool, push: str, as_json: bool, **options) -> None:
     """Let the version at URI take the alias, if it passes the gate. The same command finishes what was cut off."""
     with in_one_line():
@@ -181,13 +183,7 @@ def history(name: str, as_json: bool) -> None:
 @click.command()
 @click.argument("uri")
 @click.option("--to", required=True, metavar="SERVER", help="The address of the other tracking server.")
-@gate_options
-@click.option("--intended-use", required=True, help="For the model card: what the model is for.")
-@click.option("--limits", required=True, help="For the model card: what it is not for.")
-@ALIAS
-@KEY
-@TYPES
-@JSON
+@with_options(RELEASE)
 def promote(uri: str, to: str, key: Path | None, as_json: bool, **options) -> None:
     """Release the version at URI on another server, where it passes the gate against the holder there."""
     with in_one_line():

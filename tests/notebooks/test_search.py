@@ -1,9 +1,9 @@
-"""Guide 03: what the comparison, the killed search, the final evaluation and the candidate log."""
+"""Guide 03, as stored: what the comparison, the killed search, the final evaluation and the candidate log."""
 
 import mlflow
 import pandas as pd
 import pytest
-from execution import copy_project, executed, papermill, text_outputs
+from execution import copy_project, differing_outputs, executed, papermill, text_outputs
 from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
@@ -66,6 +66,10 @@ def searches(client: mlflow.MlflowClient) -> list:
     return (
         list(client.search_runs([experiment.experiment_id], "tags.search != ''", order_by=order)) if experiment else []
     )
+
+
+def test_stored_outputs_are_reproduced(folder):
+    assert differing_outputs(folder, GUIDE) == []
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
