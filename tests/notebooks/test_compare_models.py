@@ -126,9 +126,7 @@ def test_scores_of_cross_validation_are_those_of_the_logged_folds(runs, name):
 def test_model_has_its_test_scores_and_none_of_cross_validation(client, runs, name):
     model = client.get_logged_model(runs[name].outputs.model_outputs[0].model_id)
     measured_on = {metric.key: metric.dataset_name for metric in model.metrics}
-    assert measured_on == dict.fromkeys(
-        ["accuracy", "precision_macro", "recall_macro", "f1_macro"], "iris_csv_test"
-    )
+    assert measured_on == dict.fromkeys(["accuracy", "precision_macro", "recall_macro", "f1_macro"], "iris_csv_test")
 
 
 def logged_json(run, name: str) -> pd.DataFrame:
