@@ -12,6 +12,8 @@ from execution import copy_project, differing_outputs, executed, papermill, text
 from lifecycle.release import history
 from lifecycle.verification import verified
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/05_serve_and_monitor.ipynb"
 MODEL = "iris_served"
 VERDICTS = {"usual": "quiet", "ruler": "broken input", "garden": "drift", "labels": "accuracy alarm"}
@@ -97,7 +99,6 @@ def test_nothing_is_left_running_or_lying_about(folder):
     assert [path for path in (folder / "tmp").iterdir() if path.is_dir()] == []
 
 
-@pytest.mark.extended  # it takes long
 def test_second_execution_goes_on_with_the_new_champion(folder, client):
     # given the store that the first one has left
     again = folder / "again"

@@ -7,6 +7,8 @@ from execution import copy_project, differing_outputs, papermill
 from lifecycle.release import history
 from lifecycle.verification import verified
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/04_release_and_report.ipynb"
 MODEL = "iris_classification_best_model"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlflow
 import nbformat
+import pytest
 from execution import ROOT
 
 
@@ -65,6 +66,7 @@ def test_objective_that_is_measured_is_that_of_guide_03():
         assert part in benchmark
 
 
+@pytest.mark.extended  # it takes long
 def test_servers_that_are_measured_give_the_same_answers(tmp_path):
     # given MLflow's server and ours, with the benchmark's model
     benchmark = runpy.run_path(str(ROOT / "benchmarks/serving.py"))

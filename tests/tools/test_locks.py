@@ -167,6 +167,7 @@ def installed_size(folder: Path, *requirement: str) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
+@pytest.mark.extended  # it takes long
 def test_model_environment_is_about_half_of_one_with_full_mlflow(tmp_path):
     # given the model's lock, and the same with mlflow in place of mlflow-skinny, both at the locked versions
     mlflow = f"mlflow=={versions(BASIC)['mlflow']}"

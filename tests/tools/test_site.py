@@ -20,6 +20,8 @@ from execution import ROOT, environment, finished, git
 
 from lifecycle.__main__ import main
 
+pytestmark = pytest.mark.extended  # it takes long
+
 FOLDED = "import json\n"  # the beginning of the cell that the test asks to be folded
 WIDTHS = [400, 768, 1024, 1920]
 
