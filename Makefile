@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test test-all guides report ui lab notebooks screenshots site bench reliability reproduce lock lint browser postgresql scale clean help
+.PHONY: run test coverage test-all guides report ui lab notebooks screenshots site bench reliability reproduce lock lint browser postgresql scale clean help
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
@@ -39,6 +39,12 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(BIN)/python -c "import
 
 test: $(INSTALLED) ## run the tests that need nothing but the basic set-up
 	$(PYTEST) -m "not extended"
+
+coverage: $(INSTALLED) ## say how much of the library its fast tests reach, branches included
+	rm -f .coverage*
+	$(subst -m pytest,-m coverage run -m pytest,$(PYTEST)) tests/lifecycle -m "not extended"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --show-missing --skip-covered
 
 test-all: $(INSTALLED) ## run all tests that this machine has the parts for
 	$(PYTEST)

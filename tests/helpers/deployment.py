@@ -135,12 +135,12 @@ class Deployment:
         """Run a command as `docker compose run --rm -T server` does."""
         return finished(self.command(arguments), self.folder, self.variables | variables, limit=120)
 
-    def start(self) -> psutil.Process:
+    def start(self) -> psutil.Popen:
         """Start the server, wait until it answers, and give its process."""
         log = self.folder / f"server{len(list(self.folder.glob('server*.log')))}.log"
         command = self.command(services(SETTINGS)["server"]["command"])
-        self.life.enter_context(running(command, f"{self.address}/health", log, cwd=self.folder, env=self.variables))
-        return next(child for child in psutil.Process().children() if f"--port={self.port}" in child.cmdline())
+        server = running(command, f"{self.address}/health", log, cwd=self.folder, env=self.variables)
+        return self.life.enter_context(server)
 
     def kill(self) -> None:
         """Kill the server and all its children. What all its lives have printed must hold no secret."""

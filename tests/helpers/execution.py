@@ -199,8 +199,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: list[str], address: str, log: Path, **options) -> Iterator[None]:
+def running(command: list[str], address: str, log: Path, **options) -> Iterator[psutil.Popen]:
     """Run a server from when ``address`` answers to the end of the block; then it and all its children are gone.
+
+    Give its process.
 
     Raises:
         RuntimeError: the server ended before it answered, or did not answer within two minutes; with what it printed.
@@ -215,7 +217,7 @@ def running(command: list[str], address: str, log: Path, **options) -> Iterator[
                 if server.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"No answer from {address}:\n{log.read_text()}")
                 time.sleep(0.2)
-            yield
+            yield server
         finally:
             processes = [server, *server.children(recursive=True)] if server.is_running() else [server]
             for process in processes:

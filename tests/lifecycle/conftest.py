@@ -1,8 +1,12 @@
-"""Stores with released versions, which the tests of releases share."""
+"""Stores with released versions, and one with a version that learned from half of Iris, which several tests share."""
 
 import pytest
 from releases import make_store
-from versions import restored, store_in
+from versions import NAME, iris_rows, register, restored, store_in
+
+from lifecycle.keys import own_public_key
+from lifecycle.monitoring import baseline
+from lifecycle.verification import verified
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +33,31 @@ def twice(made_twice, monkeypatch):
     """Give the folder with the store in which version 2 replaced version 1. After the test it is as it was."""
     with restored(made_twice), store_in(made_twice, monkeypatch):
         yield made_twice
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Give the folder of a store with one signed version, of a model that learned from every second flower."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch, store_in(folder, patch):
+        register(folder, rows=iris_rows()[::2].reset_index(drop=True), input_example=None)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def version(store):
+    """Give that version, verified."""
+    with verified(f"models:/{NAME}/1", own_public_key(store)) as version:
+        yield version
+
+
+@pytest.fixture(scope="module")
+def known(version):
+    """Give what a batch is compared with."""
+    return baseline(version)
+
+
+@pytest.fixture
+def usual():
+    """Give the flowers that it did not learn from."""
+    return iris_rows()[1::2].reset_index(drop=True)

@@ -6,40 +6,13 @@ import mlflow
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from versions import NAME, iris_rows, register, store_in
+from versions import NAME, iris_rows
 
 from lifecycle.batches import log_batch, plot_drift, recorded
-from lifecycle.keys import own_public_key
-from lifecycle.monitoring import Verdict, baseline, judge
-from lifecycle.verification import verified
+from lifecycle.monitoring import Verdict, judge
 
 ROWS = iris_rows()
 FEATURES = ROWS.columns[:-1].tolist()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Give the folder of a store with one signed version, of a model that learned from every second flower."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch, store_in(folder, patch):
-        register(folder, rows=ROWS[::2].reset_index(drop=True), input_example=None)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def version(store):
-    with verified(f"models:/{NAME}/1", own_public_key(store)) as version:
-        yield version
-
-
-@pytest.fixture(scope="module")
-def known(version):
-    return baseline(version)
-
-
-@pytest.fixture
-def usual():
-    return ROWS[1::2].reset_index(drop=True)
 
 
 # The record

@@ -8,40 +8,14 @@ import pandas as pd
 import pytest
 from sklearn.base import clone
 from sklearn.metrics import log_loss
-from versions import LOCK, NAME, ROOT, iris_rows, register, store_in
+from versions import LOCK, NAME, ROOT, iris_rows
 
 from lifecycle.challenger import NoChallengeError, challenge, contest
 from lifecycle.keys import own_key, own_public_key
-from lifecycle.monitoring import baseline
 from lifecycle.verification import verified
 
 ROWS = iris_rows()
 FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Give the folder of a store with one signed version, of a model that learned from every second flower."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch, store_in(folder, patch):
-        register(folder, rows=ROWS[::2].reset_index(drop=True), input_example=None)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def version(store):
-    with verified(f"models:/{NAME}/1", own_public_key(store)) as version:
-        yield version
-
-
-@pytest.fixture(scope="module")
-def known(version):
-    return baseline(version)
-
-
-@pytest.fixture
-def usual():
-    return ROWS[1::2].reset_index(drop=True)
 
 
 def drawn(seed: int, **counts: int) -> pd.DataFrame:

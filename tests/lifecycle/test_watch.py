@@ -8,21 +8,12 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from execution import environment, finished
-from versions import NAME, iris_rows, register, store_in
+from versions import NAME, iris_rows
 
 from lifecycle.__main__ import main
 
 ROWS = iris_rows()
 FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Give the folder of a store with one signed version, of a model that learned from every second flower."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch, store_in(folder, patch):
-        register(folder, rows=ROWS[::2].reset_index(drop=True), input_example=None)
-        yield folder
 
 
 @pytest.fixture
@@ -36,11 +27,6 @@ def watched(store, tmp_path, monkeypatch):
         return result.exit_code, result.output
 
     return run
-
-
-@pytest.fixture
-def usual():
-    return ROWS[1::2].reset_index(drop=True)
 
 
 def test_usual_rows_end_with_0_and_are_a_run(watched, usual):

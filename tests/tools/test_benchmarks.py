@@ -13,6 +13,24 @@ import nbformat
 import pytest
 from execution import ROOT
 
+# A figure in the README, by the words of its row, and where it stands in the results.
+FIGURES = {
+    "the quickstart": r"benchmarks/quickstart\.py.*?\nwarm bytecode.*?\n  project / official: ([\d.]+)",
+    "the packages": r"benchmarks/installation\.py.*?\ncold .*?([\d.]+) \(",
+    "the environment of a model": r"benchmarks/environment\.py.*?\ninstalled size \(MB\).*?([\d.]+)\n",
+    "a run": r"benchmarks/store\.py.*?\n  a run, ours / one by one: ([\d.]+)",
+    "an answer": r"benchmarks/serving\.py.*?\n +1 +8  kept +lifecycle  +\S+ +\S+ +\S+ +([\d.]+) \(",
+}
+
+
+def test_figures_in_the_readme_are_the_measured_ones():
+    # given the rows of the README's table, with a ratio in the last column
+    rows = re.findall(r"(?m)^\| (.+?) \|.*\| ([\d.]+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"))
+    shown = {next(name for name in FIGURES if what.startswith(name)): ratio for what, ratio in rows}
+    # then they are those of the results
+    results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    assert shown == {name: re.search(pattern, results, re.DOTALL)[1] for name, pattern in FIGURES.items()}
+
 
 def mlflow_calls(source: str) -> Counter[str]:
     """Count the calls in ``source`` of functions that are reached through ``mlflow``, by their dotted names."""
