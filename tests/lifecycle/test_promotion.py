@@ -1,4 +1,4 @@
-"""Promotion from one real tracking server to another."""
+"""Promotion from one store to another: between two files, and between two real tracking servers."""
 
 import mlflow
 import pytest
@@ -12,7 +12,21 @@ from lifecycle.keys import own_key, own_public_key
 from lifecycle.promotion import promote
 from lifecycle.verification import NotVerifiedError, verified
 
-pytestmark = pytest.mark.extended  # two servers
+
+def test_promotion_to_another_file_leaves_nothing_if_the_gate_refuses(folder, tmp_path):
+    # given another store, with nothing in it
+    here, to = mlflow.get_tracking_uri(), f"sqlite:///{tmp_path.as_posix()}/other.db"
+    there = mlflow.MlflowClient(to)
+    options = OPTIONS | {"key": own_key(folder)}
+    # when a version is promoted that the gate there refuses, then it is deleted again
+    with pytest.raises(GateClosedError, match="floor failed"):
+        promote("models:/iris@production", to, ROWS_TEST, "species", **options | {"floors": {"accuracy_score": 0.999}})
+    assert there.search_registered_models() == []
+    assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
+    # and once it passes, it is in production there, and this process still works with the first store
+    promote("models:/iris@production", to, ROWS_TEST, "species", **options)
+    assert there.get_model_version_by_alias("iris", "production").tags["promoted_from"] == here
+    assert mlflow.get_tracking_uri() == here
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +52,7 @@ def promoted(servers, uri: str, **options):
     return promote(uri, two, ROWS_TEST, "species", key=own_key(folder), **(OPTIONS | options))
 
 
+@pytest.mark.extended  # two servers
 def test_version_is_released_on_the_other_server_with_tags_that_lead_back(servers):
     folder, one, two = servers
     here = mlflow.MlflowClient().get_model_version("iris", 1)
@@ -72,6 +87,7 @@ def test_version_is_released_on_the_other_server_with_tags_that_lead_back(server
     assert there.get_model_version_by_alias("iris", "production").version == version.version
 
 
+@pytest.mark.extended  # two servers
 def test_version_that_was_never_signed_is_not_promoted(servers):
     _, _, two = servers
     before = len(mlflow.MlflowClient(two).search_model_versions())

@@ -18,8 +18,6 @@ import psutil
 import pytest
 from execution import environment, finished, free_port
 
-pytestmark = pytest.mark.extended  # it takes long
-
 COMMAND = [sys.executable, "-m", "lifecycle", "ui"]
 END = "Ctrl+C stops it.\n"
 
@@ -158,6 +156,7 @@ def test_address_of_the_store_with_its_password_is_in_no_command_line(session):
     assert "sqlite" not in str(session.commands)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_ends_as_well_while_it_starts(folder, tmp_path, number):
     # given a server that does not answer yet
@@ -178,6 +177,7 @@ def test_it_ends_as_well_while_it_starts(folder, tmp_path, number):
     assert "KeyboardInterrupt" not in log.read_text()
 
 
+@pytest.mark.extended
 def test_it_ends_as_well_before_it_has_read_the_store(folder, tmp_path):
     # given a process that imports MLflow
     log = tmp_path / "log"
@@ -192,6 +192,7 @@ def test_it_ends_as_well_before_it_has_read_the_store(folder, tmp_path):
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.extended
 def test_death_of_the_server_is_reported_and_leaves_nothing(folder, tmp_path):
     # given
     log = tmp_path / "log"
@@ -224,6 +225,7 @@ def test_taken_port_that_was_asked_for_is_refused_with_the_remedy(folder):
     assert process.stdout == ""
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("port", ["0", "65536", "-1"])
 def test_impossible_port_is_refused(folder, port):
     process = finished([*COMMAND, "--port", port], folder, environment(folder), 60)
@@ -231,6 +233,7 @@ def test_impossible_port_is_refused(folder, port):
     assert "is not in the range 1<=x<=65535" in process.stderr
 
 
+@pytest.mark.extended
 def test_server_that_runs_already_gets_just_its_links_and_keeps_its_password(folder, interface):
     # when the store is a server, and its address has a password
     address = interface.replace("//", "//somebody:hidden@")
@@ -244,6 +247,7 @@ def test_server_that_runs_already_gets_just_its_links_and_keeps_its_password(fol
     assert "hidden" not in process.stdout + process.stderr
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", ["http", "postgresql+nosuchdriver"])
 def test_store_that_gives_no_answer_is_reported_without_its_password(folder, kind):
     # given
