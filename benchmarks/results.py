@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/RESULTS.md"
 PARTS = {  # title, arguments, and those of a quick run
-    "quickstart": ("The quickstart beside MLflow's own, and beside the bare calls", [], ["--rounds", "1"]),
+    "quickstart": ("The quickstart beside MLflow's own, and beside the bare calls", ["--rounds", "3"], ["--rounds", "1"]),
     "installation": ("Setting up from a clone, beside pip", [], ["--rounds", "1"]),
     "environment": ("What a model needs, beside full MLflow", [], []),
     "store": ("Logging a run, and finding the best one", [], ["--runs", "50"]),

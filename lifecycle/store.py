@@ -13,7 +13,6 @@ import shutil
 import socket
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -167,20 +166,11 @@ def make_sqlite_store(path: Path) -> None:
         raise _unusable(path, error) from None
 
 
-def begin_store(folder: Path) -> "subprocess.Popen | None":
-    """Start a process that makes the SQLite store that ``tracking_uri`` names, whole or not at all; return it.
-
-    Return None where there is nothing to make: the store is complete, cannot be read, or is a server's.
-    """
-    try:
-        path = _sqlite_path(tracking_uri(folder))
-        if path is None or _is_complete(path):
-            return None
-    except (StoreUnusableError, sqlite3.Error, OSError):
-        return None  # whoever opens it says so
-    program = "import sys; from lifecycle.store import make_sqlite_store; make_sqlite_store(sys.argv[1])"
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, "-c", program, str(path)], **options)
+def prepare_store(folder: Path) -> None:
+    """Make the SQLite store that ``tracking_uri`` names, whole or not at all. Whoever opens it says what is wrong."""
+    with contextlib.suppress(StoreUnusableError):
+        if path := _sqlite_path(tracking_uri(folder)):
+            make_sqlite_store(path)
 
 
 def _refuse_at_once(path: Path) -> None:

@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from lifecycle.store import begin_store, printable, source_tags
+from lifecycle.store import printable, source_tags
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
+# Make the store whole, before the notebook opens it, or leave it to the notebook to say why not. Nothing of it is seen.
+PREPARE = '__import__("lifecycle.store").store.prepare_store(".")'
 
 
 class NotebookFailedError(Exception):
@@ -126,18 +128,18 @@ def execute(notebook: NotebookNode, path: Path, *, shutdown: str = "graceful", s
     client.create_kernel_manager()
     # What cells print goes into the notebook. The log has the rest, such as why the kernel did not start.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        # The quickstart's store is made while the kernel imports its libraries. A guide makes its store itself.
-        store = begin_store(path.parent) if (path.parent / "model_requirements.txt").exists() else None
+        # The quickstart's store is made in its kernel, once that has imported MLflow. A guide makes its store itself.
+        prepare = parts[0][1][-1] if parts and (path.parent / "model_requirements.txt").exists() else None
         try:
             client.start_new_kernel(cwd=str(path.parent), env=kernel_environment(path), stderr=log)
             import_module("nbconvert.exporters")  # for the page, while the kernel starts, which takes longer
             with client.setup_kernel():
                 for title, indices in parts:
-                    if store and title != parts[0][0]:
-                        store.wait()
                     with timed(f"  {title:<{width}}") if show else contextlib.nullcontext():
                         for index in indices:
                             cell = notebook.cells[index]
+                            if index == prepare:
+                                client.kc.execute(PREPARE, silent=True, store_history=False, stop_on_error=False)
                             client.execute_cell(cell, index)
                 client.shutdown_kernel = shutdown
         except CellExecutionError as error:
@@ -149,9 +151,6 @@ def execute(notebook: NotebookNode, path: Path, *, shutdown: str = "graceful", s
             reason = (log.read().strip() or str(error)).splitlines()[-1]
             raise NotebookFailedError(f"the kernel did not start: {reason}") from error
         finally:
-            if store and store.poll() is None:
-                store.kill()
-                store.wait()
             if client.km is not None and client.km.has_kernel:  # interrupted while it started or ended
                 with contextlib.suppress(InvalidStateError):  # because that is not finished
                     run_sync(client.km.shutdown_kernel)(now=True)

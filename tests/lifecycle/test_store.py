@@ -18,10 +18,10 @@ from execution import ROOT, commit_all, environment, free_port, git, snapshot, t
 
 from lifecycle.store import (
     StoreUnusableError,
-    begin_store,
     check_store,
     make_sqlite_store,
     open_experiment,
+    prepare_store,
     printable,
     source_tags,
     tracking_uri,
@@ -148,18 +148,16 @@ def test_start_succeeds_after_starts_that_were_killed_while_they_made_the_store(
     assert names(folder) == ["mlflow.db"]
 
 
-def test_store_is_made_by_another_process_while_this_one_goes_on(tmp_path):
-    process = begin_store(tmp_path)
-    assert process.wait(120) == 0
+def test_store_of_a_folder_is_prepared(tmp_path):
+    prepare_store(tmp_path)
     assert names(tmp_path) == ["mlflow.db"]
-    assert begin_store(tmp_path) is None  # it is there
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///what?/mlflow.db", "sqlite:///{folder}/notes.txt"])
-def test_nothing_is_begun_for_a_server_or_a_store_that_cannot_be_read(uri, tmp_path, monkeypatch):
+def test_nothing_is_prepared_for_a_server_or_a_store_that_cannot_be_read(uri, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("no database")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(folder=tmp_path))
-    assert begin_store(tmp_path) is None
+    prepare_store(tmp_path)
     assert names(tmp_path) == ["notes.txt"]
 
 
