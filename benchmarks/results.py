@@ -22,13 +22,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/RESULTS.md"
 PARTS = {  # title, arguments, and those of a quick run
-    "quickstart": ("The quickstart beside MLflow's own, and beside the bare calls", ["--rounds", "3"], ["--rounds", "1"]),
-    "installation": ("Setting up from a clone, beside pip", [], ["--rounds", "1"]),
+    "quickstart": (
+        "The quickstart beside MLflow's own, and beside the bare calls",
+        ["--rounds", "3"],
+        ["--rounds", "1"],
+    ),
+    "installation": ("Setting up from a clone, beside pip", ["--rounds", "2"], ["--rounds", "1"]),
     "environment": ("What a model needs, beside full MLflow", [], []),
     "store": ("Logging a run, and finding the best one", [], ["--runs", "50"]),
     "search": ("A tracked search beside an untracked one, and beside MLflow's own storage", [], ["--rounds", "1"]),
     "verification": ("Verifying a signature, beside the bare SHA-256", [], ["--rounds", "1", "--megabytes", "1"]),
-    "serving": ("Serving beside `mlflow models serve`", ["--start"], ["--rounds", "1", "--seconds", "0.5"]),
+    "serving": (
+        "Serving beside `mlflow models serve`",
+        ["--start", "--rounds", "3"],
+        ["--rounds", "1", "--seconds", "0.5"],
+    ),
     "scale": ("Spark beside one process, and two workers beside one", [], ["--rounds", "1", "--rows", "10000"]),
     "reliability": ("Killed, crowded and damaged: what survived", [], ["--moments", "1", "--changes", "2"]),
     "server": ("The team's server beside `mlflow server` on SQLite", [], ["--clients", "8", "--seconds", "5"]),

@@ -18,7 +18,7 @@ FIGURES = {
     "the quickstart": r"benchmarks/quickstart\.py.*?\nwarm bytecode.*?\n  project / official: ([\d.]+)",
     "the packages": r"benchmarks/installation\.py.*?\ncold .*?([\d.]+) \(",
     "the environment of a model": r"benchmarks/environment\.py.*?\ninstalled size \(MB\).*?([\d.]+)\n",
-    "a run": r"benchmarks/store\.py.*?\n  a run, ours / one by one: ([\d.]+)",
+    "a run": r"benchmarks/store\.py.*?\n *a run, ours / one by one: ([\d.]+)",
     "an answer": r"benchmarks/serving\.py.*?\n +1 +8  kept +lifecycle  +\S+ +\S+ +\S+ +([\d.]+) \(",
 }
 
