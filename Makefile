@@ -78,7 +78,7 @@ site: $(DEVELOPMENT) ## build the site into build/site, from what is stored in t
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/site-doctrees . build/site
 	@echo "The site: build/site/index.html"
 
-reliability: $(INSTALLED) ## kill, crowd and damage everything, and write what survives to benchmarks/RESULTS.md; it takes an hour
+reliability: $(INSTALLED) ## kill, crowd and damage everything, and write what survives to benchmarks/RESULTS.md; it takes long
 	$(BIN)/python benchmarks/results.py --only reliability
 
 bench: $(INSTALLED) ## measure everything against its named peers, and write benchmarks/RESULTS.md; it takes long

@@ -3,7 +3,7 @@
 Usage: python benchmarks/results.py [--only quickstart search serving ...] [--quick]
 
 Each part has its command, so that anybody can repeat it alone. A part that is not run keeps what stands in the file,
-with the commit and the date at which it was measured. Reliability takes an hour or two, and is only measured where it
+with the commit and the date at which it was measured. Reliability takes long, and is only measured where it
 is asked for: `make reliability`. `--quick` takes few rounds, to see that all of it works.
 """
 
@@ -56,8 +56,14 @@ def machine() -> str:
     return f"{platform.system()}, {cores}, Python {platform.python_version()}, {', '.join(versions)}"
 
 
-def measured(name: str, arguments: list[str]) -> str:
-    """Run one benchmark, and return its part of the page.
+def commit() -> str:
+    """Return the commit that is measured, marked as dirty if files differ from it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def measured(name: str, arguments: list[str], version: str) -> str:
+    """Run one benchmark on a commit, and return its part of the page.
 
     Raises:
         subprocess.CalledProcessError: it failed.
@@ -66,10 +72,8 @@ def measured(name: str, arguments: list[str]) -> str:
     print("...", *command, flush=True)
     before = os.getloadavg()[0]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     today = datetime.datetime.now(datetime.UTC).date()
-    facts = f"{today}, commit {commit}, load of the machine before: {before:.1f}\n{machine()}"
+    facts = f"{today}, commit {version}, load of the machine before: {before:.1f}\n{machine()}"
     text = done.stdout.strip("\n")
     return f"## {PARTS[name][0]}\n\n```\n.venv/bin/python {' '.join(command)}\n```\n\n{facts}\n\n```\n{text}\n```\n"
 
@@ -87,12 +91,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     settings = parser.parse_args()
     parts = parts_of(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    version = commit()  # before this page changes
     for name in settings.only:
         if name == "scale" and (shutil.which("java") is None or importlib.util.find_spec("pyspark") is None):
             print("Left out: benchmarks/scale.py. It needs Java 17 or later and: make scale")
             continue
         _, arguments, quick = PARTS[name]
-        parts[name] = measured(name, arguments + quick if settings.quick else arguments)
+        parts[name] = measured(name, arguments + quick if settings.quick else arguments, version)
         page = "\n".join([HEAD, *(parts[name] for name in PARTS if name in parts)])
         RESULTS.write_text(page, encoding="utf-8")
 
