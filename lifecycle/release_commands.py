@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,13 @@ RELEASE = (
 
 def with_options(options: tuple[Callable, ...]) -> Callable:
     """Return a decorator that adds ``options`` to a command, in this order."""
-    return lambda function: reduce(lambda command, option: option(command), reversed(options), function)
+
+    def add(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def floors_of(texts: tuple[str, ...]) -> dict[str, float]:
