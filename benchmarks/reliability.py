@@ -14,7 +14,7 @@ Usage: python benchmarks/reliability.py [--moments 30] [--changes 100] [--only k
 - bytes: one random byte of a signed version's files is changed in the store. It survives if the version is refused;
   beside it, what `mlflow.pyfunc.load_model` does: it refuses as well, or predicts the same, or differs without a word.
 
-Each line of the table: what was tried, how often, what survived. Exit status 1 if anything of ours was lost.
+Each line of the table: what was tried, how often, what survived. Exit status 3 if anything of ours was lost.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from versions import iris_rows  # noqa: E402
 from lifecycle.keys import own_public_key  # noqa: E402
 from lifecycle.verification import NotVerifiedError, verified  # noqa: E402
 
+LOST = 3  # exit status
 RELEASE = "import sys; from pathlib import Path; from releases import released; released(Path(sys.argv[1]))"
 OPEN = {
     "ours": "import sys; from lifecycle.store import make_sqlite_store as make; make(sys.argv[1])",
@@ -269,7 +270,8 @@ def main() -> None:
     print(f"{'tried':42}{'times':>6}{'survived':>10}{'lost':>6}")
     for title, outcomes in table.items():
         print(f"{title:42}{outcomes.total():6}{outcomes['survived']:10}{outcomes['lost']:6}")
-    sys.exit(any(outcomes["lost"] for title, outcomes in table.items() if "(peer)" not in title))
+    lost = any(outcomes["lost"] for title, outcomes in table.items() if "(peer)" not in title)
+    sys.exit(LOST if lost else 0)
 
 
 if __name__ == "__main__":
