@@ -1,9 +1,12 @@
 """Guide 05, as stored: its story, as the store tells it, a second execution, and that it leaves nothing behind.
 
-What it calls is tested in tests/lifecycle: test_serving.py,
-test_drift.py, test_monitoring.py, test_batches.py, test_challenger.py, test_watch.py.
+What it calls is tested in tests/lifecycle: test_serving.py, test_drift.py, test_monitoring.py,
+test_batches.py, test_challenger.py, test_watch.py.
 """
 
+import re
+
+import mlflow
 import pandas as pd
 import psutil
 import pytest
@@ -97,6 +100,14 @@ def test_nothing_is_left_running_or_lying_about(folder):
             left.append(process)
     assert left == []
     assert [path for path in (folder / "tmp").iterdir() if path.is_dir()] == []
+
+
+def test_without_its_environment_nothing_is_released_unless_that_is_allowed(tmp_path):
+    process = papermill(copy_project(tmp_path, GUIDE), tmp_path)
+    assert process.returncode != 0
+    assert re.search(r"GateClosedError.*fresh environment not checked", process.stderr)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+    assert client.get_registered_model(MODEL).aliases == {}
 
 
 def test_second_execution_goes_on_with_the_new_champion(folder, client):
