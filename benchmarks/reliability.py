@@ -4,7 +4,8 @@ Usage: python benchmarks/reliability.py [--moments 30] [--changes 100] [--only k
 
 - kill-quickstart, kill-search, kill-release: the quickstart, guide 03 and a release are killed by SIGKILL, with their
   children, at seeded moments. After each, the store opens, everything that was registered before loads and predicts the
-  same, no run that is called finished is empty, and a new execution finishes. Each release begins in the same store.
+  same, no run that is called finished is empty, and a new execution finishes. Each begins in the same store, with what one
+  execution has registered.
 - set-up: `make run` in a fresh clone is killed at ten seeded moments. The same command afterwards finishes.
 - faults: the quickstart by `tools/run.py` on a full disk, in a read-only folder, on a database that is locked for a
   minute, without HOME, in a C locale, under umask 077, with CRLF pins, and with the disk full while the tables are
@@ -24,7 +25,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +35,7 @@ from pathlib import Path
 os.environ |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 
 import mlflow
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests/helpers"))
@@ -82,11 +83,11 @@ def program(name: str, folder: Path) -> list[str]:
 
 
 def started(command: list[str], folder: Path) -> subprocess.Popen:
-    """Start a program in a session of its own, on the store in ``folder``."""
+    """Start a program on the store in ``folder``."""
     variables = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "REBUILD_ENVIRONMENT": "off"}
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=folder, env=variables, start_new_session=True, **silent)
+    return subprocess.Popen(command, cwd=folder, env=variables, **silent)
 
 
 def answers(folder: Path) -> dict[str, list]:
@@ -98,31 +99,52 @@ def answers(folder: Path) -> dict[str, list]:
 
 
 def kill(name: str, moments: int, scratch: Path) -> Counter:
-    """Kill a program at random moments, and count what became of its store."""
+    """Kill a program at random moments, each time in the same store, and count what became of it."""
     chance, outcomes, folder = random.Random(0), Counter(), scratch / name
     if name == "release":
         make_store(folder, 1)
-        shutil.copytree(folder, scratch / "release before")
     else:
         folder.mkdir()
-    begin = time.monotonic()
-    if started(program(name, folder), folder).wait():
-        raise RuntimeError(f"The {name} does not run at all. Run it by hand to see why.")
+        finish(name, folder)
+    shutil.copytree(folder, scratch / "before")
+    before, begin = answers(folder), time.monotonic()
+    finish(name, folder)
     duration = time.monotonic() - begin
-    for _ in range(moments):
-        if name == "release":
-            shutil.rmtree(folder)
-            shutil.copytree(scratch / "release before", folder)
-        before = answers(folder)
-        process = started(program(name, folder), folder)
-        time.sleep(chance.uniform(0, duration))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    for number in range(1, moments + 1):
+        shutil.rmtree(folder)
+        shutil.copytree(scratch / "before", folder)
+        process, moment = started(program(name, folder), folder), chance.uniform(0, duration)
+        time.sleep(moment)
+        kill_all(process)
         after = answers(folder)
         kept = all(after.get(uri) == said for uri, said in before.items())
         finished = started(program(name, folder), folder).wait() == 0
-        outcomes["survived" if kept and finished else "lost"] += 1
+        outcome = "survived" if kept and finished else "lost"
+        print(
+            f"  {name} {number}, killed after {moment:.1f} of {duration:.1f} s: {outcome}", file=sys.stderr, flush=True
+        )
+        outcomes[outcome] += 1
+    shutil.rmtree(scratch / "before")
     return outcomes
+
+
+def finish(name: str, folder: Path) -> None:
+    """Run a program to its end.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    if started(program(name, folder), folder).wait():
+        raise RuntimeError(f"The {name} does not run at all. Run it by hand to see why.")
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a process and all below it, such as a kernel, which is in a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.wait()
 
 
 def interrupt_set_up(moments: int, scratch: Path) -> Counter:
@@ -133,11 +155,9 @@ def interrupt_set_up(moments: int, scratch: Path) -> Counter:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "VIRTUAL"))}
         how = {"cwd": clone, "env": variables, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(["make", "run"], start_new_session=True, **how)
+        process = subprocess.Popen(["make", "run"], **how)
         time.sleep(chance.uniform(0, 30))
-        with contextlib.suppress(ProcessLookupError):  # it had finished
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
         finished = subprocess.run(["make", "run"], check=False, **how).returncode == 0
         outcomes["survived" if finished and (clone / "build/project.html").is_file() else "lost"] += 1
         shutil.rmtree(clone)
