@@ -4,8 +4,8 @@ Usage: python benchmarks/reliability.py [--moments 30] [--changes 100] [--only k
 
 - kill-quickstart, kill-search, kill-release: the quickstart, guide 03 and a release are killed by SIGKILL, with their
   children, at seeded moments. After each, the store opens, everything that was registered before loads and predicts the
-  same, no run that is called finished is empty, and a new execution finishes. Each begins in the same store, with what one
-  execution has registered.
+  same, no run that is called finished is empty, and a new execution finishes. Each begins in the same store, with what
+  one execution has registered.
 - set-up: `make run` in a fresh clone is killed at ten seeded moments. The same command afterwards finishes.
 - faults: the quickstart by `tools/run.py` on a full disk, in a read-only folder, on a database that is locked for a
   minute, without HOME, in a C locale, under umask 077, with CRLF pins, and with the disk full while the tables are
