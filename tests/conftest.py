@@ -5,19 +5,18 @@ from importlib.util import find_spec
 
 import mlflow
 import pytest
+import versions
 from browser import installed_browser, open_page
 from deployment import deployed
 from execution import environment, free_port, running
 from postgresql import programs
 
-from lifecycle.store import make_sqlite_store
-
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
-    """Give the path of a store that MLflow has just made, to be copied, since making one takes seconds."""
+    """Give the path of a store that MLflow has just made, to be copied."""
     path = tmp_path_factory.mktemp("empty store") / "mlflow.db"
-    make_sqlite_store(path)
+    path.write_bytes(versions.empty_store())
     return path
 
 

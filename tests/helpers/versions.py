@@ -1,8 +1,10 @@
 """Model versions to test with: saved, registered and signed as a guide does it, in a store in a folder of their own."""
 
 import contextlib
+import functools
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +18,19 @@ from sklearn.linear_model import LogisticRegression
 
 from lifecycle.keys import own_key
 from lifecycle.signing import register_candidate
+from lifecycle.store import make_sqlite_store, open_experiment
 
 LOCK = ROOT / "requirements.txt"
 NAME = "iris"
+
+
+@functools.cache
+def empty_store() -> bytes:
+    """Return the SQLite file of a store that was just made; it is made once in a process, since that takes seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mlflow.db"
+        make_sqlite_store(path)
+        return path.read_bytes()
 
 
 def iris_rows() -> pd.DataFrame:
@@ -49,9 +61,10 @@ def register(folder: Path, model=None, rows: pd.DataFrame | None = None, name: s
 @contextlib.contextmanager
 def store_in(folder: Path, monkeypatch) -> Iterator[mlflow.MlflowClient]:
     """Make a SQLite store in ``folder`` the active one in the block, with one experiment; give its client."""
-    from lifecycle.store import open_experiment
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path(folder).as_posix()}/mlflow.db")
+    database = Path(folder) / "mlflow.db"
+    if not database.exists():
+        database.write_bytes(empty_store())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database.as_posix()}")
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     open_experiment("versions", "Versions to test with.", folder)
     yield mlflow.MlflowClient()

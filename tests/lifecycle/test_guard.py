@@ -807,8 +807,8 @@ def test_guard_imports_only_what_is_in_a_models_own_closure():
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
-    packages = {name: set(packages_distributions().get(name, ())) for name in modules}
+    installed = packages_distributions()
     # then a package for each is among the pins of a model
     pinned = {re.split("[=; ]", pin)[0] for pin in read_pins(ROOT / "model_requirements.txt")}
-    assert {name for name in modules if not packages[name] & pinned} == set()
+    assert {name for name in modules if not {*installed.get(name, ())} & pinned} == set()
     assert {"fastapi", "uvicorn", "mlflow"} <= modules

@@ -109,7 +109,10 @@ def test_release_of_the_holder_changes_nothing(folder):
 STEPS = ["log_artifacts", "set_registered_model_alias", "set_model_version_tag"]
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(STEPS[0], marks=pytest.mark.extended), STEPS[1], pytest.param(STEPS[2], marks=pytest.mark.extended)],
+)
 def test_step_that_fails_leaves_production_usable_and_the_same_call_finishes(folder, monkeypatch, step):
     # given a store that fails at one step
     def failing(*arguments, **options):

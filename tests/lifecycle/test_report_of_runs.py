@@ -567,6 +567,7 @@ def test_command_takes_metric_model_and_folder(store):
     assert "No version of mine is in production." in text
 
 
+@pytest.mark.extended  # it takes long
 def test_command_prints_json_and_nothing_else(store):
     # given two combinations with folds, one of which has two runs
     store.candidate(WINNER, STEADY.mean(), folds=STEADY)

@@ -97,6 +97,7 @@ def test_server_answers_until_the_end_of_the_block_and_leaves_nothing(iris, temp
         ask(server.address, path="/ping")
 
 
+@pytest.mark.extended  # it takes long
 def test_error_in_the_block_leaves_no_server(iris, temporary):
     with pytest.raises(InterruptedError), serve_verified(iris, **HERE) as server:
         raise InterruptedError
@@ -116,6 +117,7 @@ with serve_verified(as_verified(Path(sys.argv[2])), python=python) as server:
 """
 
 
+@pytest.mark.extended  # it takes long
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no such signal")
 @pytest.mark.parametrize("moment", ["serving", "building"])
 def test_nothing_outlives_a_caller_that_is_killed(iris, temporary, moment):
@@ -152,6 +154,7 @@ def test_server_that_cannot_start_is_said_in_one_line(iris, temporary, options, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.extended  # it takes long
 def test_port_in_use_is_said(iris):
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
@@ -216,6 +219,7 @@ def test_release_is_served_from_its_store(folder, temporary, monkeypatch):
         assert ask(server.address, split(FEATURES * 10))[0] == 400
 
 
+@pytest.mark.extended  # it takes long
 def test_command_refuses_a_candidate_in_one_line(folder, tmp_path):
     command = [sys.executable, "-m", "lifecycle", "serve", "models:/iris/2"]
     variables = environment(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")

@@ -104,16 +104,13 @@ def test_new_store_has_the_experiment_active_with_its_description_and_its_models
     assert open_experiment("an experiment", "Other.", tmp_path).experiment_id == experiment.experiment_id
 
 
-def test_only_the_store_is_left_where_one_was_made(empty_store):
-    assert names(empty_store.parent) == ["mlflow.db"]
-
-
 def test_complete_store_is_left_as_it_is(store, tmp_path):
     before = snapshot(tmp_path)
     make_sqlite_store(store)
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.extended  # it takes long
 def test_several_starts_at_once_on_no_store_share_one_experiment(tmp_path):
     # given no store
     folder = tmp_path / "project"
@@ -127,6 +124,7 @@ def test_several_starts_at_once_on_no_store_share_one_experiment(tmp_path):
     assert names(folder) == ["mlflow.db"]
 
 
+@pytest.mark.extended  # it takes long
 def test_start_succeeds_after_starts_that_were_killed_while_they_made_the_store(tmp_path):
     folder = tmp_path / "project"
     folder.mkdir()

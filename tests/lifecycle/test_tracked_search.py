@@ -322,6 +322,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.extended  # it takes long
 def test_killed_search_goes_on_with_its_trials(experiment_id, store, tmp_path):
     # given a search in a process of its own that is killed in the middle
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), experiment_id]

@@ -113,6 +113,7 @@ def test_alias_that_was_moved_without_a_release_is_not_watched(watched, usual):
     assert "no release as champion" in printed
 
 
+@pytest.mark.extended  # it takes long
 def test_as_a_process_in_the_folder_of_the_store(store, usual, tmp_path):
     usual.to_csv(tmp_path / "Monday.csv", index=False)
     command = [sys.executable, "-m", "lifecycle", "watch", f"models:/{NAME}/1", "--rows", str(tmp_path / "Monday.csv")]

@@ -18,6 +18,8 @@ from sklearn.svm import SVC
 from lifecycle.comparison import choose, folds_interval
 from lifecycle.tables import fingerprint
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/01_compare_models.ipynb"
 PREFIX = "ana_iris_csv_"
 ESTIMATORS = {

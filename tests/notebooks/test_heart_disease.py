@@ -23,6 +23,8 @@ from sklearn.model_selection import (
 from lifecycle.comparison import folds_interval
 from lifecycle.tables import fingerprint
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/02_heart_disease.ipynb"
 CODES = ["sex", "cp", "fbs", "restecg", "exang", "slope", "thal"]
 COLUMNS = ["age", "sex", "cp", "trestbps", "chol", "fbs", "restecg"]

@@ -79,6 +79,7 @@ def test_stored_outputs_are_reproduced_elsewhere(folder):
     assert differing_outputs(folder) == NOT_REBUILT
 
 
+@pytest.mark.extended  # it takes long
 def test_comparison_of_stored_outputs_can_fail(tmp_path):
     # given a copy of the notebook with one stored number changed
     text = copy_project(tmp_path).read_text(encoding="utf-8")
@@ -182,6 +183,7 @@ def test_logged_model_has_signature_example_and_pins_and_nothing_pickled(model_f
         assert model.load_input_example(files).shape == (3, 4)
 
 
+@pytest.mark.extended  # it takes long
 def test_loading_prints_no_warning(folder, model_files):
     # given a logged model, when a new process loads it
     code = "import sys, mlflow; print(type(mlflow.pyfunc.load_model(sys.argv[1])).__name__)"
@@ -196,6 +198,7 @@ def test_loading_prints_no_warning(folder, model_files):
     assert process.stderr == ""
 
 
+@pytest.mark.extended  # it takes long
 def test_mlflow_alone_would_list_pytest(model_files):
     # given a logged model, when MLflow infers what it needs
     inferred = mlflow.models.infer_pip_requirements(str(model_files[0]), flavor="sklearn")

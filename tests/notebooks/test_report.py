@@ -10,6 +10,8 @@ import mlflow
 import pytest
 from execution import ROOT, environment
 
+pytestmark = pytest.mark.extended  # it takes long
+
 RUN = "LogisticRegression_basic"
 
 

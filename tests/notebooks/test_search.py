@@ -11,6 +11,8 @@ from sklearn.model_selection import train_test_split
 from lifecycle.tables import fingerprint
 from lifecycle.verification import verified
 
+pytestmark = pytest.mark.extended  # it takes long
+
 GUIDE = "guides/03_search_and_evaluate.ipynb"
 EXPERIMENT = "iris_classification"
 MODEL = "iris_classification_best_model"
@@ -169,7 +171,6 @@ def test_candidate_is_the_final_version_and_signed_and_nothing_is_in_production(
         assert len(pd.read_parquet(copy.training_rows)) == 120
 
 
-@pytest.mark.extended  # it takes long
 def test_recipe_that_is_not_better_by_a_difference_that_counts_is_not_taken(tmp_path):
     # given a store in which a run has used the test rows, and a search that is too short to find anything
     features, target = part_of_iris("test")

@@ -144,6 +144,7 @@ def test_locks_are_what_pyproject_compiles_to(compile_again):
     assert compile_again() == [], "stale: make lock"
 
 
+@pytest.mark.extended  # it takes long
 def test_a_changed_pin_without_a_new_lock_is_noticed(compile_again):
     skops = f"skops=={versions(MODEL)['skops']}"
     assert compile_again(skops, "skops==0.15.0") == [lock for lock in LOCKS if lock != AUDIT]

@@ -219,6 +219,7 @@ def several(tmp_path_factory):
     return folder, run("first.ipynb", "missing.ipynb", *NO_NOTEBOOKS, "dies.ipynb", "last.ipynb", folder=folder)
 
 
+@pytest.mark.extended  # it takes long
 def test_failing_notebooks_of_several_do_not_stop_the_others(several):
     # then each has its line, the sound one is executed, and the end lists what failed
     folder, process = several
@@ -234,12 +235,14 @@ def test_failing_notebooks_of_several_do_not_stop_the_others(several):
     assert "42" in (folder / "build" / "last.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.extended  # it takes long
 @pytest.mark.parametrize("name", NO_NOTEBOOKS)
 def test_notebook_that_cannot_start_is_reported_in_one_line(several, name):
     (line,) = [line for line in several[1].stderr.splitlines() if line.startswith(name)]
     assert line.startswith(f"{name}: {NO_NOTEBOOKS[name][1]}")
 
 
+@pytest.mark.extended  # it takes long
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that kills")
 def test_kernel_that_dies_is_reported_in_one_line(several):
     line = 'dies.ipynb failed in section "Data": the kernel died, perhaps because memory ran out'
@@ -266,6 +269,7 @@ def test_interrupt_ends_with_one_line_and_no_process_left(tmp_path, number):
     assert psutil.wait_procs(kernel, timeout=10)[1] == []
 
 
+@pytest.mark.extended  # it takes long
 def test_runs_are_tagged_with_their_source_and_its_commit(tmp_path, empty_store):
     # given a notebook in a folder of a git repository, all committed, that starts a run
     work = tmp_path / "work"
@@ -395,6 +399,7 @@ def test_messages_are_grey_and_tracebacks_red(page, tool, tmp_path):
     assert page.locator(":target .jp-OutputArea-output").count() == 2
 
 
+@pytest.mark.extended  # it takes long
 def test_password_in_the_address_of_the_store_is_not_shown(tmp_path):
     # given a notebook whose cell asks a server that is down, and an address whose password HTML writes otherwise
     write(tmp_path / "small.ipynb", Title="import mlflow\n\nmlflow.set_experiment('an experiment')")

@@ -10,6 +10,8 @@ import pytest
 from execution import ROOT
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+pytestmark = pytest.mark.extended  # it takes long
+
 
 @pytest.fixture
 def upgrades(monkeypatch) -> ModuleType:
