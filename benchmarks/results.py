@@ -33,6 +33,7 @@ PARTS = {  # title, arguments, and those of a quick run
     "store": ("Logging a run, and finding the best one", [], ["--runs", "50"]),
     "search": ("A tracked search beside an untracked one, and beside MLflow's own storage", [], ["--rounds", "1"]),
     "verification": ("Verifying a signature, beside the bare SHA-256", [], ["--rounds", "1", "--megabytes", "1"]),
+    "gate": ("The gate, beside MLflow's own calls", [], ["--rounds", "1"]),
     "serving": (
         "Serving beside `mlflow models serve`",
         ["--start", "--rounds", "3"],

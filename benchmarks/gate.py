@@ -1,0 +1,108 @@
+"""Measure what the gate takes, beside MLflow's own calls for the same questions.
+
+Usage: python benchmarks/gate.py [--rounds 5]
+
+- scored: all checks but the environment, on the 30 test rows of Iris, against a holder. The peer evaluates both
+  versions by `mlflow.models.evaluate` and compares them by `mlflow.validate_evaluation_results`.
+- with the environment: the same and the environment, built from the recorded packages, each downloaded and verified;
+  the candidate predicts in it. The peer then calls `mlflow.models.predict(env_manager="uv")`, which takes packages from
+  uv's cache as they are; its environment is a new one each time, too.
+
+A round runs both, in turn; a ratio is formed within a round, and its median over the rounds is the figure, with the
+range. The network is in the second figure.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_LOGGING_LEVEL": "ERROR"}
+
+import matplotlib.pyplot as plt
+import mlflow
+from mlflow.models import MetricThreshold
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests/helpers"))
+
+from releases import ROWS_TEST, make_store  # noqa: E402
+
+from lifecycle.gate import check_version  # noqa: E402
+from lifecycle.keys import own_public_key  # noqa: E402
+from lifecycle.verification import Verified, verified  # noqa: E402
+
+FLOOR = 0.5
+
+
+def ours(candidate: Verified, holder: Verified, *, rebuild: bool) -> None:
+    """Check a version as a release does."""
+    with mlflow.start_run():
+        verdict = check_version(
+            candidate, holder, ROWS_TEST, "species", floors={"accuracy_score": FLOOR}, rebuild=rebuild
+        )
+    verdict.require(allow_unchecked=not rebuild)
+
+
+def peer(candidate: Verified, holder: Verified, *, rebuild: bool) -> None:
+    """Ask MLflow the same as far as it can tell."""
+    options = {"targets": "species", "model_type": "classifier"}
+    options["evaluator_config"] = {"log_model_explainability": False}
+    results = []
+    for version in (candidate, holder):
+        with mlflow.start_run():
+            results.append(mlflow.models.evaluate(str(version.folder), ROWS_TEST, **options))
+    threshold = MetricThreshold(threshold=FLOOR, min_absolute_change=0.001, greater_is_better=True)
+    mlflow.validate_evaluation_results({"accuracy_score": threshold}, *results)
+    plt.close("all")
+    if rebuild:
+        with tempfile.TemporaryDirectory() as place:
+            os.environ |= {"MLFLOW_ENV_ROOT": place, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+            rows = ROWS_TEST.drop(columns="species")
+            mlflow.models.predict(str(candidate.folder), rows, env_manager="uv", output_path=f"{place}/answer.json")
+
+
+def seconds(function, *arguments, **options) -> float:
+    """Return how long a call takes, with what it prints kept from the screen."""
+    begin = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        function(*arguments, **options)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    settings = parser.parse_args()
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        folder = make_store(Path(place) / "project", 1)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder.as_posix()}/mlflow.db"
+        mlflow.set_tracking_uri(None)
+        mlflow.set_experiment("versions")
+        holder, candidate = (
+            stack.enter_context(verified(f"models:/iris/{number}", own_public_key(folder))) for number in (1, 2)
+        )
+        print(f"{'':24}{'the gate (s)':>14}{'MLflow (s)':>14}   the gate / MLflow")
+        for title, rebuild in (("scored", False), ("with the environment", True)):
+            taken = []
+            for number in range(settings.rounds + 1):
+                pair = [seconds(way, candidate, holder, rebuild=rebuild) for way in (ours, peer)]
+                if number:  # the first round imports and fills caches
+                    taken.append(pair)
+            ratios = [one / other for one, other in taken]
+            medians = [statistics.median(times) for times in zip(*taken, strict=True)]
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"{title:24}{medians[0]:14.2f}{medians[1]:14.2f}   {spread}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
