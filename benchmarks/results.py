@@ -31,7 +31,11 @@ PARTS = {  # title, arguments, and those of a quick run
     "installation": ("Setting up from a clone, beside pip", ["--rounds", "2"], ["--rounds", "1"]),
     "environment": ("What a model needs, beside full MLflow", [], []),
     "store": ("Logging a run, and finding the best one", [], ["--runs", "50"]),
-    "search": ("A tracked search beside an untracked one, and beside MLflow's own storage", [], ["--rounds", "1"]),
+    "search": (
+        "A tracked search beside an untracked one, and beside MLflow's own storage",
+        ["--trials", "30", "300", "1000"],
+        ["--rounds", "1"],
+    ),
     "verification": ("Verifying a signature, beside the bare SHA-256", [], ["--rounds", "1", "--megabytes", "1"]),
     "gate": ("The gate, beside MLflow's own calls", [], ["--rounds", "1"]),
     "serving": (
@@ -39,7 +43,11 @@ PARTS = {  # title, arguments, and those of a quick run
         ["--start", "--rounds", "3"],
         ["--rounds", "1", "--seconds", "0.5"],
     ),
-    "scale": ("Spark beside one process, and two workers beside one", [], ["--rounds", "1", "--rows", "10000"]),
+    "scale": (
+        "Spark beside one process, and two workers beside one",
+        ["--rows", "10000", "100000", "1000000"],
+        ["--rounds", "1", "--rows", "10000"],
+    ),
     "reliability": ("Killed, crowded and damaged: what survived", [], ["--moments", "1", "--changes", "2"]),
     "server": ("The team's server beside `mlflow server` on SQLite", [], ["--clients", "8", "--seconds", "5"]),
 }

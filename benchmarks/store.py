@@ -1,11 +1,12 @@
 """Measure how runs are logged, found and reported: as this project does it, beside a plain way.
 
-Usage: python benchmarks/store.py [--runs 5000] [--rounds 3]
+Usage: python benchmarks/store.py [--runs 10000] [--rounds 3]
 
 - A run as the notebooks log it, `log_params` and `log_metrics`, beside one call for each of 15 values. The two are
   logged in turn, a hundred runs of each, and the ratio is formed within a round.
 - Then runs are logged until there are as many as asked for: is the last tenth as fast as the first?
-- The best run, looked for by its metric as the quickstart does, among all and among ten.
+- The best run, looked for by its metric as the quickstart does, and the champion, by its alias among as many versions:
+  among 10, 1,000 and all.
 - The report of that experiment by `lifecycle report`, beside `mlflow.search_runs`, which only fetches the same runs:
   seconds, and the most memory, each in a process of its own.
 
@@ -20,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ["MLFLOW_LOGGING_LEVEL"] = "ERROR"
@@ -64,14 +66,31 @@ def log_run(way: str, number: int) -> float:
     return time.perf_counter() - begin
 
 
-def find_best(experiment_id: str) -> float:
-    """Look for the best run, and return how many seconds it took: the median of five."""
+def milliseconds(look: Callable[[], object]) -> float:
+    """Return how long it takes to look for something: the median of five."""
     taken = []
     for _ in range(5):
         begin = time.perf_counter()
-        mlflow.search_runs([experiment_id], order_by=["metrics.score DESC"], max_results=1)
+        look()
         taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
+    return 1000 * statistics.median(taken)
+
+
+def grow(folder: Path, experiment_id: str, runs: int) -> tuple[list[float], dict[str, dict[int, float]]]:
+    """Log runs, each with a version; return the seconds of each run, and what looking for one took among how many."""
+    client, taken = mlflow.MlflowClient(), []
+    found = {"the best run": {}, "the champion": {}}
+    client.create_registered_model("grown")
+    for count in sorted({10, min(1000, runs), runs}):
+        begin = len(taken)
+        taken += [log_run("grown", number) for number in range(begin, count)]
+        for _ in range(begin, count):
+            client.create_model_version("grown", folder.as_uri())
+        client.set_registered_model_alias("grown", "champion", str(count // 2))
+        best = partial(mlflow.search_runs, [experiment_id], order_by=["metrics.score DESC"], max_results=1)
+        found["the best run"][count] = milliseconds(best)
+        found["the champion"][count] = milliseconds(partial(client.get_model_version_by_alias, "grown", "champion"))
+    return taken, found
 
 
 def of_a_process(program: str) -> tuple[float, float]:
@@ -100,14 +119,12 @@ def measure(folder: Path, runs: int, rounds: int) -> None:
         ratios.append(medians["ours"] / medians["one by one"])
     print(f"  a run, ours / one by one: {figure(ratios)}")
     mlflow.set_experiment(experiment_id=ways["grown"])
-    taken, found = [], {}
-    for count in sorted({10, min(1000, runs), runs}):
-        taken += [log_run("grown", number) for number in range(len(taken), count)]
-        found[count] = find_best(ways["grown"])
+    taken, found = grow(folder, ways["grown"], runs)
     tenth = max(len(taken) // 10, 1)
     first, last = statistics.median(taken[:tenth]), statistics.median(taken[-tenth:])
     print(f"  a run among {runs}, the last tenth / the first tenth: {last / first:.2f}")
-    print("  the best run:", ", ".join(f"{1000 * seconds:.0f} ms among {count}" for count, seconds in found.items()))
+    for what, times in found.items():
+        print(f"  {what}:", ", ".join(f"{time:.0f} ms among {count}" for count, time in times.items()))
     both = [{program: of_a_process(program) for program in PROGRAMS} for _ in range(rounds)]
     for number, what in enumerate(("seconds", "memory")):
         ours, plain = [[one[program][number] for one in both] for program in PROGRAMS]
@@ -135,7 +152,7 @@ def stores(folder: Path) -> Iterator[dict[str, str]]:
 def main() -> None:
     """Measure in each store."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=5000)
+    parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as place, stores(Path(place)) as found:
