@@ -6,7 +6,7 @@ Usage: python benchmarks/gate.py [--rounds 5]
   versions by `mlflow.models.evaluate` and compares them by `mlflow.validate_evaluation_results`.
 - with the environment: the same and the environment, built from the recorded packages, each downloaded and verified;
   the candidate predicts in it. The peer then calls `mlflow.models.predict(env_manager="uv")`, which takes packages from
-  uv's cache as they are; its environment is a new one each time, too.
+  uv's cache as they are, with what Python compiled of them in an earlier round; its environment is a new one, too.
 
 A round runs both, in turn; a ratio is formed within a round, and its median over the rounds is the figure, with the
 range. The network is in the second figure.
