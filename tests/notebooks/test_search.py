@@ -1,9 +1,17 @@
 """Guide 03, as stored: what the comparison, the killed search, the final evaluation and the candidate log."""
 
+import contextlib
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import mlflow
 import pandas as pd
+import psutil
 import pytest
-from execution import copy_project, differing_outputs, executed, papermill, text_outputs
+from execution import copy_project, differing_outputs, environment, executed, papermill, text_outputs
 from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
@@ -190,3 +198,34 @@ def test_recipe_that_is_not_better_by_a_difference_that_counts_is_not_taken(tmp_
     assert "the untuned recipe is the candidate" in "".join(text_outputs(executed(tmp_path)))
     # and the final run says who has used the test rows before
     assert final.data.tags["earlier_runs_on_test_rows"] == "1"
+
+
+def test_execution_that_was_killed_in_its_search_is_finished_by_the_next(tmp_path):
+    # given an execution that is killed when it has gone on beyond the trial in which it killed its own search
+    command = [sys.executable, "-m", "papermill", str(copy_project(tmp_path, GUIDE)), "executed.ipynb"]
+    process = psutil.Popen(command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL)
+    while logged_trials(tmp_path / "mlflow.db") < 15:
+        assert process.poll() is None
+        time.sleep(0.02)
+    for part in [*process.children(recursive=True), process]:
+        part.kill()
+    process.wait()
+    # when
+    again = papermill(tmp_path / GUIDE, tmp_path)
+    # then it goes on with the same search, and no trial is tried twice
+    assert again.returncode == 0, again.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+    (parent,) = searches(client)
+    names = [run.info.run_name for run in children(client, parent) if run.info.status == "FINISHED"]
+    assert sorted(names) == [f"trial {number:03d}" for number in range(30)]
+
+
+def logged_trials(store: Path) -> int:
+    """Return how many trials are in the SQLite file ``store``, which may not be there yet."""
+    if not store.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as database:
+        try:
+            return database.execute("SELECT COUNT(*) FROM tags WHERE key = 'trial'").fetchone()[0]
+        except sqlite3.OperationalError:  # it is being made
+            return 0
