@@ -41,8 +41,9 @@ def own_key(folder: Path) -> Path:
     """
     private = store_folder(folder) / "keys" / "signing_key.pem"
     public = private.with_suffix(".pub")
+    made = public.exists()  # asked first, because whoever makes the key right now writes its public half last
     if not private.exists():
-        if public.exists():
+        if made:
             lost = f"Cannot sign: {private} is lost, and only its public half is left. Put it back from a backup."
             raise KeyRefusedError(f"{lost} If there is none, make a new one: lifecycle new-key")
         key = ec.generate_private_key(ec.SECP256R1())
