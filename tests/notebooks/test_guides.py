@@ -1,4 +1,4 @@
-"""What holds for every guide: one form, one set-up, and the same outputs on a server, again, and by papermill."""
+"""What holds for the form of every notebook, and what every guide has; nothing is executed here."""
 
 import re
 import statistics
