@@ -197,20 +197,20 @@ def read_record(folder: Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    tables = []
+    rows = []
     for path in sorted(Path(folder).glob("requests-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             entry = json.loads(line) if line.endswith("\n") else {"status": 0}
             if entry["status"] == 200:
-                table = pd.DataFrame(entry["inputs"], index=range(len(entry["predictions"])))
                 about = (entry["id"], pd.Timestamp(entry["time"]), entry["name"], entry["version"])
-                for place, (name, value) in enumerate(zip(ABOUT, about, strict=True)):
-                    table.insert(place, name, value)
-                tables.append(table.assign(prediction=entry["predictions"]))
-    if not tables:
+                for number, prediction in enumerate(entry["predictions"]):
+                    asked = {name: values[number] for name, values in entry["inputs"].items()}
+                    rows.append(asked | dict(zip(ABOUT, about, strict=True)) | {"prediction": prediction})
+    if not rows:
         return pd.DataFrame(columns=[*ABOUT, "prediction"])
-    found = pd.concat(tables, ignore_index=True).sort_values("request_time", kind="stable", ignore_index=True)
-    return found[[*(name for name in found if name != "prediction"), "prediction"]]
+    found = pd.DataFrame(rows).sort_values("request_time", kind="stable", ignore_index=True)
+    asked = [name for name in found if name not in (*ABOUT, "prediction")]
+    return found[[*ABOUT, *asked, "prediction"]]
 
 
 @contextlib.contextmanager
