@@ -35,7 +35,7 @@ run: $(INSTALLED) ## execute project.ipynb into build/project.html
 
 # One process more than there are cores, because tests also wait: for servers, kernels and locks.
 PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)") \
-	--dist loadfile --no-loadscope-reorder
+	--dist loadgroup --no-loadscope-reorder
 
 test: $(INSTALLED) ## run the tests that need nothing but the basic set-up
 	$(PYTEST) -m "not extended"
@@ -72,7 +72,8 @@ notebooks: $(INSTALLED) ## execute the committed notebooks in a fresh store and 
 	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
 
 screenshots: browser ## take the pictures in docs/images
-	$(BIN)/python -m pytest tests/notebooks/test_interface.py tests/notebooks/test_guides_interface.py --pictures docs/images
+	$(BIN)/python -m pytest tests/notebooks/test_interface.py tests/notebooks/test_guides_interface.py \
+		tests/notebooks/test_release.py --pictures docs/images
 
 site: $(DEVELOPMENT) ## build the site into build/site, from what is stored in the notebooks
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/site-doctrees . build/site

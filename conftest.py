@@ -27,7 +27,11 @@ def pytest_configure(config):
     config.option.nbval = True
     config.option.nbval_current_env = True
     config.option.nbval_sanitize_with = str(HERE / "tests" / "sanitize.cfg")
-    config.stash[STORE] = tempfile.mkdtemp()
+    # What MLflow downloads in a test stays until the process ends, in this folder, which is removed then. Not so what
+    # pytest keeps of the last tests.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    config.stash[STORE] = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp()
+    Path(tempfile.tempdir).chmod(0o711)  # root's PostgreSQL runs as another user
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["REBUILD_ENVIRONMENT"] = "on"
     # Java compiles for a start that is quick, not for work that takes long: half the time of what is tested here.
@@ -38,10 +42,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark as ``extended`` what needs a browser, PostgreSQL, Spark or containers, which `make test` leaves out."""
+    """Mark as ``extended`` what `make test` leaves out, and say which tests one process has to run.
+
+    These are the tests of a file, and those that look at the one execution of guides 01 to 03.
+    """
     for item in items:
-        if EXTENDED & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if EXTENDED & fixtures:
             item.add_marker("extended")
+        item.add_marker(pytest.mark.xdist_group("guides" if "guides" in fixtures else item.path.name))
 
 
 @pytest.hookimpl(tryfirst=True)  # the notebook's kernel starts after this
@@ -64,7 +73,8 @@ def pytest_unconfigure(config):
 
 collect_ignore = ["guides/06_scale_out.ipynb"]  # tests/deploy/test_deploy_guides.py compares its outputs, on a server
 STORE = pytest.StashKey[str]()
-EXTENDED = {"page", "team", "containers", "spark"}  # the fixtures that give a browser, the team's server, and Spark
+# What needs a browser, PostgreSQL, Docker or Spark, or takes long, by the fixtures that give it.
+EXTENDED = {"page", "team", "containers", "spark", "guides"}
 
 
 def skip_without_heart_disease_data():

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's im
 GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
 # Guides 04 and 05 build no environments here: test_release.py and test_monitor.py do, and compare what they print.
 FIRST = {"04": {"allow_unchecked": True}, "05": {"allow_unchecked": True}}
-# What makes a second execution shorter. Guides 04 and 05 are executed again in test_release.py and test_monitor.py,
-# guide 06 with other parameters in test_scale.py; guide 02 logs as guide 01 does.
-SECOND = {"01": {"repeats": 1}, "03": {"n_trials": 6}}
+# What makes a second execution shorter. Guides 03 to 05 are executed again in test_search.py, test_release.py and
+# test_monitor.py, guide 06 with other parameters in test_scale.py; guide 02 logs as guide 01 does.
+SECOND = {"01": {"repeats": 1}}
 
 
 @pytest.fixture(scope="module", params=GUIDES)

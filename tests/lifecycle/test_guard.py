@@ -745,8 +745,11 @@ def test_thousand_streams_of_bytes_get_an_answer_that_is_no_failure(server, mode
     assert ask(server.address, split(THREE))[0] == 200
 
 
-def crowd(server, clients: int, go_on) -> list[tuple[str, int]]:
-    """Let clients ask at once for flowers, until ``go_on(number)`` is false; return the ids and which flower it was."""
+def crowd(server, clients: int, go_on, pause: float = 0) -> list[tuple[str, int]]:
+    """Let clients ask at once for flowers, until ``go_on(number)`` is false; return the ids and which flower it was.
+
+    Each waits ``pause`` seconds before it asks again.
+    """
     found, errors = [], []
 
     def client(number: int):
@@ -759,6 +762,7 @@ def crowd(server, clients: int, go_on) -> list[tuple[str, int]]:
                 assert status == 200, text
                 found.append((answer["id"], flower, answer["predictions"][0]))
                 count += 1
+                time.sleep(pause)
         except Exception as error:
             errors.append(error)
 
@@ -793,7 +797,7 @@ def test_fifty_clients_for_a_minute_lose_nothing_and_memory_stays_flat(iris, mod
         memory = psutil.Process(server.process.pid).memory_info
         crowd(server, 50, lambda count: count < 20)
         before, end = memory().rss, time.monotonic() + MINUTE
-        found = crowd(server, 50, lambda _: time.monotonic() < end)
+        found = crowd(server, 50, lambda _: time.monotonic() < end, pause=0.2)
         assert memory().rss < before + 10_000_000
     check_crowd(found, tmp_path / "record", model)
 

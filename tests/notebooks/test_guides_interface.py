@@ -1,6 +1,6 @@
-"""The MLflow interface on what the guides log, one after another, in one store, looked at in a real browser.
+"""The MLflow interface on what guides 01 to 03 log in one store, looked at in a real browser.
 
-Guides 05 and 06 log nothing that the interface shows in another way.
+What guide 04 registers is looked at in test_release.py. Guides 05 and 06 log nothing that looks different.
 
 With ``--pictures FOLDER`` the pages that the tests have checked are saved there; `make screenshots` does it.
 """
@@ -12,26 +12,15 @@ from urllib.parse import quote
 import mlflow
 import pytest
 from browser import picture
-from execution import ROOT, copy_project, git, papermill
 from sklearn.linear_model import LogisticRegression
 
-GUIDES = git(ROOT, "ls-files", "guides/0[1-4]*.ipynb").splitlines()
 MODE = "workflowType=machine_learning"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, heart_disease, request):
-    """Give a folder in which these guides have been executed, each copy below. No test here writes to its store."""
-    folder = tmp_path_factory.mktemp("guides")
-    for name in GUIDES:
-        copies = folder / name.removesuffix(".ipynb")
-        copies.mkdir(parents=True)
-        parameters = {"allow_unchecked": True} if "04" in name else {}  # no environment is built
-        if "03" in name and not request.config.getoption("--pictures"):
-            parameters = {"n_trials": 6}
-        process = papermill(copy_project(folder, name), copies, parameters)
-        assert process.returncode == 0, process.stderr
-    return folder
+def folder(guides, heart_disease):
+    """Give the folder with the store in which guides 01 to 03 have been executed."""
+    return guides
 
 
 def page_of(client: mlflow.MlflowClient, experiment: str, run_name: str) -> str:
@@ -99,14 +88,3 @@ def test_search_of_guide_03_shows_its_picture(page, client, interface, pictures)
     page.locator(".image-outer-container img, img[src^='blob:']").first.wait_for()
     page.set_viewport_size({"width": 1280, "height": 560})
     picture(page, pictures, "guides_search.png")
-
-
-def test_registered_model_shows_its_versions_and_the_alias(page, interface, pictures):
-    page.goto(f"{interface}/#/models/iris_classification_best_model?{MODE}")
-    page.get_by_text("@ production").wait_for()
-    row = page.get_by_role("row").filter(has_text="@ production").inner_text()
-    assert "Version 1" in row
-    assert "released.production" in row  # guide 04 has released the candidate of guide 03
-    assert "Version 2" in page.inner_text("body")
-    page.set_viewport_size({"width": 1280, "height": 570})
-    picture(page, pictures, "guides_model.png")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from execution import ROOT, copy_project, differing_outputs, executed, papermill, text_outputs
 from scipy import stats
-from serving import PUBLIC_ADDRESS, serving
+from serving import PUBLIC_ADDRESS
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, make_scorer, precision_score, recall_score
 from sklearn.model_selection import (
     RepeatedStratifiedKFold,
@@ -25,7 +25,8 @@ from lifecycle.tables import fingerprint
 
 pytestmark = pytest.mark.extended  # it takes long
 
-GUIDE = "guides/02_heart_disease.ipynb"
+HEART = "02_heart_disease"
+GUIDE = f"guides/{HEART}.ipynb"
 CODES = ["sex", "cp", "fbs", "restecg", "exang", "slope", "thal"]
 COLUMNS = ["age", "sex", "cp", "trestbps", "chol", "fbs", "restecg"]
 COLUMNS += ["thalach", "exang", "oldpeak", "slope", "ca", "thal", "num"]
@@ -43,18 +44,9 @@ PARAMETERS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, heart_disease):
-    """Give a folder in which the guide has been executed once, on a download. No test here writes to its store.
-
-    The address of the data has a password and a token, of which the server takes no notice.
-    """
-    folder = tmp_path_factory.mktemp("guide")
-    with serving(heart_disease) as (address, _):
-        address = address.replace("//", "//user:hunter2@") + "?token=hunter2"
-        cache = {"XDG_CACHE_HOME": str(folder / "cache"), "HEART_DISEASE_DATA": address}
-        process = papermill(copy_project(folder, GUIDE), folder, **cache)
-    assert process.returncode == 0, process.stderr
-    return folder
+def folder(guides, heart_disease):
+    """Give the folder with the store in which the guide has been executed, on a download."""
+    return guides
 
 
 @pytest.fixture
@@ -79,7 +71,7 @@ def parts(rows):
 
 
 def test_stored_outputs_are_reproduced_from_the_served_file(folder):
-    assert differing_outputs(folder, GUIDE) == []
+    assert differing_outputs(folder / HEART, GUIDE) == []
 
 
 def test_two_runs_are_children_of_the_comparison_and_all_are_finished(runs):
@@ -237,7 +229,7 @@ def test_datasets_are_inputs_with_their_public_source_and_sha256(runs, parts, na
 
 
 def test_neither_secret_nor_address_nor_path_is_printed(folder):
-    printed = "\n".join(text_outputs(executed(folder)))
+    printed = "\n".join(text_outputs(executed(folder / HEART)))
     for private in ("hunter2", "127.0.0.1", str(folder)):
         assert private not in printed
 

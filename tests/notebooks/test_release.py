@@ -2,6 +2,7 @@
 
 import mlflow
 import pytest
+from browser import picture
 from execution import copy_project, differing_outputs, papermill
 
 from lifecycle.release import history
@@ -59,3 +60,14 @@ def test_another_execution_finds_its_candidate_in_production_and_changes_nothing
     process = papermill(folder / GUIDE, folder, {"allow_unchecked": True})
     assert process.returncode == 0, process.stderr
     assert aliases(client) == before
+
+
+def test_registered_model_shows_its_versions_and_the_alias(page, interface, pictures):
+    page.goto(f"{interface}/#/models/iris_classification_best_model?workflowType=machine_learning")
+    page.get_by_text("@ production").wait_for()
+    row = page.get_by_role("row").filter(has_text="@ production").inner_text()
+    assert "Version 2" in row
+    assert "released.production" in row
+    assert "Version 3" in page.inner_text("body")
+    page.set_viewport_size({"width": 1280, "height": 570})
+    picture(page, pictures, "guides_model.png")

@@ -21,7 +21,8 @@ from lifecycle.verification import verified
 
 pytestmark = pytest.mark.extended  # it takes long
 
-GUIDE = "guides/03_search_and_evaluate.ipynb"
+SEARCH = "03_search_and_evaluate"
+GUIDE = f"guides/{SEARCH}.ipynb"
 EXPERIMENT = "iris_classification"
 MODEL = "iris_classification_best_model"
 COMBINATIONS = [
@@ -30,12 +31,9 @@ COMBINATIONS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Give a folder in which the guide has been executed once. No test here writes to its store."""
-    folder = tmp_path_factory.mktemp("search")
-    process = papermill(copy_project(folder, GUIDE), folder)
-    assert process.returncode == 0, process.stderr
-    return folder
+def folder(guides):
+    """Give the folder with the store in which the guide has been executed, first of all."""
+    return guides
 
 
 def runs_by_name(client: mlflow.MlflowClient) -> dict:
@@ -79,7 +77,7 @@ def searches(client: mlflow.MlflowClient) -> list:
 
 
 def test_stored_outputs_are_reproduced(folder):
-    assert differing_outputs(folder, GUIDE) == []
+    assert differing_outputs(folder / SEARCH, GUIDE) == []
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -168,7 +166,9 @@ def test_no_other_run_saw_the_test_rows(runs):
 
 def test_final_run_says_who_used_the_test_rows_before(folder, client, runs):
     assert runs["final LogisticRegression_subset"].data.tags["earlier_runs_on_test_rows"] == "0"
-    assert "In this store, 0 earlier runs have used these test rows." in "".join(text_outputs(executed(folder)))
+    assert "In this store, 0 earlier runs have used these test rows." in "".join(
+        text_outputs(executed(folder / SEARCH))
+    )
 
 
 def test_candidate_is_the_final_version_and_signed_and_nothing_is_in_production(folder, client, runs):

@@ -15,7 +15,7 @@ from execution import ROOT
 
 # A figure in the README, by the words of its row, and where it stands in the results.
 FIGURES = {
-    "the quickstart": r"benchmarks/quickstart\.py.*?\nwarm bytecode.*?\n  project, environment rebuilt / official: ([\d.]+)",
+    "the quickstart": r"benchmarks/quickstart\.py.*?\nwarm bytecode.*?environment rebuilt / official: ([\d.]+)",
     "the packages": r"benchmarks/installation\.py.*?\ncold .*?([\d.]+) \(",
     "the environment of a model": r"benchmarks/environment\.py.*?\ninstalled size \(MB\).*?([\d.]+)\n",
     "a run": r"benchmarks/store\.py.*?\n *a run, ours / one by one: ([\d.]+)",
