@@ -97,6 +97,28 @@ def test_card_needs_its_two_sentences(folder, name):
     assert production(folder) == "1"
 
 
+def test_release_needs_a_floor(folder):
+    with pytest.raises(ValueError, match="State at least one floor"):
+        released(folder, floors={})
+    assert production(folder) == "1"
+
+
+def test_record_that_was_left_open_after_the_alias_is_finished(folder):
+    # given a release whose process ended before it could close its record
+    (made,) = history("iris")
+    mlflow.MlflowClient().update_run(made.run_id, status="RUNNING")
+    # when the same release is asked for, then it is the same one, and its record is closed
+    assert released(folder, "models:/iris/1") == made
+    assert history("iris") == [made]
+
+
+def test_holder_whose_record_was_deleted_is_not_released_again(folder):
+    mlflow.MlflowClient().delete_run(history("iris")[0].run_id)
+    with pytest.raises(ValueError, match="is production already, and the record of its release is gone"):
+        released(folder, "models:/iris/1")
+    assert production(folder) == "1"
+
+
 def test_release_of_the_holder_changes_nothing(folder):
     before = history("iris")
     assert released(folder, "models:/iris/1") == before[0]

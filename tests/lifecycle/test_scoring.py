@@ -26,6 +26,7 @@ from versions import register, store_in
 from lifecycle import scoring
 from lifecycle import spark as sparks
 from lifecycle.__main__ import main
+from lifecycle.keys import own_key
 from lifecycle.pins import read_pins
 
 COLUMNS = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
@@ -233,7 +234,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_archive_that_is_not_in_the_lock_is_refused_by_name(session, small_model, tmp_path, capfd, monkeypatch, change):
+def test_archive_that_is_not_in_the_lock_is_refused_by_name(small_model, tmp_path, capfd, monkeypatch, change):
     # given a lock in which one thing is wrong, and a setting that would have uv overlook it
     text, count = re.subn(*CHANGES[change], LOCK.read_text())
     assert count == 1
@@ -243,7 +244,7 @@ def test_archive_that_is_not_in_the_lock_is_refused_by_name(session, small_model
     # when MLflow builds an environment by it
     refused = pytest.raises(sparks.EnvironmentRefusedError, match=r"was not built\. .*wheel==")
     with refused as error, sparks.verified_archives(tmp_path / "a lock.txt"):
-        mlflow.pyfunc.spark_udf(session, small_model, env_manager="uv")
+        mlflow.models.predict(small_model, load_iris(as_frame=True).data.head(3), env_manager="uv")
     # then the refusal is all that is said, and all is as it was
     assert "\n" not in str(error.value)
     assert "wheel" not in "".join(capfd.readouterr())
@@ -274,6 +275,14 @@ def test_summary_counts_classes_and_describes_numbers(session, values, summary):
 
 
 # The session
+
+
+def test_session_listens_on_loopback_only_where_no_cluster_has_to_reach_it(tmp_path):
+    local, cluster = (sparks.spark_settings(master, tmp_path) for master in ("local[2]", "spark://cluster:7077"))
+    assert (local["spark.driver.host"], local["spark.driver.bindAddress"]) == ("127.0.0.1", "127.0.0.1")
+    assert local["spark.local.dir"].startswith(str(tmp_path))
+    assert not {"spark.driver.host", "spark.driver.bindAddress", "spark.local.dir"} & set(cluster)
+    assert (local["spark.master"], cluster["spark.master"]) == ("local[2]", "spark://cluster:7077")
 
 
 def test_spark_listens_on_loopback_only(session):
@@ -379,6 +388,21 @@ def test_result_that_exists_is_refused_in_a_line(folder, uri, monkeypatch):
     assert (answer.exit_code, answer.stdout) == (1, "")
     assert answer.stderr == ("Error: There is a result in mlruns already. Name another folder, or remove this one.\n")
     assert len(mlflow.search_runs()) == before
+
+
+def test_version_that_another_key_signed_is_refused_before_spark_starts(folder, uri, tmp_path, monkeypatch):
+    # given somebody else's key
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    public = own_key(tmp_path).with_suffix(".pub")
+    # when
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow.get_tracking_uri())
+    places = ["--rows", "data", "--result", str(tmp_path / "scored"), "--public-key", str(public)]
+    answer = CliRunner().invoke(main, ["score", uri, *places])
+    # then
+    assert (answer.exit_code, answer.stdout) == (1, "")
+    assert re.fullmatch(r"Error: Not loaded: models:/iris@champion. The key \w+ has not signed it.*\n", answer.stderr)
+    assert not (tmp_path / "scored").exists()
 
 
 def test_spark_overwrites_no_result(session, tmp_path):
