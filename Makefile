@@ -1,5 +1,5 @@
 # make run     the quickstart, executed into build/project.html
-# make test    everything that can be tested on this machine
+# make test    the fast tests, which need nothing more
 # `make help` lists the rest. Nothing needs an activated environment.
 
 PYTHON ?= python3
