@@ -35,7 +35,7 @@ run: $(INSTALLED) ## execute project.ipynb into build/project.html
 
 # One process more than there are cores, because tests also wait: for servers, kernels and locks.
 PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)") \
-	--dist loadgroup --no-loadscope-reorder
+	--dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED) ## run the tests that need nothing but the basic set-up
 	$(PYTEST) -m "not extended"

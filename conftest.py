@@ -42,15 +42,23 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark as ``extended`` what `make test` leaves out, and say which tests one process has to run.
-
-    These are the tests of a file, and those that look at the one execution of guides 01 to 03.
-    """
+    """Mark as ``extended`` what `make test` leaves out."""
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if EXTENDED & fixtures:
+        if EXTENDED & set(getattr(item, "fixturenames", ())):
             item.add_marker("extended")
-        item.add_marker(pytest.mark.xdist_group("guides" if "guides" in fixtures else item.path.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give the tests of a file to one process, and those that look at the one execution of guides 01 to 03, too."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "guides 01 to 03" if file.rpartition("/")[2] in SHARED else file
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(tryfirst=True)  # the notebook's kernel starts after this
@@ -75,6 +83,7 @@ collect_ignore = ["guides/06_scale_out.ipynb"]  # tests/deploy/test_deploy_guide
 STORE = pytest.StashKey[str]()
 # What needs a browser, PostgreSQL, Docker or Spark, or takes long, by the fixtures that give it.
 EXTENDED = {"page", "team", "containers", "spark", "guides"}
+SHARED = {"test_compare_models.py", "test_guides_interface.py", "test_heart_disease.py", "test_search.py"}
 
 
 def skip_without_heart_disease_data():

@@ -73,7 +73,7 @@ def test_page_has_report_and_charts_and_no_code(project, empty_store):
     assert "jp-CodeCell" not in body
     # and all that is said to be written is there
     assert process.stderr == ""
-    told = re.findall(r"\w+/\S+[.]\w+", process.stdout)
+    told = re.findall(r"(?<!\S)\w+/\S+[.]\w+", process.stdout)
     assert told == ["reports/iris_classification/experiment_report.md", "build/experiment_report.html"]
     assert all((project / path).is_file() for path in told)
 
