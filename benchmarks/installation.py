@@ -50,11 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     taken = {(way, state): [] for state in ("cold", "warm") for way in ("ours", "pip")}
-    for number in range(parser.parse_args().rounds):
-        with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:  # removed at the end: some disks are slow after many are deleted
+        for number in range(parser.parse_args().rounds):
             for way, state in taken:
                 folder = Path(scratch) / f"{way}-{state}-{number}"
-                taken[way, state].append(seconds(way, folder, Path(scratch) / f"cache-{way}"))
+                taken[way, state].append(seconds(way, folder, Path(scratch) / f"cache-{way}-{number}"))
     print("cache   ours (s)   pip (s)   ours / pip")
     for state in ("cold", "warm"):
         ours, pip = taken["ours", state], taken["pip", state]

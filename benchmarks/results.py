@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,11 +60,15 @@ machine changes. `make bench` measures all parts, and writes this file. Nobody e
 
 
 def machine() -> str:
-    """Return what the figures depend on: processor, memory, system and versions."""
+    """Return what the figures depend on: processor, memory, system, versions, and the disk of the temporary files."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("mlflow", "scikit-learn", "pandas", "uv")]
     cores = f"{os.cpu_count()} cores, {memory:.0f} GB"
-    return f"{platform.system()}, {cores}, Python {platform.python_version()}, {', '.join(versions)}"
+    disk = subprocess.run(["stat", "-f", "-c", "%T", tempfile.gettempdir()], capture_output=True, text=True).stdout
+    return (
+        f"{platform.system()}, {cores}, temporary files on {disk.strip() or 'a disk'}\n"
+        f"Python {platform.python_version()}, {', '.join(versions)}"
+    )
 
 
 def commit() -> str:
