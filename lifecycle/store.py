@@ -53,7 +53,7 @@ def printable(text: str) -> str:
         text = text.replace(f"{secret}@", "").replace(secret, "***")
     text = re.sub(r"(?<!sqlite)(?<!file)://[^\s/@:\[]*:(?!\d+(?:[/?#\s]|$)).*@", "://", text)  # spaces, too
     text = re.sub(r"(?<!sqlite)(?<!file)://\S*@", "://", text)
-    text = re.sub(r"(?i)([\w-]*(?:password|passwd|pwd|token|secret|api_?key)[\w-]*=)[^&\s'\"]+", r"\1***", text)
+    text = re.sub(r"(?i)((?:password|passwd|pwd|token|secret|api_?key)[\w-]*=)[^&\s'\"]+", r"\1***", text)
     return re.sub(r"(?i)([?&]user(?:name)?=|\buser(?:name)? [\"'])[^&\s'\"]+", r"\1***", text)
 
 

@@ -505,3 +505,16 @@ def test_check_says_that_a_server_is_down(tmp_path, monkeypatch):
     with pytest.raises(StoreUnusableError, match=r"Start the server") as error:
         check_store(tmp_path)
     assert "hunter2" not in str(error.value)
+
+
+def test_secrets_are_looked_for_in_time_that_grows_with_the_text_alone():
+    # given long lines without a space, as a picture in a page has
+    short, long = "x1" * 20_000, "x1" * 200_000
+
+    def seconds(text: str) -> float:
+        begin = time.perf_counter()
+        assert printable(text) == text
+        return time.perf_counter() - begin
+
+    # then ten times the length takes about ten times as long, and not a hundred times
+    assert min(seconds(long) for _ in range(3)) < 40 * min(seconds(short) for _ in range(3))
