@@ -85,8 +85,9 @@ reliability: $(INSTALLED) ## kill, crowd and damage everything, and write what s
 bench: $(INSTALLED) ## measure everything against its named peers, and write benchmarks/RESULTS.md; it takes long
 	$(BIN)/python benchmarks/results.py $(if $(ONLY),--only $(ONLY))
 
-reproduce: $(INSTALLED) ## execute fresh clones in unlike situations, and compare all that they give (NOTEBOOKS=... for some)
-	$(BIN)/python tools/reproduce.py $(if $(filter command line environment,$(origin NOTEBOOKS)),$(NOTEBOOKS))
+# With NOTEBOOKS, for some of them, and nothing is written.
+reproduce: $(INSTALLED) ## execute fresh clones in unlike situations and with newer releases, compare, and write RESULTS.md
+	$(BIN)/python $(if $(filter command line environment,$(origin NOTEBOOKS)),tools/reproduce.py $(NOTEBOOKS),benchmarks/results.py --only reproduce upgrades)
 
 # One resolution: the whole first, then each part held to it.
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \

@@ -11,9 +11,15 @@ Usage: python benchmarks/reliability.py [--moments 30] [--changes 100] [--only k
   minute, without HOME, in a C locale, under umask 077, with CRLF pins, and with the disk full while the tables are
   made. It survives if it finishes, or ends with a line that says why; and finishes once the fault is gone, with all
   that was registered before.
+- kill-tables: a process that makes a store is killed at seeded moments. It survives if the store opens afterwards;
+  beside it, a store that MLflow makes.
 - crowd: six processes open a store that is not there yet, at the same moment; beside it, six that do so as MLflow does.
+- server: eight executions of the quickstart at the same moment on the team's server, as deploy/compose.yaml starts it.
+  They survive if all finish, and each of the 16 versions answers. It needs: make postgresql
 - bytes: one random byte of a signed version's files is changed in the store. It survives if the version is refused;
   beside it, what `mlflow.pyfunc.load_model` does: it refuses as well, or predicts the same, or differs without a word.
+- database: one random byte of the SQLite file is changed. It survives if that is noticed, or the version in production
+  predicts the same; beside it, the same for `mlflow.pyfunc.load_model`.
 
 Each line of the table: what was tried, how often, what survived. Exit status 3 if anything of ours was lost.
 """
@@ -30,6 +36,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ |= {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
@@ -82,18 +90,21 @@ def program(name: str, folder: Path) -> list[str]:
     return [sys.executable, "-m", "nbconvert", *options, str(folder / notebook)]
 
 
-def started(command: list[str], folder: Path) -> subprocess.Popen:
-    """Start a program on the store in ``folder``."""
+def variables_for(folder: Path, **others: str) -> dict[str, str]:
+    """Return the environment variables of a program that works on the store in ``folder``, or on another one."""
     variables = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "REBUILD_ENVIRONMENT": "off"}
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
+    return variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])} | others
+
+
+def started(command: list[str], folder: Path, **others: str) -> subprocess.Popen:
+    """Start a program on the store in ``folder``, or on another one."""
     silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=folder, env=variables, **silent)
+    return subprocess.Popen(command, cwd=folder, env=variables_for(folder, **others), **silent)
 
 
-def answers(folder: Path) -> dict[str, list]:
+def answers(folder: Path, **others: str) -> dict[str, list]:
     """Return what each registered version in the store of ``folder`` predicts, in a process that opens it anew."""
-    variables = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
+    variables = variables_for(folder, **others)
     done = subprocess.run([sys.executable, "-c", ANSWERS], env=variables, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -233,6 +244,44 @@ def crowd(way: str, times: int, scratch: Path) -> Counter:
     return outcomes
 
 
+def kill_making(way: str, moments: int, scratch: Path) -> Counter:
+    """Kill a process that makes a store, at random moments, and count how often the store opens afterwards."""
+    chance, outcomes, duration = random.Random(0), Counter(), 0.0
+    for number in range(moments + 1):
+        folder = scratch / f"tables-{way}-{number}"
+        folder.mkdir()
+        command = [sys.executable, "-c", OPEN[way], str(folder / "mlflow.db")]
+        begin, process = time.monotonic(), started(command, folder)
+        if number:
+            time.sleep(chance.uniform(0, duration))
+            kill_all(process)
+            ways = (way, "mlflow")
+            opened = [started([sys.executable, "-c", OPEN[by], command[-1]], folder).wait() for by in ways]
+            outcomes["lost" if any(opened) else "survived"] += 1
+        else:  # the first one says how long it takes
+            process.wait()
+            duration = time.monotonic() - begin
+    return outcomes
+
+
+def crowd_on_server(executions: int, scratch: Path) -> Counter:
+    """Execute the quickstart many times at once on the team's server, and count those that lost nothing."""
+    from deployment import deployed
+
+    folders = [scratch / f"execution-{number}" for number in range(executions)]
+    (scratch / "server").mkdir()
+    with deployed(scratch / "server") as team:
+        for folder in folders:
+            folder.mkdir()
+        processes = [started(program("quickstart", folder), folder, **team.as_user("ana")) for folder in folders]
+        finished = [process.wait() == 0 for process in processes]
+        found = answers(scratch, **team.as_user("ana"))
+    whole = found.pop("empty runs") == [] and all(isinstance(said, list) for said in found.values())
+    if not whole or len(found) != 2 * sum(finished):
+        return Counter(lost=executions)
+    return Counter(survived=sum(finished), lost=executions - sum(finished))
+
+
 def change_bytes(changes: int, scratch: Path) -> tuple[Counter, Counter]:
     """Change a random byte of a signed version's files, and count what loading it says, verified and plainly."""
     folder, chance = make_store(scratch / "bytes", 1), random.Random(0)
@@ -263,12 +312,48 @@ def change_bytes(changes: int, scratch: Path) -> tuple[Counter, Counter]:
     return ours, plain
 
 
+def predictions(folder: Path, *, verify: bool) -> list | None:
+    """Return what the version in production predicts, or nothing where the change was noticed."""
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(None)
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
+        uri = "models:/iris@production"
+        if verify:
+            uri = str(stack.enter_context(verified(uri, own_public_key(folder), purpose="release")).folder)
+        return mlflow.pyfunc.load_model(uri).predict(iris_rows().drop(columns="species")).tolist()
+    return None
+
+
+def change_database(changes: int, scratch: Path) -> dict[bool, Counter]:
+    """Change a random byte of the database, and count what loading a version says, verified and plainly.
+
+    Each time in a process that opens the database for the first time.
+    """
+    folder, chance = make_store(scratch / "database", 1), random.Random(0)
+    database, outcomes = folder / "mlflow.db", {True: Counter(), False: Counter()}
+    original = database.read_bytes()
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["mlflow.sklearn", "mlflow.store.tracking.sqlalchemy_store", "skops.io", "releases"])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as executor:
+        expected = executor.submit(predictions, folder, verify=True).result()
+        for _ in range(changes):
+            content = bytearray(original)
+            content[chance.randrange(len(content))] ^= chance.randrange(1, 256)
+            for verify, counter in outcomes.items():
+                database.write_bytes(content)
+                said = executor.submit(predictions, folder, verify=verify).result()
+                counter["survived" if said in (None, expected) else "lost"] += 1
+    database.write_bytes(original)
+    return outcomes
+
+
 def main() -> None:
     """Try everything, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--moments", type=int, default=30)
     parser.add_argument("--changes", type=int, default=100)
-    parts = ["kill-quickstart", "kill-search", "kill-release", "crowd", "bytes", "set-up", "faults"]
+    parts = ["kill-quickstart", "kill-search", "kill-release", "kill-tables", "crowd", "server", "bytes", "database"]
+    parts += ["set-up", "faults"]
     parser.add_argument("--only", nargs="*", choices=parts, default=parts)
     settings = parser.parse_args()
     table: dict[str, Counter] = {}
@@ -277,12 +362,21 @@ def main() -> None:
         for name in ("quickstart", "search", "release"):
             if f"kill-{name}" in settings.only:
                 table[f"{name}, killed"] = kill(name, settings.moments, scratch)
+        if "kill-tables" in settings.only:
+            table["a store in the making, killed"] = kill_making("ours", settings.moments, scratch)
+            table["a store that MLflow makes, killed (peer)"] = kill_making("mlflow", settings.moments, scratch)
         if "crowd" in settings.only:
             table["six at once, no store yet"] = crowd("ours", 5, scratch)
             table["the same as MLflow does it (peer)"] = crowd("mlflow", 5, scratch)
+        if "server" in settings.only:
+            table["eight at once, on the team's server"] = crowd_on_server(8, scratch)
         if "bytes" in settings.only:
             ours, plain = change_bytes(settings.changes, scratch)
             table |= {"a byte changed, verified": ours, "a byte changed, loaded plainly (peer)": plain}
+        if "database" in settings.only:
+            outcomes = change_database(settings.changes, scratch)
+            table["a byte of the database, verified"] = outcomes[True]
+            table["a byte of the database, plainly (peer)"] = outcomes[False]
         if "set-up" in settings.only:
             table["`make run` of a fresh clone, killed"] = interrupt_set_up(min(settings.moments, 10), scratch)
         if "faults" in settings.only:

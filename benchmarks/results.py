@@ -1,10 +1,10 @@
-"""Run the benchmarks, one after the other, and write what they print to benchmarks/RESULTS.md.
+"""Run the benchmarks, one after the other, and write what they print to benchmarks/RESULTS.md, with a picture of it.
 
 Usage: python benchmarks/results.py [--only quickstart search serving ...] [--quick]
 
 Each part has its command, so that anybody can repeat it alone. A part that is not run keeps what stands in the file,
-with the commit and the date at which it was measured. Reliability takes long, and is only measured where it
-is asked for: `make reliability`. `--quick` takes few rounds, to see that all of it works.
+with the commit and the date at which it was measured. Some parts take long, and are only measured where they are asked
+for: `make reliability`, `make reproduce`. `--quick` takes few rounds, to see that all of it works.
 """
 
 import argparse
@@ -20,9 +20,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from plots import PICTURE, draw
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/RESULTS.md"
-LOST = 3  # the exit status of reliability.py where something of ours was lost
+FOUND = 3  # the exit status where something of ours was lost, or differs
+ASKED_FOR = ("reliability", "reproduce", "upgrades")
 PARTS = {  # title, arguments, and those of a quick run
     "quickstart": (
         "The quickstart beside MLflow's own, and beside the bare calls",
@@ -50,12 +53,16 @@ PARTS = {  # title, arguments, and those of a quick run
         ["--rounds", "1", "--rows", "10000"],
     ),
     "reliability": ("Killed, crowded and damaged: what survived", [], ["--moments", "1", "--changes", "2"]),
+    "reproduce": ("The same in other folders, homes, zones, languages, and with other Pythons", [], ["project.ipynb"]),
+    "upgrades": ("What newer releases than those pinned would change", [], ["--package", "numpy"]),
     "server": ("The team's server beside `mlflow server` on SQLite", [], ["--clients", "8", "--seconds", "5"]),
 }
 HEAD = """# Results
 
 Each part compares this project with a named peer, in one run on one machine. Ratios say more than times, which another
 machine changes. `make bench` measures all parts, and writes this file. Nobody edits it.
+
+![The ratios below as points, with their ranges, and the seconds of each section of the quickstart as bars](results.png)
 """
 
 
@@ -83,11 +90,12 @@ def measured(name: str, arguments: list[str], version: str) -> str:
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-    command = [f"benchmarks/{name}.py", *arguments]
+    folder = "tools" if (ROOT / f"tools/{name}.py").exists() else "benchmarks"
+    command = [f"{folder}/{name}.py", *arguments]
     print("...", *command, flush=True)
     before = os.getloadavg()[0]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode not in (0, LOST):  # what was lost stands in the page, too
+    if done.returncode not in (0, FOUND):  # what was lost stands in the page, too
         done.check_returncode()
     today = datetime.datetime.now(datetime.UTC).date()
     facts = f"{today}, commit {version}, load of the machine before: {before:.1f}\n{machine()}"
@@ -98,13 +106,13 @@ def measured(name: str, arguments: list[str], version: str) -> str:
 def parts_of(page: str) -> dict[str, str]:
     """Return the parts that a page has, by the name of the benchmark."""
     found = re.findall(r"(?ms)^## .*?(?=^## |\Z)", page)
-    return {re.search(r"benchmarks/(\w+)\.py", part)[1]: part.rstrip() + "\n" for part in found}
+    return {re.search(r"(?:benchmarks|tools)/(\w+)\.py", part)[1]: part.rstrip() + "\n" for part in found}
 
 
 def main() -> None:
     """Measure, and write the page after each part."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=[part for part in PARTS if part != "reliability"])
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=[part for part in PARTS if part not in ASKED_FOR])
     parser.add_argument("--quick", action="store_true")
     settings = parser.parse_args()
     parts = parts_of(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
@@ -117,6 +125,7 @@ def main() -> None:
         parts[name] = measured(name, arguments + quick if settings.quick else arguments, version)
         page = "\n".join([HEAD, *(parts[name] for name in PARTS if name in parts)])
         RESULTS.write_text(page, encoding="utf-8")
+        draw(page, PICTURE)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Usage: python tools/reproduce.py [--work FOLDER] [NOTEBOOK ...]
 
 What is committed counts. All clones are compared with the first. Where one differs, each of its settings is tried
-alone, so that the table names the cause. The exit status is 1 if anything differs. It takes about 5 GB while it runs.
+alone, so that the table names the cause. The exit status is 3 if anything differs. It takes about 5 GB while it runs.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() if arguments.work is None else nullcontext(arguments.work) as folder:
         work = Path(folder).resolve()
         work.mkdir(exist_ok=True)
-        sys.exit(not compare(arguments.notebooks or committed_notebooks(), work))
+        sys.exit(0 if compare(arguments.notebooks or committed_notebooks(), work) else 3)
 
 
 def compare(notebooks: list[str], work: Path) -> bool:
