@@ -9,6 +9,7 @@ import versions
 from browser import installed_browser, open_page
 from deployment import deployed
 from execution import environment, free_port, running
+from kernels import running_kernel
 from postgresql import programs
 
 
@@ -18,6 +19,13 @@ def empty_store(tmp_path_factory):
     path = tmp_path_factory.mktemp("empty store") / "mlflow.db"
     path.write_bytes(versions.empty_store())
     return path
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory):
+    """Give a kernel that executes one notebook after the other."""
+    with running_kernel(tmp_path_factory.mktemp("kernel")) as kernel:
+        yield kernel
 
 
 @pytest.fixture

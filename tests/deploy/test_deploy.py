@@ -23,7 +23,8 @@ import pytest
 import requests
 import yaml
 from deployment import DEPLOY, PASSWORDS, SECRETS, logged, readme_commands, secrets_in, services
-from execution import MODEL, ROOT, copy_project, execute, finished, git
+from execution import MODEL, ROOT, copy_project, finished, git
+from kernels import execute_in
 from postgresql import programs
 from sklearn.datasets import load_iris
 
@@ -365,11 +366,10 @@ def test_users_are_added_and_granted_rights_as_the_readme_says(team, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(tmp_path_factory, kernel):
     """Give a folder with a SQLite store, to which the quickstart and some unusual things have been logged."""
     folder = tmp_path_factory.mktemp("a store of Zoë")
-    process = execute(copy_project(folder), folder)
-    assert process.returncode == 0, process.stderr
+    assert execute_in(kernel, copy_project(folder), folder) == ""
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     location = (folder / "mlruns").as_uri()
     run = client.create_run(client.create_experiment("Zoë's", location, {"who": "Zoë"}), run_name="half")

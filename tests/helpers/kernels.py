@@ -1,4 +1,7 @@
-"""Execute a notebook's cells again and again in one kernel: what they import is imported once."""
+"""Execute notebooks one after the other in one kernel: what they import is imported once, which takes seconds.
+
+For tests of what a notebook logs and prints. How and where it can be executed is tested with processes of its own.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,6 +12,17 @@ from execution import environment
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+START = """
+import os, sys, tempfile
+if "mlflow" in sys.modules:
+    sys.modules["mlflow"].set_tracking_uri(None)
+kept = {{name: os.environ[name] for name in ("MPLBACKEND",) if name in os.environ}}
+os.environ.clear()
+os.environ.update({variables} | kept)
+os.chdir({folder!r})
+tempfile.tempdir = None
+"""
 
 
 @contextlib.contextmanager
@@ -24,33 +38,32 @@ def running_kernel(folder: Path) -> Iterator[KernelManager]:
 
 
 def execute_in(
-    kernel: KernelManager,
-    notebook: nbformat.NotebookNode,
-    folder: Path,
-    variables: dict[str, str] | None = None,
-    parameters: dict | None = None,
+    kernel: KernelManager, notebook: Path, folder: Path, parameters: dict | None = None, **variables: str
 ) -> str:
-    """Execute ``notebook`` in place, in an emptied ``kernel``, and return its error, or nothing.
+    """Execute ``notebook`` in an emptied ``kernel``; the copy becomes ``folder / "executed.ipynb"``.
 
     Args:
         kernel: where to execute it.
-        notebook: what to execute; three cells go into it that set what follows.
-        folder: the working directory.
-        variables: environment variables to set for this execution.
+        notebook: what to execute; the file stays as it is.
+        folder: the working directory, and where the copy and all temporary files go.
         parameters: what to put in place of the defaults in the cell tagged ``parameters``.
+        variables: environment variables to add to those of ``execution.environment``, for this execution.
+
+    Returns:
+        The error that it ended with, or an empty text.
     """
-    start = f"import os\nos.chdir({str(folder)!r})\nos.environ.update({variables or {}})"
-    for name in {"MLFLOW_TRACKING_URI", "JPY_SESSION_NAME"} - set(variables or {}):  # of an earlier execution
-        start += f"\nos.environ.pop({name!r}, None)"
+    content = nbformat.read(notebook, as_version=4)
+    start = START.format(variables=environment(folder, **variables), folder=str(folder))
     values = "\n".join(f"{name} = {value!r}" for name, value in (parameters or {}).items())
-    tagged = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
-    notebook.cells.insert(tagged + 1, nbformat.v4.new_code_cell(values))
-    notebook.cells[:0] = [nbformat.v4.new_code_cell(source) for source in ("%reset -f", start)]
-    runner = NotebookClient(notebook, km=kernel)
+    tagged = next(i for i, cell in enumerate(content.cells) if "parameters" in cell.metadata.get("tags", []))
+    content.cells.insert(tagged + 1, nbformat.v4.new_code_cell(values))
+    content.cells[:0] = [nbformat.v4.new_code_cell(source) for source in ("%reset -f", start)]
+    runner = NotebookClient(content, km=kernel)
     try:
         runner.execute()
-        return ""
     except CellExecutionError as failure:
         return f"{failure.ename}: {failure.evalue}"
     finally:
         runner.kc.stop_channels()
+        nbformat.write(content, folder / "executed.ipynb")
+    return ""

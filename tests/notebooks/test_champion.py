@@ -4,7 +4,8 @@ import itertools
 
 import mlflow
 import pytest
-from execution import MODEL, copy_project, edit_cells, execute
+from execution import MODEL, copy_project, edit_cells
+from kernels import execute_in
 
 pytestmark = pytest.mark.extended  # it takes long
 
@@ -16,11 +17,6 @@ def make_model(**parameters):
 configurations = {"weak": {"C": 1e-6}, "weaker": {"C": 1e-9}}
 trusted_types = []
 """
-
-
-def execute_well(notebook, folder):
-    process = execute(notebook, folder)
-    assert process.returncode == 0, process.stderr
 
 
 def add_decoys(client):
@@ -36,7 +32,7 @@ def add_decoys(client):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(tmp_path_factory, kernel):
     """Give a client of a store, and its versions and the champion after each of three executions.
 
     The first two are of the notebook as it is. Then come the decoys, and the third has two configurations that are
@@ -50,7 +46,7 @@ def store(tmp_path_factory):
         if sources:
             add_decoys(client)
             edit_cells(notebook, **sources)
-        execute_well(notebook, folder)
+        assert execute_in(kernel, notebook, folder) == ""
         versions = {int(version.version): version for version in client.search_model_versions()}
         executions.append((versions, client.get_model_version_by_alias(MODEL, "champion").version))
     return client, executions

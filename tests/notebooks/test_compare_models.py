@@ -8,7 +8,8 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from execution import ROOT, copy_project, differing_outputs, papermill
+from execution import ROOT, copy_project, differing_outputs
+from kernels import execute_in
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
@@ -44,7 +45,7 @@ def customers(rows: int = 150) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, empty_store):
+def folder(tmp_path_factory, empty_store, kernel):
     """Give a folder in which the guide has been executed once on ``customers``. No test here writes to its store.
 
     The file is called iris.csv, the names get a prefix, and the store has a champion on Iris already.
@@ -57,8 +58,7 @@ def folder(tmp_path_factory, empty_store):
     client.create_model_version("iris_best", (folder / "earlier").as_uri())
     client.set_registered_model_alias("iris_best", "champion", "1")
     parameters = {"data": "iris.csv", "target": "left", "prefix": "ana_"}
-    process = papermill(copy_project(folder, GUIDE), folder, parameters)
-    assert process.returncode == 0, process.stderr
+    assert execute_in(kernel, copy_project(folder, GUIDE), folder, parameters) == ""
     return folder
 
 
@@ -240,10 +240,9 @@ def test_another_table_called_iris_does_not_mix_with_iris(client):
     assert client.get_experiment_by_name("compare_models") is None
 
 
-def test_unusable_table_is_refused_before_anything_is_written(tmp_path):
+def test_unusable_table_is_refused_before_anything_is_written(tmp_path, kernel):
     notebook = copy_project(tmp_path, GUIDE)
-    process = papermill(notebook, tmp_path, {"data": "my.csv", "target": "left"})
-    assert process.returncode != 0
-    assert "ValueError: Cannot use my.csv: there is no such file" in process.stderr
+    error = execute_in(kernel, notebook, tmp_path, {"data": "my.csv", "target": "left"})
+    assert "ValueError: Cannot use my.csv: there is no such file" in error
     assert not (tmp_path / "mlflow.db").exists()
     assert not (tmp_path / "mlruns").exists()

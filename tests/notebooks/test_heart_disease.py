@@ -9,7 +9,8 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from execution import ROOT, copy_project, differing_outputs, executed, papermill, text_outputs
+from execution import ROOT, copy_project, differing_outputs, executed, text_outputs
+from kernels import execute_in
 from scipy import stats
 from serving import PUBLIC_ADDRESS
 from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, make_scorer, precision_score, recall_score
@@ -294,10 +295,9 @@ def test_numbers_in_the_closing_words_are_those_of_the_data(rows):
     assert [int(number) for number in re.findall(r"\b\d{2,3}\b", words)] == counts
 
 
-def test_data_that_cannot_be_had_is_refused_before_anything_is_written(tmp_path):
+def test_data_that_cannot_be_had_is_refused_before_anything_is_written(tmp_path, kernel):
     notebook = copy_project(tmp_path / "project", GUIDE)
-    process = papermill(notebook, tmp_path / "project", HEART_DISEASE_DATA="nowhere.data")
-    assert process.returncode != 0
-    assert "ValueError: Cannot use the data at nowhere.data" in process.stderr
-    assert "set HEART_DISEASE_DATA to the path or the address of a copy" in process.stderr
+    error = execute_in(kernel, notebook, tmp_path / "project", HEART_DISEASE_DATA="nowhere.data")
+    assert "ValueError: Cannot use the data at nowhere.data" in error
+    assert "set HEART_DISEASE_DATA to the path or the address of a copy" in error
     assert not (tmp_path / "project" / "mlflow.db").exists()

@@ -8,17 +8,17 @@ import time
 
 import pytest
 from browser import picture
-from execution import copy_project, execute
+from execution import copy_project
+from kernels import execute_in
 
 MODE = "workflowType=machine_learning"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, kernel):
     """Give a folder in which the quickstart has been executed. No test here writes to its store."""
     folder = tmp_path_factory.mktemp("interface")
-    process = execute(copy_project(folder), folder)
-    assert process.returncode == 0, process.stderr
+    assert execute_in(kernel, copy_project(folder), folder) == ""
     return folder
 
 

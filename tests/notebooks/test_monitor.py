@@ -11,6 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 from execution import copy_project, differing_outputs, executed, papermill, text_outputs
+from kernels import execute_in
 
 from lifecycle.release import history
 from lifecycle.verification import verified
@@ -102,20 +103,19 @@ def test_nothing_is_left_running_or_lying_about(folder):
     assert [path for path in (folder / "tmp").iterdir() if path.is_dir()] == []
 
 
-def test_without_its_environment_nothing_is_released_unless_that_is_allowed(tmp_path):
-    process = papermill(copy_project(tmp_path, GUIDE), tmp_path)
-    assert process.returncode != 0
-    assert re.search(r"GateClosedError.*fresh environment not checked", process.stderr)
+def test_without_its_environment_nothing_is_released_unless_that_is_allowed(tmp_path, kernel):
+    error = execute_in(kernel, copy_project(tmp_path, GUIDE), tmp_path)
+    assert re.search(r"GateClosedError.*fresh environment not checked", error)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
     assert client.get_registered_model(MODEL).aliases == {}
 
 
-def test_second_execution_goes_on_with_the_new_champion(folder, client):
+def test_second_execution_goes_on_with_the_new_champion(folder, client, kernel):
     # given the store that the first one has left
     again = folder / "again"
     again.mkdir()
-    process = papermill(folder / GUIDE, again, {"allow_unchecked": True})
+    error = execute_in(kernel, folder / GUIDE, again, {"allow_unchecked": True})
     # then it serves and watches version 2, and makes no champion
-    assert process.returncode == 0, process.stderr
+    assert error == ""
     assert "passed the gate, and is the champion" not in "\n".join(text_outputs(executed(again)))
     assert history(MODEL, "champion")[-2].version == "2"

@@ -8,7 +8,8 @@ from pathlib import Path
 import mlflow
 import nbformat
 import pytest
-from execution import ROOT, copy_project, edit_cells, environment, execute, executed, finished, text_outputs
+from execution import ROOT, copy_project, edit_cells, environment, executed, finished, text_outputs
+from kernels import execute_in
 
 pytestmark = pytest.mark.extended  # it takes long
 TAGS = ("parameters", "data", "model")
@@ -69,7 +70,7 @@ def test_wine_and_a_random_forest_as_the_readme_says(tmp_path):
     assert not re.search("iris|setosa|petal", outputs)
 
 
-def test_two_classes_with_text_columns_of_ones_own(tmp_path):
+def test_two_classes_with_text_columns_of_ones_own(tmp_path, kernel):
     # given a table from a file, with a number, a text and a truth value per row, and two classes
     notebook = copy_project(tmp_path)
     rows = ["weight,colour,ripe,kind"]
@@ -79,9 +80,9 @@ def test_two_classes_with_text_columns_of_ones_own(tmp_path):
     (tmp_path / "fruit.csv").write_text("\n".join(rows))
     edit_cells(notebook, **FRUIT)
     # when
-    process = execute(notebook, tmp_path, REBUILD_ENVIRONMENT="on")
+    error = execute_in(kernel, notebook, tmp_path, REBUILD_ENVIRONMENT="on")
     # then
-    assert process.returncode == 0, process.stderr
+    assert error == ""
     outputs = "\n".join(text_outputs(executed(tmp_path)))
     assert "models:/fruit/3: same predictions" in outputs
     assert "The new environment gives the same 12 predictions." in outputs

@@ -9,25 +9,17 @@ import time
 from pathlib import Path
 
 import mlflow
-import nbformat
 import pytest
 from execution import MODEL, copy_project, execute
-from kernels import execute_in, running_kernel
+from kernels import execute_in
 
 pytestmark = pytest.mark.extended  # it takes long
-
-
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    """Give a kernel that executes one notebook after the other, since starting one takes seconds."""
-    with running_kernel(tmp_path_factory.mktemp("kernel")) as kernel:
-        yield kernel
 
 
 def error_of(notebook: Path, kernel, store: str = "") -> str:
     """Execute the notebook, by default with a store beside it, and return the message that it ends with."""
     store = store or f"sqlite:///{notebook.parent}/mlflow.db"
-    error = execute_in(kernel, nbformat.read(notebook, as_version=4), notebook.parent, {"MLFLOW_TRACKING_URI": store})
+    error = execute_in(kernel, notebook, notebook.parent, MLFLOW_TRACKING_URI=store)
     assert error
     return error
 

@@ -4,6 +4,7 @@ import mlflow
 import pytest
 from browser import picture
 from execution import copy_project, differing_outputs, papermill
+from kernels import execute_in
 
 from lifecycle.release import history
 from lifecycle.verification import verified
@@ -49,16 +50,15 @@ def test_history_has_two_releases_the_refusal_and_the_way_back_and_forth(client)
     ]
 
 
-def test_unchecked_environment_stops_the_release(tmp_path):
-    process = papermill(copy_project(tmp_path, GUIDE), tmp_path)
-    assert process.returncode != 0
-    assert "fresh environment not checked" in process.stderr
+def test_unchecked_environment_stops_the_release(tmp_path, kernel):
+    error = execute_in(kernel, copy_project(tmp_path, GUIDE), tmp_path)
+    assert "fresh environment not checked" in error
 
 
-def test_another_execution_finds_its_candidate_in_production_and_changes_nothing(folder, client):
+def test_another_execution_finds_its_candidate_in_production_and_changes_nothing(folder, client, kernel):
     before = aliases(client)
-    process = papermill(folder / GUIDE, folder, {"allow_unchecked": True})
-    assert process.returncode == 0, process.stderr
+    (folder / "again").mkdir()
+    assert execute_in(kernel, folder / GUIDE, folder / "again", {"allow_unchecked": True}) == ""
     assert aliases(client) == before
 
 

@@ -111,11 +111,10 @@ REFUSALS = {
 @pytest.mark.parametrize(("parameters", "reason"), REFUSALS.values(), ids=REFUSALS)
 def test_settings_are_refused_before_anything_is_written(idle, parameters, reason):
     kernel, folder = idle
-    notebook = nbformat.read(folder / GUIDE, as_version=4)
-    error = execute_in(kernel, notebook, folder, parameters=parameters)
-    printed = json.dumps([cell.get("outputs") for cell in notebook.cells])
+    error = execute_in(kernel, folder / GUIDE, folder, parameters)
+    printed = json.dumps([cell.get("outputs") for cell in executed(folder).cells])
     assert reason in error
     assert "hidden" not in error + printed.replace(json.dumps(parameters), "")
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["guides", "model_requirements.txt", "requirements.txt", "there", "tmp"]
+        ["executed.ipynb", "guides", "model_requirements.txt", "requirements.txt", "there", "tmp"]
     )

@@ -11,7 +11,8 @@ import mlflow
 import pandas as pd
 import psutil
 import pytest
-from execution import copy_project, differing_outputs, environment, executed, papermill, text_outputs
+from execution import copy_project, differing_outputs, environment, executed, text_outputs
+from kernels import execute_in
 from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
@@ -179,7 +180,7 @@ def test_candidate_is_the_final_version_and_signed_and_nothing_is_in_production(
         assert len(pd.read_parquet(copy.training_rows)) == 120
 
 
-def test_recipe_that_is_not_better_by_a_difference_that_counts_is_not_taken(tmp_path):
+def test_recipe_that_is_not_better_by_a_difference_that_counts_is_not_taken(tmp_path, kernel):
     # given a store in which a run has used the test rows, and a search that is too short to find anything
     features, target = part_of_iris("test")
     rows = mlflow.data.from_pandas(features.assign(species=target))
@@ -189,9 +190,9 @@ def test_recipe_that_is_not_better_by_a_difference_that_counts_is_not_taken(tmp_
         mlflow.log_input(rows)
     mlflow.set_tracking_uri(None)
     # when
-    process = papermill(copy_project(tmp_path, GUIDE), tmp_path, {"n_trials": 6})
+    error = execute_in(kernel, copy_project(tmp_path, GUIDE), tmp_path, {"n_trials": 6})
     # then the candidate has scikit-learn's own settings
-    assert process.returncode == 0, process.stderr
+    assert error == ""
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
     final = runs_by_name(client)["final LogisticRegression_subset"]
     assert final.data.params["C"] == "1.0"
@@ -200,7 +201,7 @@ def test_recipe_that_is_not_better_by_a_difference_that_counts_is_not_taken(tmp_
     assert final.data.tags["earlier_runs_on_test_rows"] == "1"
 
 
-def test_execution_that_was_killed_in_its_search_is_finished_by_the_next(tmp_path):
+def test_execution_that_was_killed_in_its_search_is_finished_by_the_next(tmp_path, kernel):
     # given an execution that is killed when it has gone on beyond the trial in which it killed its own search
     command = [sys.executable, "-m", "papermill", str(copy_project(tmp_path, GUIDE)), "executed.ipynb"]
     process = psutil.Popen(command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL)
@@ -211,9 +212,9 @@ def test_execution_that_was_killed_in_its_search_is_finished_by_the_next(tmp_pat
         part.kill()
     process.wait()
     # when
-    again = papermill(tmp_path / GUIDE, tmp_path)
+    error = execute_in(kernel, tmp_path / GUIDE, tmp_path)
     # then it goes on with the same search, and no trial is tried twice
-    assert again.returncode == 0, again.stderr
+    assert error == ""
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
     (parent,) = searches(client)
     names = [run.info.run_name for run in children(client, parent) if run.info.status == "FINISHED"]
