@@ -1,7 +1,9 @@
-"""MLflow's server with authentication, and three refusals that it lacks in version 3.17.
+"""MLflow's server with authentication, and what it lacks in version 3.17: three refusals and some patience.
 
 `basic-auth` lets every user choose where an experiment's files go, which may be another user's folder; it lets every
 user list all users; and it verifies as many wrong passwords as somebody sends, faster for a name that does not exist.
+Whoever makes an experiment or a registered model gets the right to it a moment after it is there, and in that moment it
+forbids the user's other programs to use it. Two that log the same data set at the same moment fail.
 `mlflow server --app-name=team` starts this app; the name is known to MLflow by `server_app-1.dist-info`, beside this
 file.
 """
@@ -27,6 +29,10 @@ from werkzeug.security import check_password_hash, generate_password_hash
 WRONG_PASSWORDS = 5  # for one name, in each process of the server, before it waits
 WAIT = 60  # seconds
 HEADERS = (b"authorization", b"x-mlflow-authorization")  # both are read by MLflow
+# One at a time, over all processes: what is made together with its maker's right to it, and data sets, of which MLflow
+# asks whether they are there before it adds them.
+IN_TURN = ("/mlflow/experiments/create", "/mlflow/registered-models/create", "/mlflow/runs/log-inputs")
+SMALL = 100_000  # bytes of a body; what is larger is an upload, and handed on as it comes
 NOT_AUTHENTICATED = "You are not authenticated. Please see https://mlflow.org/docs/latest/auth/index.html"
 
 
@@ -50,6 +56,67 @@ def refused() -> Response | None:
     else:
         return None
     return None if auth.sender_is_admin() else Response(f"Permission denied: {reason}", 403)
+
+
+def once_more(body: bytes, receive):
+    """Return what gives an ASGI app a body that was read, and then what ``receive`` gives."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again():
+        return messages.pop() if messages else await receive()
+
+    return again
+
+
+class Turns:
+    """Let requests that must not meet be answered one at a time, and ask again where MLflow forbids something.
+
+    By then, whoever makes something has the right to it.
+    """
+
+    def __init__(self, served):
+        """Wrap an ASGI app."""
+        self.served, self.queue = served, asyncio.Lock()
+
+    async def __call__(self, scope, receive, send):
+        """Hand on a request."""
+        headers = dict(scope.get("headers", []))
+        upload = b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > SMALL
+        if scope["type"] != "http" or upload:
+            await self.served(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        if scope["path"].endswith(IN_TURN):
+            async with self.turn():
+                await self.served(scope, once_more(body, receive), send)
+        elif await self.is_forbidden(scope, once_more(body, receive), send):
+            async with self.turn():
+                pass
+            await self.served(scope, once_more(body, receive), send)
+
+    @contextlib.asynccontextmanager
+    async def turn(self):
+        """Wait until no other request has its turn, in this process or in another one of the server."""
+        async with self.queue:
+            with Path(__file__).open() as file:
+                await asyncio.to_thread(fcntl.flock, file, fcntl.LOCK_EX)
+                yield
+
+    async def is_forbidden(self, scope, receive, send) -> bool:
+        """Answer a request, or return that it is forbidden."""
+        forbidden = False
+
+        async def answer(message):
+            nonlocal forbidden
+            forbidden |= message.get("status") == 403
+            if not forbidden:
+                await send(message)
+
+        await self.served(dict(scope), receive, answer)
+        return forbidden
 
 
 class PasswordGuard:
@@ -118,4 +185,4 @@ def create_app() -> PasswordGuard:
         fcntl.flock(file, fcntl.LOCK_EX)
         served = auth.create_app()
     app.before_request(refused)
-    return PasswordGuard(served)
+    return PasswordGuard(Turns(served))

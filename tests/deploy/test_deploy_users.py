@@ -255,3 +255,21 @@ def test_credentials_that_cannot_be_read_are_refused(value, header, team):
     answer = requests.get(f"{team.address}/{GUESSED[0]}", headers={header: value}, timeout=30)
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"] == 'Basic realm="mlflow"'
+
+
+def begin(team, name: str) -> list[int]:
+    """Make an experiment and a registered model as ana, or find them made; then use both. Return the statuses."""
+    for kind in ("experiments", "registered-models"):
+        answer = sent(team, "ana", "POST", f"api/2.0/mlflow/{kind}/create", json={"name": name})
+        assert answer.ok or answer.json()["error_code"] == "RESOURCE_ALREADY_EXISTS", answer.text
+    tag = {"name": name, "key": "begun", "value": "yes"}
+    return [
+        sent(team, "ana", "GET", f"api/2.0/mlflow/experiments/get-by-name?experiment_name={name}").status_code,
+        sent(team, "ana", "POST", "api/2.0/mlflow/registered-models/set-tag", json=tag).status_code,
+    ]
+
+
+def test_what_several_programs_of_a_user_begin_at_once_is_theirs_from_the_first_moment(team):
+    with ThreadPoolExecutor(8) as executor:
+        for number in range(5):
+            assert list(executor.map(begin, [team] * 8, [f"begun-{number}"] * 8)) == [[200, 200]] * 8
