@@ -80,7 +80,7 @@ site: $(DEVELOPMENT) ## build the site into build/site, from what is stored in t
 	@echo "The site: build/site/index.html"
 
 reliability: $(INSTALLED) ## kill, crowd and damage everything, and write what survives to benchmarks/RESULTS.md; it takes long
-	$(BIN)/python benchmarks/results.py --only reliability
+	$(BIN)/python benchmarks/results.py --only reliability damage
 
 bench: $(INSTALLED) ## measure everything against its named peers, and write benchmarks/RESULTS.md; it takes long
 	$(BIN)/python benchmarks/results.py $(if $(ONLY),--only $(ONLY))

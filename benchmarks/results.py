@@ -25,7 +25,9 @@ from plots import PICTURE, draw
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/RESULTS.md"
 FOUND = 3  # the exit status where something of ours was lost, or differs
-ASKED_FOR = ("reliability", "reproduce", "upgrades")
+ASKED_FOR = ("reliability", "damage", "reproduce", "upgrades")
+PROGRAMS = {"damage": "reliability"}  # where a part is not called as its program
+KILLS = ["kill-quickstart", "kill-search", "kill-release"]
 PARTS = {  # title, arguments, and those of a quick run
     "quickstart": (
         "The quickstart beside MLflow's own, and beside the bare calls",
@@ -52,7 +54,12 @@ PARTS = {  # title, arguments, and those of a quick run
         ["--rows", "10000", "100000", "1000000"],
         ["--rounds", "1", "--rows", "10000"],
     ),
-    "reliability": ("Killed, crowded and damaged: what survived", [], ["--moments", "1", "--changes", "2"]),
+    "reliability": ("Killed: what survived", ["--only", *KILLS], ["--moments", "1"]),
+    "damage": (
+        "Crowded, damaged and interrupted: what survived",
+        ["--only", "kill-tables", "crowd", "server", "bytes", "database", "set-up", "faults"],
+        ["--moments", "1", "--changes", "2"],
+    ),
     "reproduce": ("The same in other folders, homes, zones, languages, and with other Pythons", [], ["project.ipynb"]),
     "upgrades": ("What newer releases than those pinned would change", [], ["--package", "numpy"]),
     "server": ("The team's server beside `mlflow server` on SQLite", [], ["--clients", "8", "--seconds", "5"]),
@@ -90,8 +97,9 @@ def measured(name: str, arguments: list[str], version: str) -> str:
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-    folder = "tools" if (ROOT / f"tools/{name}.py").exists() else "benchmarks"
-    command = [f"{folder}/{name}.py", *arguments]
+    program = PROGRAMS.get(name, name)
+    folder = "tools" if (ROOT / f"tools/{program}.py").exists() else "benchmarks"
+    command = [f"{folder}/{program}.py", *arguments]
     print("...", *command, flush=True)
     before = os.getloadavg()[0]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
@@ -104,9 +112,9 @@ def measured(name: str, arguments: list[str], version: str) -> str:
 
 
 def parts_of(page: str) -> dict[str, str]:
-    """Return the parts that a page has, by the name of the benchmark."""
-    found = re.findall(r"(?ms)^## .*?(?=^## |\Z)", page)
-    return {re.search(r"(?:benchmarks|tools)/(\w+)\.py", part)[1]: part.rstrip() + "\n" for part in found}
+    """Return the parts that a page has, by their names."""
+    found = {part.partition("\n")[0][3:]: part.rstrip() + "\n" for part in re.findall(r"(?ms)^## .*?(?=^## |\Z)", page)}
+    return {name: found[title] for name, (title, *_) in PARTS.items() if title in found}
 
 
 def main() -> None:
