@@ -28,8 +28,7 @@ configurations = [
     {"solver": "newton-cg", "max_iter": 1000, "random_state": 1000, "warm_start": True, "C": 0.01},
 ]
 score = check_scoring(scoring=["accuracy", "f1_macro", "neg_log_loss"])
-experiment = mlflow.set_experiment(NAME)
-mlflow.set_experiment(experiment_id=experiment.experiment_id)
+mlflow.set_experiment(experiment_id=mlflow.set_experiment(NAME).experiment_id)
 mlflow.set_experiment_tags({"mlflow.note.content": "Two configurations on Iris.", "dataset": "iris"})
 versions = []
 for parameters in configurations:
