@@ -156,8 +156,11 @@ def test_address_of_the_store_with_its_password_is_in_no_command_line(session):
     assert "sqlite" not in str(session.commands)
 
 
+UNDER_NOHUP = pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="it outlives it under nohup")
+
+
 @pytest.mark.extended
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=UNDER_NOHUP)])
 def test_it_ends_as_well_while_it_starts(folder, tmp_path, number):
     # given a server that does not answer yet
     log = tmp_path / "log"
