@@ -88,6 +88,8 @@ class Turns:
         body, more = b"", True
         while more:
             message = await receive()
+            if message["type"] == "http.disconnect":  # half a file must not pass for a whole one
+                return
             body, more = body + message.get("body", b""), message.get("more_body", False)
         if scope["path"].endswith(IN_TURN):
             async with self.turn():

@@ -1,11 +1,13 @@
 """What users of the team's server may not do: write beside their own files, list users, and guess passwords."""
 
 import json
+import socket
 import statistics
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
@@ -287,3 +289,19 @@ def test_data_set_that_several_programs_log_at_once_is_an_input_of_each_run(team
                 lambda body: sent(team, "ana", "POST", "api/2.0/mlflow/runs/log-inputs", json=body), bodies
             )
             assert [answer.status_code for answer in logged] == [200] * 8
+
+
+def test_file_of_which_a_part_arrives_is_not_kept(team, places):
+    # given a connection that ends within the body of an upload
+    path = f"{FILES[0]}/{places['ana']['experiment']}/{places['ana']['run']}/artifacts/half.txt"
+    request = requests.Request("PUT", f"{team.address}/{path}", data=b"x" * 1000, auth=("ana", PASSWORDS["ana"]))
+    prepared = request.prepare()
+    head = "".join(f"{name}: {value}\r\n" for name, value in prepared.headers.items())
+    with socket.create_connection(("127.0.0.1", team.port), timeout=30) as connection:
+        connection.sendall(f"PUT /{path} HTTP/1.1\r\nHost: 127.0.0.1:{team.port}\r\n{head}\r\nhalf".encode())
+    # when a later one is whole, then it alone is there
+    whole = sent(team, "ana", "PUT", path.replace("half", "whole"), data=b"x" * 1000)
+    assert whole.status_code == 200, whole.text
+    time.sleep(1)
+    assert {Path(name).name for name in files(team) if f"/{places['ana']['run']}/" in name} >= {"whole.txt"}
+    assert [name for name in files(team) if name.endswith("half.txt")] == []
