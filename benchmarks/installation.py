@@ -37,20 +37,18 @@ def seconds(way: str, folder: Path, cache: Path) -> float:
     variables |= {"UV_CACHE_DIR": str(cache / "uv"), "PIP_CACHE_DIR": str(cache / "pip")}
     python = folder / "bin/python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes", "-r"]
-    uv, newer = (folder.parent / f"{folder.name}-{tool}.txt" for tool in ("uv", "pip"))
-    for tool in (uv, newer):
-        name = tool.stem.rpartition("-")[2]
-        tool.write_text(re.search(rf"(?ms)^{name}==.*?(?=^    # via)", LOCK.read_text(encoding="utf-8"))[0])
+    tool = folder.parent / f"{folder.name}-tool.txt"  # what installs the rest, as the lock has it
+    name = "uv" if way == "ours" else "pip"
+    tool.write_text(re.search(rf"(?ms)^{name}==.*?(?=^    # via)", LOCK.read_text(encoding="utf-8"))[0])
     sync = [folder / "bin/uv", "pip", "sync", "--quiet", "--link-mode", "copy", "--require-hashes"]
-    steps = [[*pip, LOCK]] if way == "pip" else [[*pip, uv], [*sync, "--python", python, LOCK]]
-    taken = 0.0
-    for step in [[sys.executable, "-m", "venv", folder], *steps]:
+    venv, first = [sys.executable, "-m", "venv", folder], [*pip, tool]
+    rest = [*sync, "--python", python, LOCK] if way == "ours" else [*pip, LOCK]
+    taken = {}
+    for step, command in {"venv": venv, "tool": first, "rest": rest}.items():
         begin = time.perf_counter()
-        subprocess.run(step, env=variables, check=True, stdout=subprocess.DEVNULL)
-        taken += time.perf_counter() - begin
-        if way == "pip" and step is not steps[-1]:
-            subprocess.run([*pip, newer], env=variables, check=True, stdout=subprocess.DEVNULL)
-    return taken
+        subprocess.run(command, env=variables, check=True, stdout=subprocess.DEVNULL)
+        taken[step] = time.perf_counter() - begin
+    return sum(taken.values()) - (taken["tool"] if way == "pip" else 0)
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ PICTURE = ROOT / "benchmarks/results.png"
 QUICKSTART = r"benchmarks/quickstart\.py.*?\n{} bytecode.*?\n +project{} / official: "
 # What is drawn: what stands before the ratio in the results, and the most that it should be, if that was decided.
 ROWS = {
-    "quickstart, compiled before": (QUICKSTART.format("warm", ""), 0.70),
-    "... with the environment rebuilt": (QUICKSTART.format("warm", ", environment rebuilt"), 0.95),
-    "quickstart, nothing compiled": (QUICKSTART.format("cold", ""), 0.70),
-    "... with the environment rebuilt, too": (QUICKSTART.format("cold", ", environment rebuilt"), 0.95),
+    "quickstart, compiled": (QUICKSTART.format("warm", ""), 0.70),
+    "quickstart with its environment, compiled": (QUICKSTART.format("warm", ", environment rebuilt"), 0.95),
+    "quickstart, not compiled": (QUICKSTART.format("cold", ""), 0.70),
+    "quickstart with its environment, not compiled": (QUICKSTART.format("cold", ", environment rebuilt"), 0.95),
     "set-up, nothing cached": (r"benchmarks/installation\.py.*?\ncold +[\d.]+ +[\d.]+ +", 0.15),
     "set-up, all cached": (r"benchmarks/installation\.py.*?\nwarm +[\d.]+ +[\d.]+ +", None),
     "a model's environment, MB": (r"benchmarks/environment\.py.*?\ninstalled size \(MB\) +\d+ +\d+ +", 0.55),
@@ -81,7 +81,7 @@ def draw(page: str, picture: Path) -> None:
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     taken = sections(page)
     below.barh(list(taken), list(taken.values()))
-    below.set(title="Where the time of the quickstart goes, with its environment rebuilt", xlabel="seconds")
+    below.set(title="Where the time of the quickstart with its environment goes", xlabel="seconds")
     below.invert_yaxis()
     figure.savefig(picture, dpi=100, metadata={"Software": None})
     plt.close(figure)

@@ -50,7 +50,7 @@ def execute_in(
         variables: environment variables to add to those of ``execution.environment``, for this execution.
 
     Returns:
-        The error that it ended with, or an empty text.
+        The traceback of the error that it ended with, or an empty text.
     """
     content = nbformat.read(notebook, as_version=4)
     start = START.format(variables=environment(folder, **variables), folder=str(folder))
@@ -62,7 +62,7 @@ def execute_in(
     try:
         runner.execute()
     except CellExecutionError as failure:
-        return f"{failure.ename}: {failure.evalue}"
+        return str(failure)
     finally:
         runner.kc.stop_channels()
         nbformat.write(content, folder / "executed.ipynb")
