@@ -158,6 +158,7 @@ def evaluate(version: Verified, rows: pd.DataFrame, target: str) -> "mlflow.mode
     """Return MLflow's evaluation of a classifier on ``rows``, which it logs to the active run."""
     options = {"targets": target, "model_type": "classifier"}
     options["evaluator_config"] = {"log_model_explainability": False}  # which would need shap
+    plt.switch_backend(plt.get_backend())  # MLflow loads it where it then puts back what a notebook shows figures by
     before = set(plt.get_fignums())
     try:
         return mlflow.models.evaluate(str(version.folder), rows, **options)

@@ -4,6 +4,7 @@ For tests of what a notebook logs and prints. How and where it can be executed i
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def execute_in(
     try:
         runner.execute()
     except CellExecutionError as failure:
-        return str(failure)
+        return re.sub(r"\x1b\[[0-9;]*m", "", str(failure))  # without colours
     finally:
         runner.kc.stop_channels()
         nbformat.write(content, folder / "executed.ipynb")

@@ -8,7 +8,10 @@ import matplotlib.pyplot as plt
 import mlflow
 import pytest
 from execution import ROOT
+from kernels import running_kernel
 from mlflow.models import infer_signature
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.metrics import log_loss
@@ -293,3 +296,26 @@ def test_evaluation_leaves_no_figure_open_and_closes_no_other(judge, good, open_
     # then
     assert plt.get_fignums() == mine
     plt.close("all")
+
+
+def test_notebook_still_shows_its_figures_after_an_evaluation(tmp_path, good):
+    # given a kernel that has shown no figure before
+    ROWS_TEST.to_parquet(tmp_path / "rows.parquet")
+    sources = f"""
+from types import SimpleNamespace
+import matplotlib.pyplot as plt, mlflow, pandas as pd
+from lifecycle.gate import evaluate
+mlflow.set_tracking_uri("sqlite:///{(tmp_path / "mlflow.db").as_posix()}")
+rows = pd.read_parquet({str(tmp_path / "rows.parquet")!r})
+with mlflow.start_run():
+    evaluate(SimpleNamespace(folder={str(good.folder)!r}), rows, "species")
+===
+plt.plot([1, 2]);"""
+    notebook = new_notebook(cells=[new_code_cell(source) for source in sources.split("===")])
+    # when
+    with running_kernel(tmp_path) as kernel:
+        client = NotebookClient(notebook, km=kernel)
+        client.execute()
+        client.kc.stop_channels()
+    # then
+    assert any("image/png" in output.get("data", {}) for output in notebook.cells[1].outputs)
