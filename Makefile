@@ -131,14 +131,18 @@ SYNC = $(UV) pip sync --quiet --link-mode copy --python $(BIN)/python --require-
 # without a working pip, is known, and made anew from nothing.
 BEGIN = rm -f $(INSTALLED)
 
-# pip, which every Python has, installs uv with its hash verified; uv installs the rest the same way, faster.
+# pip installs uv with its hash verified; uv installs the rest the same way, faster. It is the pip of $(PYTHON): one of
+# its own in .venv takes two seconds, and is made only where $(PYTHON) has none, as Debian's.
+INSTALL_UV = install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
+
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and \
 		f'This project needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12')"
-	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) .venv
+	$(PYTHON) -m venv --without-pip $(if $(wildcard $@),,--clear) .venv
 	@$(BEGIN)
 	@sed -n '/^uv==/,/^    # via/p' requirements.txt > .venv/uv.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
+	$(PYTHON) -m pip --python $(BIN)/python $(INSTALL_UV) || \
+		($(BIN)/python -m ensurepip && $(BIN)/python -m pip $(INSTALL_UV))
 	$(SYNC) requirements.txt
 	@$(INSTALL_LIFECYCLE)
 	@touch $@

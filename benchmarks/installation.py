@@ -2,7 +2,8 @@
 
 Usage: python benchmarks/installation.py [--rounds 3]
 
-- ours: as the Makefile does it: a venv, uv by pip with its hash verified, and `uv pip sync` with copies of the files.
+- ours: as the Makefile does it: a venv without pip, uv by the pip of Python with its hash verified, and `uv pip sync`
+  with copies of the files.
 - pip: a venv, and `pip install --require-hashes -r requirements.txt`. By the pip of the lock, put there before the time
   counts: pip 23, as Python 3.11 brings it, takes a package that is asked for with an extra for unpinned, as soon as it
   has a newer release.
@@ -41,8 +42,10 @@ def seconds(way: str, folder: Path, cache: Path) -> float:
     name = "uv" if way == "ours" else "pip"
     tool.write_text(re.search(rf"(?ms)^{name}==.*?(?=^    # via)", LOCK.read_text(encoding="utf-8"))[0])
     sync = [folder / "bin/uv", "pip", "sync", "--quiet", "--link-mode", "copy", "--require-hashes"]
-    venv, first = [sys.executable, "-m", "venv", folder], [*pip, tool]
-    rest = [*sync, "--python", python, LOCK] if way == "ours" else [*pip, LOCK]
+    venv, first, rest = [sys.executable, "-m", "venv", folder], [*pip, tool], [*pip, LOCK]
+    if way == "ours":
+        without = [sys.executable, "-m", "pip", "--python", python, *pip[3:]]
+        venv, first, rest = [*venv, "--without-pip"], [*without, tool], [*sync, "--python", python, LOCK]
     taken = {}
     for step, command in {"venv": venv, "tool": first, "rest": rest}.items():
         begin = time.perf_counter()

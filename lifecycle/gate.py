@@ -158,7 +158,7 @@ def evaluate(version: Verified, rows: pd.DataFrame, target: str) -> "mlflow.mode
     """Return MLflow's evaluation of a classifier on ``rows``, which it logs to the active run."""
     options = {"targets": target, "model_type": "classifier"}
     options["evaluator_config"] = {"log_model_explainability": False}  # which would need shap
-    plt.switch_backend(plt.get_backend())  # MLflow loads it where it then puts back what a notebook shows figures by
+    plt.switch_backend(plt.get_backend())  # loaded before MLflow does it, which would undo what loading it sets
     before = set(plt.get_fignums())
     try:
         return mlflow.models.evaluate(str(version.folder), rows, **options)

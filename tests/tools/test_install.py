@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import venv
 
 import pytest
 from execution import ROOT, environment, finished
@@ -34,8 +35,27 @@ def complete(project, *names: str, age: float = 0) -> None:
         os.utime(project / ".venv" / name, (written + age,) * 2)
 
 
+@pytest.mark.parametrize("pip", [True, False], ids=["a Python with pip", "a Python without pip"])
+def test_environment_is_made_and_holds_just_the_lock(pip, project):
+    # given a lock of what it takes to make an environment, and a Python
+    lock = (ROOT / "requirements.txt").read_text()
+    blocks = [re.search(rf"(?ms)^{name}==.*?(?=^    # via)", lock)[0] for name in ("pip", "setuptools", "uv")]
+    (project / "requirements.txt").write_text("    # via\n".join([*blocks, ""]))
+    shutil.copy(ROOT / "pyproject.toml", project)
+    shutil.copytree(ROOT / "lifecycle", project / "lifecycle")
+    venv.create(project / "python", with_pip=pip)
+    # when
+    command = ["make", f"PYTHON={project / 'python/bin/python'}", ".venv/installed.txt"]
+    process = finished(command, project, environment(project), limit=120)
+    # then
+    assert process.returncode == 0, process.stderr
+    found = {path.name for path in project.glob(".venv/lib/*/site-packages/*.dist-info")}
+    wanted = {block.split()[0].replace("==", "-") + ".dist-info" for block in blocks}
+    assert found == wanted | {"mlflow_quickstart_lifecycle-1.dist-info"}
+
+
 def test_half_made_environment_is_made_anew_from_nothing(project):
-    assert re.search("-m venv +--clear +.venv", steps(project, "run"))
+    assert re.search("-m venv .*--clear +.venv", steps(project, "run"))
 
 
 def test_complete_environment_stays_as_it_is(project):
@@ -45,7 +65,7 @@ def test_complete_environment_stays_as_it_is(project):
 
 def test_complete_environment_of_an_older_lock_is_brought_up_to_date(project):
     complete(project, "installed.txt", age=-1)
-    assert re.search("-m venv +.venv", steps(project, "run"))
+    assert re.search("-m venv --without-pip +.venv", steps(project, "run"))
     assert "pip sync" in steps(project, "run")
 
 
