@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import requests
 from containers import in_containers, why_no_engine
-from deployment import readme_commands
+from deployment import DEPLOY, readme_commands
 from execution import ROOT, environment
 from mlflow.exceptions import MlflowException
 from nbconvert.filters import markdown2html
@@ -271,13 +271,21 @@ def test_backup_and_restore_by_the_readme_bring_back_what_was_wiped(containers):
         run = client.create_run(client.create_experiment("backed up")).info
         client.log_text(run.run_id, "by ana", "notes.txt")
     before = models(containers)
+    # and a private key of the experiment container's
+    inside = "docker compose run --rm -T experiment"
+    containers.run(f"{inside} sh -c 'umask 077; echo secret > keys/a_key'")
+    save, bring_back = re.findall(r"(?m)^- `(.* --directory=keys .*)`$", (DEPLOY / "README.md").read_text())
+    containers.run(save)
     containers.follow("Back up")
     backup = containers.folder / "deploy/backup"
-    assert [path.name for path in [backup, *backup.iterdir()] if path.stat().st_mode & 0o077] == []
+    kept = [backup, *backup.iterdir(), containers.folder / "deploy/keys.tar"]
+    assert [path.name for path in kept if path.stat().st_mode & 0o077] == []
     # when all volumes are removed, and the backup is restored
-    containers.run("docker compose down --volumes")
+    containers.run("docker compose --profile serve down --volumes")
     containers.follow("Restore")
-    # then users, runs and files are back
+    containers.run(bring_back)
+    # then users, runs, files and the key are back
+    assert containers.run(f"{inside} sh -c 'cat keys/a_key; stat -c %a keys/a_key'").stdout == "secret\n600\n"
     assert models(containers) == before
     with containers.client("ana") as client:
         assert Path(client.download_artifacts(run.run_id, "notes.txt")).read_text() == "by ana"
