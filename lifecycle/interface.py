@@ -106,6 +106,8 @@ def serve(store: str, port: int, text: str) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
     # A line for each request would push the links off the screen.
     command += ["--uvicorn-opts=--log-level warning"]
+    if store.startswith("sqlite:///"):  # so that what is made in the interface can be used without it, too
+        command += ["--default-artifact-root", (Path(store.removeprefix("sqlite:///")).parent / "mlruns").as_uri()]
     variables = {
         "MLFLOW_BACKEND_STORE_URI": store,  # not an option of the command, which every user of the machine can read
         "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",  # addressed to MLflow's authors

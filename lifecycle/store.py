@@ -240,8 +240,10 @@ def create_experiment(uri: str, name: str, description: str) -> "Experiment":
 
 
 def _refuse_moved(path: Path, experiment: "Experiment") -> None:
-    """Refuse a SQLite store whose ``experiment`` keeps its models elsewhere than beside the store."""
+    """Refuse a SQLite store whose ``experiment`` keeps its models in a folder elsewhere than beside the store."""
     location = unquote(experiment.artifact_location.removeprefix("file://"))
+    if re.match(r"[a-z][a-z0-9+.-]+:", location):  # a server's or a cloud's: it does not move with the store
+        return
     if not Path(location).is_relative_to(path.parent / "mlruns"):
         cause = f"its models are in {experiment.artifact_location}, so it was moved from there"
         raise _unusable(path, cause, f"Move it back, {ELSEWHERE}")
@@ -296,6 +298,9 @@ def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
         experiment = _ask(uri, name) or create_experiment(uri, name, description)
         if path:
             _refuse_moved(path, experiment)
+        if path and experiment.artifact_location.startswith("mlflow-artifacts:"):
+            remedy = "Set MLFLOW_TRACKING_URI to the address of that server, or rename the experiment there."
+            raise _unusable(path, f"the experiment {name!r} was made by a server, which keeps its files", remedy)
         if experiment.lifecycle_stage != "active":
             remedy = f"Restore it: MLFLOW_TRACKING_URI='{uri}' mlflow experiments restore --experiment-id "
             raise _unusable(uri, f"the experiment {name!r} is deleted", remedy + experiment.experiment_id)

@@ -266,6 +266,19 @@ def test_moved_store_is_refused_and_unchanged(store, tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_experiment_that_a_server_made_is_no_sign_of_a_moved_store(store, tmp_path):
+    # given an experiment as `mlflow server` makes it, and one in a cloud
+    client = mlflow.MlflowClient(f"sqlite:///{store.as_posix()}")
+    client.create_experiment("a server's", "mlflow-artifacts:/1")
+    client.create_experiment("in a cloud", "s3://bucket/1")
+    # then the store can be used, and only the server's experiment cannot, without that server
+    check_store(tmp_path)
+    assert open_experiment("in a cloud", "What it is for.", tmp_path).name == "in a cloud"
+    mlflow.set_tracking_uri(None)
+    with pytest.raises(StoreUnusableError, match="made by a server, which keeps its files"):
+        open_experiment("a server's", "What it is for.", tmp_path)
+
+
 def test_deleted_experiment_is_refused_with_the_command_that_restores_it(store, tmp_path):
     experiment = open_experiment("an experiment", "What it is for.", tmp_path)
     mlflow.delete_experiment(experiment.experiment_id)

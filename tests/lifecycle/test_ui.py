@@ -113,12 +113,14 @@ def session(folder):
             connection.request("GET", "/health")
             answer = connection.getresponse().read().decode()
             connection.close()
+            client = mlflow.MlflowClient(f"http://127.0.0.1:{port}")
+            made = client.get_experiment(client.create_experiment("made in the interface"))
             processes = process.children(recursive=True)
             commands = [each.cmdline() for each in processes]
             os.killpg(process.pid, signal.SIGINT)
             status = process.wait(30)
     ended = SimpleNamespace(screen=log.read_text(), status=status, left=still_there(processes))
-    return SimpleNamespace(screen=screen, port=port, answer=answer, commands=commands, ended=ended)
+    return SimpleNamespace(screen=screen, port=port, answer=answer, made=made, commands=commands, ended=ended)
 
 
 def test_links_come_last_and_with_labels_when_the_server_answers(session, folder):
@@ -136,6 +138,10 @@ def test_links_come_last_and_with_labels_when_the_server_answers(session, folder
     compared, of_runs = re.findall(r"http://\S+/compare-\S+", session.screen)
     assert [runs[2] in compared, runs[3] in compared, runs[1] in compared] == [True, True, False]
     assert [runs[2] in of_runs, runs[3] in of_runs, runs[1] in of_runs] == [True, True, False]
+
+
+def test_experiment_that_is_made_in_the_interface_can_be_used_without_it(session, folder):
+    assert session.made.artifact_location.startswith(f"{(folder / 'mlruns').as_uri()}/")
 
 
 def test_taken_usual_port_is_left_for_the_next_free_one(session):
