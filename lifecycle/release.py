@@ -17,7 +17,7 @@ import pandas as pd
 from mlflow.entities import Run
 
 from lifecycle.card import card_facts, check_sentences, make_card
-from lifecycle.gate import NO_FLOOR, Verdict, check_version
+from lifecycle.gate import NO_FLOOR, GateClosedError, Verdict, check_version
 from lifecycle.git_tag import check_tag, make_tag
 from lifecycle.keys import public_half
 from lifecycle.signing import sign
@@ -82,7 +82,7 @@ def release(
         remote: where the tag is pushed to; empty for nowhere.
 
     Raises:
-        GateClosedError: a check failed.
+        GateClosedError: a check failed, or another release has moved the alias meanwhile.
         NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
         KeyRefusedError: the key cannot be used.
         TagRefusedError: the commit cannot be tagged.
@@ -110,8 +110,8 @@ def release(
             if tag:
                 make_tag(repository, tag, _message(candidate, verdict), remote)
             _write_card(candidate.folder.parent, facts)
-            _hand_over(candidate, alias, key, run)
-    return history(name, alias)[0]
+            _hand_over(candidate, alias, key, run, holder)
+    return _release_of(mlflow.get_run(run.info.run_id))
 
 
 def try_gate(
@@ -161,11 +161,12 @@ def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", t
     Raises:
         ValueError: nothing was released before.
         NotVerifiedError: that version was never released as ``alias``, or is not what was signed.
+        GateClosedError: a release has moved the alias meanwhile.
         KeyRefusedError: the key cannot be used.
     """
     holder = _holder(name, alias)
-    earlier = [item.before for item in history(name, alias) if item.status == "FINISHED" and item.version == holder]
-    if not (to := to or next(iter(earlier), "")):
+    records = [item for item in history(name, alias) if item.version == holder and item.released_at]  # also cut off
+    if not (to := to or next((item.before for item in records), "")):
         raise ValueError(
             f"There is nothing to go back to: no release of {name} came before version {holder or '(none)'}."
         )
@@ -174,8 +175,8 @@ def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", t
         options = {"purpose": "release", "alias": alias, "trusted_types": trusted_types}
         back_to = verified(f"models:/{name}/{to}", public, **options)
         with back_to as copy, _record(name, alias, to, holder, "rollback") as run:
-            _hand_over(copy, alias, key, run)
-    return history(name, alias)[0]
+            _hand_over(copy, alias, key, run, holder)
+    return _release_of(mlflow.get_run(run.info.run_id))
 
 
 def history(name: str, alias: str = "") -> list[Release]:
@@ -264,14 +265,27 @@ def _record(name: str, alias: str, number: str, before: str, kind: str) -> Itera
         yield run
 
 
-def _hand_over(copy: Verified, alias: str, key: Path, run: Run) -> None:
-    """Sign the version as released, move the alias, and say in the version's tag when; in this order."""
+def _hand_over(copy: Verified, alias: str, key: Path, run: Run, before: str) -> None:
+    """Sign the version as released, move the alias, and say in the version's tag when; in this order.
+
+    Raises:
+        GateClosedError: another release has moved the alias from version ``before`` meanwhile.
+    """
     client, name, number = mlflow.MlflowClient(), copy.statement.registered_model, copy.statement.version
+    _refuse_if_moved(name, alias, before)
     moment = released_now(name, alias)
     client.set_tag(run.info.run_id, "released_at", moment)
     sign(copy.folder.parent, replace(copy.statement, purpose="release", alias=alias, released_at=moment), key)
+    _refuse_if_moved(name, alias, before)
     client.set_registered_model_alias(name, alias, number)
     client.set_model_version_tag(name, number, release_tag(alias), moment)
+
+
+def _refuse_if_moved(name: str, alias: str, before: str) -> None:
+    """Refuse to move an alias that does not point to version ``before`` any more."""
+    if (now := _holder(name, alias)) != before:
+        moved = f"{alias} moved from version {before or '(none)'} of {name} to version {now or '(none)'}"
+        raise GateClosedError(f"Meanwhile {moved}, and stays there. Look at the history, and start again.")
 
 
 def _write_card(root: Path, facts: dict) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -14,7 +15,8 @@ from execution import ROOT, environment
 from releases import released
 from versions import store_in
 
-from lifecycle.gate import GateClosedError
+import lifecycle.release
+from lifecycle.gate import GateClosedError, check_version
 from lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
 from lifecycle.release import history, rollback, sign_anew
 from lifecycle.verification import NotVerifiedError, release_tag, verified
@@ -125,6 +127,54 @@ def test_release_of_the_holder_changes_nothing(folder):
     assert history("iris") == before
 
 
+# Meanwhile
+
+
+@pytest.mark.parametrize("step", ["check_version", "sign"])
+def test_release_does_not_take_the_alias_from_one_that_it_was_not_compared_with(folder, monkeypatch, step):
+    # given a release during which, after one step, another one is finished
+    original = getattr(lifecycle.release, step)
+
+    def interrupted(*arguments, **options):
+        result = original(*arguments, **options)
+        program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tests/helpers")!r})
+from releases import released
+released(Path({str(folder)!r}), "models:/iris/3", allow_equal=True)
+"""
+        variables = environment(folder, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
+        subprocess.run([sys.executable, "-c", program], env=variables, check=True)
+        return result
+
+    # when it goes on, then it is refused, and the other one stays usable
+    with monkeypatch.context() as patch:
+        patch.setattr(lifecycle.release, step, interrupted)
+        with pytest.raises(GateClosedError, match="Meanwhile production moved from version 1 of iris to version 3"):
+            released(folder)
+    assert production(folder) == "3"
+    # and the same call again is compared with that one
+    assert released(folder).before == "3"
+    assert production(folder) == "2"
+
+
+def test_release_tells_of_itself_although_another_one_has_begun_since(folder, monkeypatch):
+    # given a release after whose gate the record of another one begins
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("releases").experiment_id
+
+    def checked(*arguments, **options):
+        tags = {"registered_model": "iris", "alias": "production", "version": "3", "before": "1", "kind": "release"}
+        client.create_run(experiment, int(time.time() * 1000) + 1000, tags)
+        return check_version(*arguments, **options)
+
+    monkeypatch.setattr(lifecycle.release, "check_version", checked)
+    # when, then
+    made = released(folder)
+    assert (made.version, made.status) == ("2", "FINISHED")
+
+
 # Cut off
 
 
@@ -203,6 +253,22 @@ def test_rollback_works_although_the_present_holder_is_broken(twice):
     shutil.rmtree(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
     rollback("iris", key=own_key(twice))
     assert production(twice) == "1"
+
+
+def test_rollback_goes_back_from_a_release_that_was_cut_off_after_the_alias(folder, monkeypatch):
+    # given a release whose last step fails
+    def failing(*arguments, **options):
+        raise OSError("the store is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "set_model_version_tag", failing)
+        with pytest.raises(OSError, match="the store is gone"):
+            released(folder)
+    assert production(folder) == "2"
+    # when
+    rollback("iris", key=own_key(folder))
+    # then
+    assert production(folder) == "1"
 
 
 def test_first_release_has_nothing_to_go_back_to(folder):
