@@ -25,7 +25,8 @@ def promote(uri: str, to: str, rows: pd.DataFrame, target: str, *, key: Path, tr
     """Release a version of the active store on the server ``to``, under the same name.
 
     The version is verified here and registered there, with the parameters and metrics of its run. There it passes the
-    gate against the holder on that server. If anything fails, what was registered there is deleted again.
+    gate against the holder on that server. If anything fails before the alias moves there, what was registered there is
+    deleted again.
 
     Args:
         uri: the version here: ``models:/name/3`` or ``models:/name@production``.
@@ -61,7 +62,7 @@ def promote(uri: str, to: str, rows: pd.DataFrame, target: str, *, key: Path, tr
 
 @contextlib.contextmanager
 def _registered(copy: Verified, run, tags: dict[str, str], key: Path, scratch: Path) -> Iterator[str]:
-    """Register the version in the active store and give its address to the block; if the block fails, delete it."""
+    """Register the version in the active store and give its address to the block; if that fails, delete it again."""
     client, name = mlflow.MlflowClient(), copy.statement.registered_model
     is_new = not client.search_registered_models(f"name = '{name}'")
     experiment = create_experiment(mlflow.get_tracking_uri(), EXPERIMENT, "Versions from another server.")
@@ -84,14 +85,16 @@ def _registered(copy: Verified, run, tags: dict[str, str], key: Path, scratch: P
 
 
 def _delete(client: mlflow.MlflowClient, name: str, run_id: str | None, is_new: bool) -> None:
-    """Delete what was made of a version that could not be released."""
+    """Delete what was made of a version that could not be released; nothing of it if it has an alias by now."""
     if run_id is None:
         return
     with contextlib.suppress(mlflow.MlflowException):
         for version in client.search_model_versions(f"name = '{name}'"):
             if version.run_id == run_id:
+                if client.get_model_version(name, version.version).aliases:
+                    return
                 client.delete_model_version(name, version.version)
-        if is_new:
+        if is_new and not client.search_model_versions(f"name = '{name}'"):  # nobody else has registered one since
             client.delete_registered_model(name)
     for output in client.get_run(run_id).outputs.model_outputs:
         client.delete_logged_model(output.model_id)

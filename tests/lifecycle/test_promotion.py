@@ -7,10 +7,12 @@ from releases import OPTIONS, ROWS_TEST, ROWS_TRAIN, released
 from sklearn.linear_model import LogisticRegression
 from versions import register
 
+import lifecycle.promotion
 from lifecycle.gate import GateClosedError
 from lifecycle.keys import own_key, own_public_key
 from lifecycle.promotion import promote
-from lifecycle.verification import NotVerifiedError, verified
+from lifecycle.signing import register_candidate
+from lifecycle.verification import NotVerifiedError, release_tag, verified
 
 
 def test_promotion_to_another_file_leaves_nothing_if_the_gate_refuses(folder, tmp_path):
@@ -27,6 +29,49 @@ def test_promotion_to_another_file_leaves_nothing_if_the_gate_refuses(folder, tm
     promote("models:/iris@production", to, ROWS_TEST, "species", **options)
     assert there.get_model_version_by_alias("iris", "production").tags["promoted_from"] == here
     assert mlflow.get_tracking_uri() == here
+
+
+def test_promotion_that_fails_deletes_no_version_that_somebody_else_registered_meanwhile(folder, tmp_path, monkeypatch):
+    # given another store, in which somebody registers a version during the promotion
+    to = f"sqlite:///{tmp_path.as_posix()}/other.db"
+    there = mlflow.MlflowClient(to)
+
+    def meanwhile(*arguments, **options):
+        version = register_candidate(*arguments, **options)
+        theirs = there.create_model_version("iris", tmp_path.as_uri())
+        there.set_registered_model_alias("iris", "theirs", theirs.version)
+        return version
+
+    monkeypatch.setattr(lifecycle.promotion, "register_candidate", meanwhile)
+    # when the gate refuses the promoted one
+    refusing = OPTIONS | {"floors": {"accuracy_score": 0.999}}
+    with pytest.raises(GateClosedError, match="floor failed"):
+        promote("models:/iris@production", to, ROWS_TEST, "species", key=own_key(folder), **refusing)
+    # then that one is gone, and the other one is there
+    assert str(there.get_model_version_by_alias("iris", "theirs").version) == "2"
+    assert [str(version.version) for version in there.search_model_versions("name = 'iris'")] == ["2"]
+
+
+def test_promotion_that_fails_after_the_alias_has_moved_leaves_production_usable(folder, tmp_path, monkeypatch):
+    # given another store, which fails when the version is said to be released
+    to = f"sqlite:///{tmp_path.as_posix()}/other.db"
+    original = mlflow.MlflowClient.set_model_version_tag
+
+    def failing(self, name, version, key, value):
+        if key == release_tag("production"):
+            raise OSError("the store is gone")
+        original(self, name, version, key, value)
+
+    # when
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "set_model_version_tag", failing)
+        with pytest.raises(OSError, match="the store is gone"):
+            promote("models:/iris@production", to, ROWS_TEST, "species", key=own_key(folder), **OPTIONS)
+    # then
+    public = own_public_key(folder)
+    mlflow.set_tracking_uri(to)
+    with verified("models:/iris@production", public, purpose="release") as copy:
+        assert copy.statement.version == "1"
 
 
 @pytest.fixture(scope="module")
