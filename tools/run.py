@@ -89,7 +89,7 @@ def kernel_environment(path: Path) -> dict[str, str]:
     """
     inside = path.is_relative_to(ROOT)
     tags = source_tags(path.relative_to(ROOT).as_posix(), ROOT) if inside else source_tags(path.name, path.parent)
-    with contextlib.suppress(ValueError):  # what is not JSON stays as it is: MLflow reports it
+    with contextlib.suppress(ValueError, TypeError):  # what is no JSON object stays as it is: MLflow reports it
         tags |= json.loads(os.environ.get("MLFLOW_RUN_CONTEXT") or "{}")
         return os.environ | {"MLFLOW_RUN_CONTEXT": json.dumps(tags)}
     return dict(os.environ)

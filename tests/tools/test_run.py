@@ -319,6 +319,12 @@ def test_run_tags_of_the_user_win(tool, tmp_path, monkeypatch):
     assert tags == {"team": "a", "mlflow.source.name": "mine", "mlflow.source.git.commit": commit}
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", "1"])
+def test_run_tags_that_are_none_stay_for_mlflow_to_report(text, tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_CONTEXT", text)
+    assert tool.kernel_environment(tmp_path / "small.ipynb")["MLFLOW_RUN_CONTEXT"] == text
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """Give the address of the quickstart as a page, with its stored outputs and a message on stderr."""
