@@ -4,6 +4,7 @@ MLflow logs data and compares none. A test alone is no answer: with enough rows 
 small. So drift counts here only if it is significant and its size is at least a stated one.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,7 +129,7 @@ def drift(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) 
             if any(gap.any() for gap in gaps):
                 found.append((f"{name} (gaps)", "chi-squared", *_categories(*gaps), "of the rows", limits.share))
         else:
-            values = [_text(table[name]).fillna("(gap)") for table in (reference, rows)]
+            values = [as_text(table[name]).fillna("(gap)") for table in (reference, rows)]
             found.append((name, "chi-squared", *_categories(*values), "of the rows", limits.share))
     corrected = stats.false_discovery_control([p for _, _, _, p, *_ in found]) if found else []
     return tuple(
@@ -171,8 +172,8 @@ def out_of_range(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = L
             far = int((numbers.lt(2 * low - high) | numbers.gt(2 * high - low)).sum())
             chance = stats.betabinom(count, 2, len(seen) - 1)
         else:
-            known = _text(seen).value_counts()
-            beyond = ~gap & ~_text(rows[name]).isin(known.index)
+            known = as_text(seen).value_counts()
+            beyond = ~gap & ~as_text(rows[name]).isin(known.index)
             text = ", ".join(known.index[:5]) + (", ..." if len(known) > 5 else "")
             chance = stats.binom(count, ((known == 1).sum() + 1) / (len(seen) + 1))
         outside = int((beyond | new_gap).sum())
@@ -212,6 +213,11 @@ def false_alarms(
     return share(raised, resamples)
 
 
+def as_text(column: pd.Series) -> pd.Series:
+    """Return the values as text, and gaps as they are. 1 and 1.0 are the same: one gap makes whole numbers decimal."""
+    return column.astype(object).map(lambda value: re.sub(r"^(-?\d+)\.0$", r"\1", str(value)), na_action="ignore")
+
+
 def _compared(reference: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     """Return the columns to compare; refuse rows that cannot be compared with the reference."""
     if len(reference) < 2 or not len(rows):
@@ -229,11 +235,6 @@ def _compared(reference: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
 
 def _is_number(column: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-
-
-def _text(column: pd.Series) -> pd.Series:
-    """Return the values as text, and gaps as they are."""
-    return column.astype(object).map(str, na_action="ignore")
 
 
 def _missing(column: pd.Series) -> pd.Series:

@@ -156,6 +156,18 @@ def test_other_shares_of_categories_are_an_alarm(kind):
     assert alarms(drift(made(50, 50), made(51, 49))) == []
 
 
+@pytest.mark.parametrize("codes", [("1", "2"), ("1.0", "2.0"), ("True", "False")])
+def test_codes_are_the_same_when_a_file_with_a_gap_gives_them_back(tmp_path, codes):
+    # given a column of text, and the same rows but one as pandas reads them from a file
+    reference = pd.DataFrame({"code": [*codes, None] * 40, "size": 1.0})
+    reference.assign(code=reference["code"].where(reference.index > 0)).to_csv(tmp_path / "rows.csv", index=False)
+    rows = pd.read_csv(tmp_path / "rows.csv")
+    assert not isinstance(rows.loc[3, "code"], str)
+    # then nothing has changed
+    assert alarms(drift(reference, rows)) == []
+    assert alarms(out_of_range(reference, rows)) == []
+
+
 def test_gaps_that_become_frequent_are_an_alarm():
     reference = numbers(200, 0, 2).mask(np.arange(400).reshape(200, 2) % 20 == 0)
     rows = numbers(200, 1, 2).mask(np.arange(400).reshape(200, 2) % 4 == 0)
