@@ -19,6 +19,7 @@ from lifecycle.drift import (
     Limits,
     OutOfRange,
     Share,
+    as_text,
     drift,
     out_of_range,
     share,
@@ -147,7 +148,7 @@ def judge(known: Baseline, rows: pd.DataFrame, limits: Limits = LIMITS) -> Judge
         if column.alarm:
             found.append((Verdict.DRIFT, f"{column.column}: {column.size:.2f} {column.unit}, p = {column.p_value:.1g}"))
     if drifts and labels.notna().any():
-        right = (rows[PREDICTION] == labels)[labels.notna()]
+        right = (_classes(known, rows[PREDICTION]) == labels)[labels.notna()]
         accuracy = share(int(right.sum()), len(right))
         if _worse(accuracy, known.expected, limits):
             found.append((Verdict.ACCURACY, f"accuracy {accuracy}, expected {known.expected}"))
@@ -166,10 +167,16 @@ def labels_of(known: Baseline, rows: pd.DataFrame) -> pd.Series:
     """Return the labels, as text where the version's classes are text; gaps where there are none."""
     if known.target not in rows:
         return pd.Series(np.nan, rows.index, dtype=object)
-    labels = rows[known.target]
-    if known.rows[known.target].dtype == object:
-        labels = labels.convert_dtypes().astype(object).map(str, na_action="ignore")
-    return labels
+    return _classes(known, rows[known.target])
+
+
+def _classes(known: Baseline, column: pd.Series) -> pd.Series:
+    """Return labels or answers, as the version's classes are written where they are text; gaps as they are."""
+    if known.rows[known.target].dtype != object:
+        return column
+    classes = pd.Series(known.rows[known.target].unique())
+    written = dict(zip(as_text(classes), classes, strict=True))
+    return as_text(column).map(lambda text: written.get(text, text), na_action="ignore")
 
 
 def _other_labels(known: pd.Series, labels: pd.Series, limits: Limits) -> list[str]:
@@ -187,7 +194,7 @@ def _other_labels(known: pd.Series, labels: pd.Series, limits: Limits) -> list[s
 
 def _compared(known: Baseline, rows: pd.DataFrame, predictions: Iterable) -> pd.DataFrame:
     """Return the features, with the predictions as one more column of text."""
-    return rows[known.features].assign(**{f"prediction of {known.target}": list(map(str, predictions))})
+    return rows[known.features].assign(**{f"prediction of {known.target}": as_text(pd.Series(predictions)).to_numpy()})
 
 
 def _worse(accuracy: Share, expected: Share, limits: Limits) -> bool:

@@ -223,6 +223,23 @@ def test_classes_of_any_type_meet_labels_as_a_file_gives_them(tmp_path, kind):
     assert judgement.accuracy.cases == len(batch) - 1
 
 
+@pytest.mark.parametrize("names", [("0", "1"), ("1.0", "2.0"), ("True", "False")])
+def test_answers_from_a_file_meet_classes_of_text_that_look_like_something_else(tmp_path, names):
+    # given classes of text, and a file of labels and right answers, with a gap in each of both
+    frame = load_breast_cancer(as_frame=True).frame[["mean radius", "mean texture", "target"]]
+    rows = frame.assign(target=frame["target"].map(dict(enumerate(names))))
+    known = baseline(version_of(tmp_path, LogisticRegression(max_iter=1000), rows[::2], "target"))
+    batch = rows[1::2].reset_index(drop=True).assign(prediction=rows["target"][1::2].tolist())
+    batch.to_csv(tmp_path / "whole.csv", index=False)
+    batch.loc[0, "target"] = batch.loc[1, "prediction"] = None
+    batch.to_csv(tmp_path / "gaps.csv", index=False)
+    # then all answers that are there are right
+    for name, wrong in (("whole", 0), ("gaps", 1)):
+        judgement = judge(known, pd.read_csv(tmp_path / f"{name}.csv"))
+        assert judgement.reasons == ()
+        assert judgement.accuracy.count == judgement.accuracy.cases - wrong
+
+
 # What batches are compared with
 
 
