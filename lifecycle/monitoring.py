@@ -82,7 +82,8 @@ def baseline(version: Verified, expected: Share | None = None) -> Baseline:
             because the store's word for a metric is not signed.
 
     Raises:
-        ValueError: the model is no classifier with a column of classes among its rows, or a class has a single row.
+        ValueError: the model is no classifier with a column of classes among its rows, a class has a single row, or a
+            column is called ``prediction``.
     """
     import mlflow
     from sklearn.base import clone, is_classifier
@@ -94,6 +95,9 @@ def baseline(version: Verified, expected: Share | None = None) -> Baseline:
     estimator = mlflow.sklearn.load_model(str(version.folder))
     if len(targets) != 1 or not is_classifier(estimator):
         raise ValueError(f"{version.uri} is no classifier with one target; beside its inputs it learned from {targets}")
+    if PREDICTION in rows:
+        told = f"{version.uri} learned from a column {PREDICTION!r}, which in a batch is what a version has answered"
+        raise ValueError(f"{told}. Rename the column, and train the model again.")
     (target,) = targets
     smallest = int(rows[target].value_counts().min())
     if smallest < 2:

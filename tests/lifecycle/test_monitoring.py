@@ -266,6 +266,14 @@ def test_model_that_is_no_classifier_is_refused(tmp_path):
         baseline(version_of(tmp_path, LinearRegression(), rows, FEATURES[0]))
 
 
+@pytest.mark.parametrize("column", [FEATURES[0], TARGET])
+def test_column_that_is_called_as_the_answers_are_is_refused_with_the_remedy(tmp_path, column):
+    rows = ROWS.rename(columns={column: "prediction"})
+    version = version_of(tmp_path, None, rows, "prediction" if column == TARGET else TARGET)
+    with pytest.raises(ValueError, match=r"learned from a column 'prediction', .* Rename the column"):
+        baseline(version)
+
+
 def test_class_of_one_row_is_refused(tmp_path):
     with pytest.raises(ValueError, match="A class of 'species' has one row"):
         baseline(version_of(tmp_path, None, ROWS.head(51)))
