@@ -153,6 +153,6 @@ def _refuse(known: Baseline, usual: pd.DataFrame, new: pd.DataFrame, limits: Lim
         if judgement.verdict != wanted:
             said = "; ".join(judgement.reasons) or "nothing has changed"
             raise NoChallengeError(f"The {name} rows: {judgement.verdict} ({said}). A challenger needs {wanted} there.")
-    classes = known.rows[known.target].unique()
-    if few := [str(name) for name in classes if (new[known.target] == name).sum() < 2]:
+    classes, labels = known.rows[known.target].unique(), labels_of(known, new)
+    if few := [str(name) for name in classes if (labels == name).sum() < 2]:
         raise NoChallengeError(f"Fewer than two new rows of {', '.join(few)}: one to learn from, one to judge by.")

@@ -146,6 +146,21 @@ def test_challenger_learns_from_old_and_new_rows_and_is_signed_as_a_candidate(st
     assert mlflow.artifacts.load_dict(f"runs:/{candidate.run_id}/contest.json")["new"]["low"] == found.new.low
 
 
+def test_classes_of_text_are_found_in_new_rows_that_a_file_gives_as_numbers(store, version, known, usual):
+    # given a champion whose classes are "0", "1" and "2"
+    numbers = {name: number for number, name in enumerate(known.estimator.classes_)}
+    rows = known.rows.assign(species=known.rows[TARGET].map(numbers).map(str))
+    model = clone(known.estimator).fit(rows[FEATURES], rows[TARGET])
+    champion = dataclasses.replace(known, rows=rows, predictions=model.predict(rows[FEATURES]), estimator=model)
+    # when the labels are numbers
+    files = {"key": own_key(store), "lock": LOCK, "requirements": ROOT / "model_requirements.txt"}
+    batches = [batch.assign(species=batch[TARGET].map(numbers)) for batch in (usual, changed())]
+    _, found = challenge(version, champion, *batches, **files)
+    # then
+    assert set(found.rows[TARGET]) == {"0", "1", "2"}
+    assert found.winner == "challenger"
+
+
 def ruler(rows):
     return rows.assign(**1.3 * rows[FEATURES])
 
