@@ -191,7 +191,7 @@ def _other_labels(known: pd.Series, labels: pd.Series, limits: Limits) -> list[s
         hint = f", and is written like {alike[0]!r}" if alike else ""
         reasons.append(f"{name!r} is no class that the model knows{hint}")
     for name in sorted(set(shares.index) - set(labels), key=str):
-        if (1 - shares[name]) ** len(labels) < limits.level:
+        if (1 - shares[name]) ** len(labels) < limits.level / len(shares):  # corrected for several classes
             reasons.append(f"no row of the class {name!r} among {len(labels)}, where {shares[name]:.0%} were")
     return reasons
 

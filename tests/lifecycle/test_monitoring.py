@@ -159,6 +159,17 @@ def test_class_that_has_vanished_is_an_alarm(known, usual):
     assert "no row of the class 'virginica' among 20, where 33% were" in judgement.reasons
 
 
+def test_class_of_many_that_a_batch_lacks_by_chance_is_no_alarm(known):
+    # given 20 equally frequent classes, of which one in six batches of 90 rows lacks at least one
+    names = [f"species {number}" for number in range(20)] * 50
+    rows = ROWS.sample(1000, replace=True, random_state=0, ignore_index=True).assign(species=names)
+    many = dataclasses.replace(known, rows=rows, predictions=np.array(names), expected=share(1000, 1000))
+    batch = rows.assign(prediction=names)[rows[TARGET] != "species 0"]
+    # then
+    assert judge(many, batch.head(90)).verdict == Verdict.QUIET
+    assert judge(many, batch.head(200)).verdict == Verdict.LABELS
+
+
 def test_labels_are_more_urgent_than_drift_and_broken_rows_than_labels(known, usual):
     rows = usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6}).replace({TARGET: {"setosa": "pumila"}})
     judgement = judge(known, rows)
