@@ -156,6 +156,14 @@ def test_other_shares_of_categories_are_an_alarm(kind):
     assert alarms(drift(made(50, 50), made(51, 49))) == []
 
 
+@pytest.mark.parametrize("others", [0, 150, 600])
+def test_column_with_a_rare_value_that_has_moved_wholly_is_an_alarm_among_however_many_columns(others):
+    reference, rows = numbers(200, 0, others), numbers(80, 1, others)
+    reference["colour"] = colours(red=100, green=97, blue=3)["colour"]
+    rows["colour"] = "green"
+    assert alarms(drift(reference, rows)) == ["colour"]
+
+
 @pytest.mark.parametrize("codes", [("1", "2"), ("1.0", "2.0"), ("True", "False")])
 def test_codes_are_the_same_when_a_file_with_a_gap_gives_them_back(tmp_path, codes):
     # given a column of text, and the same rows but one as pandas reads them from a file
