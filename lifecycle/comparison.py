@@ -85,7 +85,8 @@ def rows_interval(
         seed: of the draws.
 
     Raises:
-        ValueError: there is no row, or not as many predictions as rows.
+        ValueError: there is no row, or not as many predictions as rows, or the score of rows that were drawn is not a
+            finite number.
     """
     actual, predicted, other_predicted = np.asarray(actual), np.asarray(predicted), np.asarray(other_predicted)
     if not len(actual) == len(predicted) == len(other_predicted) or len(actual) == 0:
@@ -96,6 +97,9 @@ def rows_interval(
     for _ in range(resamples):
         drawn = generator.integers(len(actual), size=len(actual))
         differences.append(score(actual[drawn], predicted[drawn]) - score(actual[drawn], other_predicted[drawn]))
+    if endless := int((~np.isfinite(differences)).sum()):
+        found = f"In {endless} of {resamples} draws of rows the score is not a finite number, maybe for want of a class"
+        raise ValueError(f"{found}. Take more rows of each class, or a score that needs no class, such as accuracy.")
     low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
     difference = score(actual, predicted) - score(actual, other_predicted)
     return Interval(float(difference), float(low), float(high), confidence)

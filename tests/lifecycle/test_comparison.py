@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, roc_auc_score
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
 from sklearn.tree import DecisionTreeClassifier
 
@@ -133,3 +133,11 @@ def test_shares_outside_of_zero_and_one_are_refused(test_share, confidence):
 def test_rows_and_predictions_that_do_not_belong_together_are_refused():
     with pytest.raises(ValueError, match="do not belong together"):
         rows_interval(accuracy_score, [1, 0], [1], [1, 0])
+
+
+@pytest.mark.filterwarnings("ignore:Only one class is present")
+def test_score_that_is_not_defined_for_some_draws_is_refused_with_cause_and_remedy():
+    # given two rows of one class among twelve, so that every ninth draw has none of them
+    actual, generator = np.r_[np.ones(2), np.zeros(10)], np.random.default_rng(0)
+    with pytest.raises(ValueError, match=r"In \d+ of 2000 draws .* not a finite number.* Take more rows of each class"):
+        rows_interval(roc_auc_score, actual, generator.random(12), generator.random(12))
