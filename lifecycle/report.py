@@ -234,21 +234,22 @@ def charts(report: Report) -> dict[str, Figure]:
 
 def chart(title: str, groups: dict[str, dict[str, Score]]) -> Figure:
     """Draw a bar for each mean, in groups along the axis and with a colour per label, and the ranges as error bars."""
-    labels = list(dict.fromkeys(label for bars in groups.values() for label in bars))
+    labels, handles = list(dict.fromkeys(label for bars in groups.values() for label in bars)), []
     figure = Figure(figsize=(max(8, 0.7 * len(groups) * len(labels)), 3.6), layout="constrained")
     axes, width = figure.subplots(), 0.8 / len(labels)
     for number, label in enumerate(labels):
         found = [(place, bars[label]) for place, bars in enumerate(groups.values()) if label in bars]
         places = [place + (number - (len(labels) - 1) / 2) * width for place, _ in found]
         scores = [score for _, score in found]
-        axes.bar(places, [score.mean for score in scores], 0.92 * width, label=label)
+        handles.append(axes.bar(places, [score.mean for score in scores], 0.92 * width, label=label))
         for place, score in zip(places, scores, strict=True):
             if score.lowest < score.highest:
                 axes.plot([place, place], [score.lowest, score.highest], "k_-", linewidth=1)
             top = (place, max(score.highest, 0))
             axes.annotate(f"{score.mean:.3f}", top, (0, 3), textcoords="offset points", ha="center", fontsize="small")
-    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_xticks(range(len(groups)), list(groups), parse_math=False)
     axes.margins(y=0.15)
     axes.set_title(title)
-    figure.legend(loc="outside right center")
+    for text in figure.legend(handles, labels, loc="outside right center").get_texts():
+        text.set_parse_math(False)
     return figure

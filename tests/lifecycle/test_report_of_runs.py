@@ -489,6 +489,23 @@ def test_charts_are_pictures_that_the_report_shows(store, tmp_path, name):
     assert f"]({name})" in (tmp_path / "experiment_report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("model", ["a_$_b_$", "price in $, cost in $", "_base", "a^b"])
+def test_charts_show_each_name_as_it_stands_in_the_store(store, tmp_path, model):
+    # given a model, and a feature set, with a name that matplotlib would read as a formula, or leave out
+    tags = {"model": model, "feature_set": model}
+    store.candidate(WINNER, 0.9)
+    store.candidate("other", 0.8, tags=tags)
+    # when
+    drawn = charts(make_report(EXPERIMENT))
+    write(make_report(EXPERIMENT), tmp_path)
+    # then
+    figure = drawn["all_runs_comparison.png"]
+    named = figure.legends[0].get_texts(), figure.axes[0].get_xticklabels()
+    for texts in named:
+        assert model in [text.get_text() for text in texts]
+        assert not any(text.get_parse_math() for text in texts)
+
+
 def test_names_in_the_store_cannot_change_the_form_of_the_report(store):
     store.candidate("A|B_<script>\nx", 0.9)
     text = markdown(make_report(EXPERIMENT))
