@@ -53,7 +53,8 @@ def plot_drift(judgement: Judgement, axes: "Axes", title: str = "") -> None:
     columns = judgement.drift[::-1]
     colours = ["firebrick" if column.alarm else "lightsteelblue" for column in columns]
     sizes = [column.size / column.smallest for column in columns]
-    axes.barh([column.column for column in columns], sizes, color=colours)
+    axes.barh(range(len(columns)), sizes, color=colours)
+    axes.set_yticks(range(len(columns)), [column.column for column in columns], parse_math=False)
     axes.axvline(1, color="black", linestyle="--")
     axes.set(xlabel="size of the drift, 1 counts", title=title)
 

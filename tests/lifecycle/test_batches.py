@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from versions import NAME, iris_rows
 
 from lifecycle.batches import log_batch, plot_drift, recorded
-from lifecycle.monitoring import Verdict, judge
+from lifecycle.drift import drift
+from lifecycle.monitoring import Judgement, Verdict, judge
 
 ROWS = iris_rows()
 FEATURES = ROWS.columns[:-1].tolist()
@@ -151,3 +152,17 @@ def test_picture_shows_sizes_in_multiples_of_what_counts(known, usual):
     assert axes.lines[0].get_xdata()[0] == 1
     red = {bar.get_facecolor() for bar, column in zip(axes.patches, judgement.drift[::-1], strict=True) if column.alarm}
     assert len(red) == 1
+
+
+def test_picture_shows_names_of_columns_as_they_are():
+    # given columns with names that matplotlib would read as formulas
+    names = ["price in $, cost in $", "a_$_b_$"]
+    rows = pd.DataFrame([[1.0, 2.0], [2.0, 3.0]], columns=names)
+    figure = Figure()
+    axes = figure.subplots()
+    # when
+    plot_drift(Judgement(Verdict.QUIET, (), 2, drift(rows, rows)), axes)
+    figure.canvas.draw()
+    # then
+    assert [label.get_text() for label in axes.get_yticklabels()] == names[::-1]
+    assert not any(label.get_parse_math() for label in axes.get_yticklabels())
