@@ -79,6 +79,11 @@ def check_sentences(**sentences: str) -> None:
             raise ValueError(f"The model card needs a sentence on the {what}; all else is read from MLflow.")
 
 
+def in_cell(value: object) -> str:
+    """Return a value from the store so that Markdown shows it: in one line, ending no cell and beginning no HTML."""
+    return " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
+
+
 def make_card(facts: dict) -> "Card":
     """Return the card as skops makes it; ``render()`` gives its Markdown.
 
@@ -116,6 +121,7 @@ def make_card(facts: dict) -> "Card":
     for title, (header, *body) in tables.items():
         if body:
             description = sources.get(title)
-            card.add_table(**{f"{top}/{title}": pd.DataFrame(body, columns=header)}, description=description)
+            cells = pd.DataFrame([map(in_cell, row) for row in body], columns=header)
+            card.add_table(**{f"{top}/{title}": cells}, description=description)
             card.select(f"{top}/{title}").title = title  # skops 0.16 would print the version before it, too
     return card

@@ -16,6 +16,7 @@ from releases import released
 from versions import store_in
 
 import lifecycle.release
+from lifecycle.card import make_card
 from lifecycle.gate import GateClosedError, check_version
 from lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
 from lifecycle.release import history, rollback, sign_anew
@@ -339,6 +340,12 @@ def test_card_is_the_golden_one(twice, suffix):
     if os.environ.get("RENEW_GOLDEN"):
         golden.write_text(text, encoding="utf-8")
     assert text == golden.read_text(encoding="utf-8")
+
+
+def test_names_and_values_in_the_store_cannot_change_the_form_of_the_card():
+    facts = json.loads((ROOT / "tests/golden/model_card.json").read_text(encoding="utf-8"))
+    text = masked(make_card(facts | {"tags": {"a|b": "<script>\nx & y"}}).render())
+    assert r"| a\|b | &lt;script> x &amp; y |" in text
 
 
 def test_card_was_signed_and_belongs_to_its_release(twice):
