@@ -53,9 +53,11 @@ guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's stor
 	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
 	$(BIN)/python tools/run.py $(filter-out $(OUT_OF_REACH),$(sort $(wildcard guides/*.ipynb)))
 
+# By the environment, because a quote in the name would end one of the shell's.
+report: export EXPERIMENT := $(EXPERIMENT)
 report: $(INSTALLED) ## make the report of an experiment, from its runs, into build/ (EXPERIMENT=name for another one)
-	@$(BIN)/python -m lifecycle report '$(EXPERIMENT)' --output 'reports/$(EXPERIMENT)'
-	@$(BIN)/python tools/report_page.py 'reports/$(EXPERIMENT)' build/experiment_report.html
+	@$(BIN)/python -m lifecycle report "$$EXPERIMENT" --output "reports/$$EXPERIMENT"
+	@$(BIN)/python tools/report_page.py "reports/$$EXPERIMENT" build/experiment_report.html
 	@echo "As a page: build/experiment_report.html"
 
 ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)

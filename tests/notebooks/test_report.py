@@ -78,12 +78,13 @@ def test_page_has_report_and_charts_and_no_code(project, empty_store):
     assert all((project / path).is_file() for path in told)
 
 
-def test_other_experiment_is_reported_if_asked_for(project, empty_store):
-    write_run(project, empty_store, "another one")
-    process = make_report(project, "EXPERIMENT=another one")
+@pytest.mark.parametrize("name", ["another one", "it's another one"])
+def test_other_experiment_is_reported_if_asked_for(project, empty_store, name):
+    write_run(project, empty_store, name)
+    process = make_report(project, f"EXPERIMENT={name}")
     assert process.returncode == 0, process.stderr
-    assert (project / "reports/another one/model_summary.csv").is_file()
-    assert "Experiment report: another one" in (project / "build/experiment_report.html").read_text(encoding="utf-8")
+    assert (project / "reports" / name / "model_summary.csv").is_file()
+    assert f"Experiment report: {name}" in (project / "build/experiment_report.html").read_text(encoding="utf-8")
 
 
 def test_refusal_ends_it_before_there_is_a_page(project):
