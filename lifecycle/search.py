@@ -201,16 +201,29 @@ def unfinished(search: str, experiment_id: str) -> Run | None:
         experiment_id: where to look.
 
     A search at which a process of this machine still works is not cut off. Of one that was begun on another machine,
-    nobody here can tell, so it is left alone. The parent run's tag ``process`` says who works at it.
+    nobody here can tell, so it is left alone. The parent run's tag ``process`` says who works at it. A search that
+    ended with failed trials alone is left alone, too: it can only begin anew, once the objective is mended.
     """
     filter_string = f"tags.search = '{quoted(search)}' and attributes.status != 'FINISHED'"
     this = psutil.Process()
     at_work = {process_name(process) for process in psutil.process_iter(["create_time"]) if process != this}
     for run in mlflow.search_runs([experiment_id], filter_string, output_format="list"):
         process = run.data.tags.get("process", "")
-        if process.startswith(f"{platform.node()} ") and process not in at_work:
+        if process.startswith(f"{platform.node()} ") and process not in at_work and not in_vain(run):
             return run
     return None
+
+
+def in_vain(parent: Run) -> bool:
+    """Return whether a search has ended with failed trials alone."""
+    statuses = {run.info.status for run in trial_runs(parent)}
+    return parent.info.status == "FAILED" and "FAILED" in statuses and "FINISHED" not in statuses
+
+
+def trial_runs(parent: Run) -> list[Run]:
+    """Return the runs of the trials of a search."""
+    filter_string = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    return mlflow.search_runs([parent.info.experiment_id], filter_string, output_format="list")
 
 
 def quoted(text: str) -> str:
@@ -229,9 +242,8 @@ def take_up(study: optuna.Study, parent: Run, metric: str) -> int:
 
     A trial that was running when the end came was never logged. Its number stays empty, and it is tried anew.
     """
-    filter_string = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    runs = mlflow.search_runs([parent.info.experiment_id], filter_string, output_format="list")
-    trials = dict(logged_trial(run, metric) for run in runs if run.info.status in ("FINISHED", "FAILED"))
+    ended = [run for run in trial_runs(parent) if run.info.status in ("FINISHED", "FAILED")]
+    trials = dict(logged_trial(run, metric) for run in ended)
     for number in range(max(trials, default=-1) + 1):
         study.add_trial(trials.get(number) or create_trial(state=TrialState.FAIL))
     return len(trials)
@@ -243,5 +255,8 @@ def logged_trial(run: Run, metric: str) -> tuple[int, FrozenTrial]:
     state = TrialState.COMPLETE if run.info.status == "FINISHED" else TrialState.FAIL
     distributions = {name: json_to_distribution(value) for name, value in record["distributions"].items()}
     value = run.data.metrics.get(metric)
-    trial = create_trial(state=state, params=record["params"], distributions=distributions, value=value)
+    error = {"error": run.data.tags["error"]} if "error" in run.data.tags else {}
+    trial = create_trial(
+        state=state, params=record["params"], distributions=distributions, value=value, user_attrs=error
+    )
     return record["number"], trial

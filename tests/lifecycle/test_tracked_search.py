@@ -102,6 +102,7 @@ def test_trials_taken_up_are_those_that_were_logged(experiment_id):
     for new, old in zip(study.trials, before.trials, strict=True):
         assert (new.number, new.state, new.params, new.value) == (old.number, old.state, old.params, old.value)
         assert new.distributions == old.distributions
+        assert new.user_attrs == old.user_attrs
 
 
 def test_number_of_a_trial_that_never_ended_stays_empty(experiment_id):
@@ -290,6 +291,42 @@ def test_search_in_which_all_trials_fail_says_why(experiment_id):
     (parent,) = searches(experiment_id)
     assert parent.info.status == "FAILED"
     assert [found.info.status for found in children(parent)] == ["FAILED", "FAILED"]
+
+
+MENDED = {"TPE": {"trials": 2}, "points": {"points": [{"x": 0.0, "n": 1}, {"x": 0.5, "n": 1}]}}
+
+
+@pytest.mark.parametrize("options", MENDED.values(), ids=MENDED)
+def test_search_whose_trials_all_failed_begins_anew_with_the_mended_objective(experiment_id, options):
+    # given a search whose objective has a mistake
+    def mistaken(trial):
+        trial.suggest_float("x", -1, 1)
+        raise NameError("a typo")
+
+    with pytest.raises(RuntimeError, match="a typo"):
+        run(experiment_id, mistaken, **options)
+    # when it is started again without the mistake
+    _, parent = run(experiment_id, objective_of_points, **options)
+    # then all trials are run, in a search of its own
+    assert "resumed" not in parent.data.tags
+    assert parent.data.metrics["trials"] == 2
+    assert sorted(found.info.status for found in searches(experiment_id)) == ["FAILED", "FINISHED"]
+
+
+def test_failed_trials_of_a_killed_search_count_and_their_error_is_said(experiment_id):
+    # given a search that was killed after its last trial, all of which had failed
+    def failing(trial):
+        raise MemoryError("no memory left")
+
+    with pytest.raises(RuntimeError):
+        run(experiment_id, failing, trials=2)
+    (killed,) = searches(experiment_id)
+    mlflow.MlflowClient().update_run(killed.info.run_id, status="RUNNING")
+    # when it goes on, then no trial is repeated
+    with pytest.raises(RuntimeError, match=r"The first failed with MemoryError\('no memory left'\)"):
+        run(experiment_id, failing, trials=2)
+    assert [found.info.status for found in children(killed)] == ["FAILED", "FAILED"]
+    assert len(searches(experiment_id)) == 1
 
 
 @pytest.mark.parametrize("options", [{"trials": 0}, {"jobs": 0}, {"timeout_seconds": -1}], ids=str)
