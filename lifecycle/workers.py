@@ -35,6 +35,13 @@ class QueueUnusableError(RuntimeError):
     """The queue of a search cannot be used; the message holds no password."""
 
 
+class NotRecordedError(BaseException):
+    """A trial cannot be recorded, for the reason in ``__cause__``.
+
+    It is no ``Exception``, so Optuna ends no trial with it: the trial stays open, as that of a killed worker.
+    """
+
+
 def open_storage(address: str, parent: Run | None = None) -> optuna.storages.RDBStorage:
     """Open the PostgreSQL that holds the queue.
 
@@ -121,7 +128,10 @@ def load_objective(where: str) -> Callable[[optuna.Trial], float]:
 
 
 def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping[str, str]) -> Callable:
-    """Return ``objective`` with each trial as a child run of ``parent``, which has its parameters and its value."""
+    """Return ``objective`` with each trial as a child run of ``parent``, which has its parameters and its value.
+
+    It raises what the objective raises, and `NotRecordedError` where MLflow fails.
+    """
     worker = f"{platform.node()} {os.getpid()}"
 
     def run_trial(trial: optuna.Trial) -> float:
@@ -130,15 +140,22 @@ def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping
         trial.set_user_attr("worker", worker)
         marks = {**tags, "trial": str(trial.number), "worker": worker}
         place = {"experiment_id": parent.info.experiment_id, "parent_run_id": parent.info.run_id, "nested": True}
-        with mlflow.start_run(run_name=f"trial {trial.number:03d}", tags=marks, **place):
-            try:
-                value = objective(trial)
-            except Exception as error:
-                mlflow.set_tag("error", repr(error)[:5000])
+        failed = None
+        try:
+            with mlflow.start_run(run_name=f"trial {trial.number:03d}", tags=marks, **place):
+                try:
+                    value = float(objective(trial))
+                except Exception as error:
+                    failed = error
+                    mlflow.set_tag("error", repr(error)[:5000])
+                    raise
+                finally:
+                    mlflow.log_params(trial.params)
+                mlflow.log_metric(study.user_attrs["metric"], value)
+        except Exception as error:
+            if error is failed:
                 raise
-            finally:
-                mlflow.log_params(trial.params)
-            mlflow.log_metric(study.user_attrs["metric"], value)
+            raise NotRecordedError from error
         return value
 
     return run_trial
@@ -146,6 +163,9 @@ def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping
 
 def work(run_id: str, objective: Callable[[optuna.Trial], float], address: str, source: str = "") -> None:
     """Run trials of the search until none is waiting, and none is running that may have to be begun again.
+
+    A trial whose objective fails has failed. A trial that MLflow does not record ends the worker, and is begun again by
+    another one, as that of a killed worker.
 
     Args:
         run_id: of the parent run, in the store that MLflow uses here.
@@ -155,7 +175,7 @@ def work(run_id: str, objective: Callable[[optuna.Trial], float], address: str, 
 
     Raises:
         QueueUnusableError: as for ``open_storage``, or the search has no study there.
-        mlflow.MlflowException: there is no such run.
+        mlflow.MlflowException: there is no such run, or a trial cannot be recorded.
     """
     parent = mlflow.get_run(run_id)
     storage = open_storage(address, parent)
@@ -168,7 +188,10 @@ def work(run_id: str, objective: Callable[[optuna.Trial], float], address: str, 
     run_trial = tracked(objective, study, parent, tags | {"mlflow.source.name": source})
     while True:
         if study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
-            study.optimize(run_trial, n_trials=1, catch=Exception)
+            try:
+                study.optimize(run_trial, n_trials=1, catch=Exception)
+            except NotRecordedError as error:
+                raise error.__cause__ from None
         elif any("worker" in trial.user_attrs for trial in study.get_trials(states=[TrialState.RUNNING])):
             time.sleep(1)
             with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):

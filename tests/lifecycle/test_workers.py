@@ -176,6 +176,55 @@ def test_trial_that_fails_keeps_its_error_and_the_search_goes_on(parent, storage
         assert run.data.tags["mlflow.source.git.commit"] == "abc"
 
 
+def test_objective_that_returns_no_number_has_failed(parent, storage):
+    with closing(workers.make_queue(storage, parent.info.run_id, [{}], "score")) as study:
+        workers.work(parent.info.run_id, lambda trial: None, storage)
+        assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+    (run,) = children(parent)
+    assert "NoneType" in run.data.tags["error"]
+
+
+@pytest.fixture
+def mlflow_back():
+    """Give what makes this module's store the active one again, and call it at the end."""
+    uri = mlflow.get_tracking_uri()
+    yield lambda: mlflow.set_tracking_uri(uri)
+    mlflow.set_tracking_uri(uri)
+
+
+@pytest.mark.parametrize("moment", ["before the objective", "after it", "after it failed"])
+def test_trial_that_mlflow_does_not_record_is_begun_again(parent, storage, monkeypatch, mlflow_back, moment):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run_id, begin = parent.info.run_id, mlflow.start_run
+
+    def begin_without_mlflow(**options):
+        mlflow.set_tracking_uri("http://127.0.0.1:1")
+        return begin(**options)
+
+    def cut_off(trial):
+        mlflow.set_tracking_uri("http://127.0.0.1:1")
+        if moment == "after it failed":
+            raise ValueError("this one fails")
+        return trial.suggest_float("x", 0, 1)
+
+    with closing(workers.make_queue(storage, run_id, [{"x": 0.25}, {"x": 0.5}], "score")) as study:
+        # given a worker whose MLflow goes away in its first trial, which ends the worker
+        with monkeypatch.context() as patch:
+            if moment == "before the objective":
+                patch.setattr(mlflow, "start_run", begin_without_mlflow)
+            with pytest.raises(mlflow.MlflowException, match=r"127\.0\.0\.1"):
+                workers.work(run_id, cut_off, storage)
+        # when MLflow is back, and a worker is started
+        mlflow_back()
+        monkeypatch.setattr(workers, "GRACE", 1)
+        workers.work(run_id, lambda trial: trial.suggest_float("x", 0, 1), storage)
+        # then all that was asked for is done
+        assert sorted(trial.value for trial in study.get_trials(states=[TrialState.COMPLETE])) == [0.25, 0.5]
+    # and no run is left open
+    statuses = ["FINISHED", "FINISHED"] if moment == "before the objective" else ["FINISHED", "FINISHED", "KILLED"]
+    assert sorted(run.info.status for run in children(parent)) == statuses
+
+
 def test_trial_that_nobody_asked_for_is_not_run(parent):
     # given an empty queue, as a worker finds it that came a moment late
     study = optuna.create_study()
@@ -269,6 +318,24 @@ def test_command_says_in_one_line_what_is_wrong(folder, monkeypatch, run_id, obj
     (line,) = answer.stderr.splitlines()
     assert line.startswith("Error: ")
     assert reason in line
+
+
+def test_command_says_in_one_line_that_mlflow_is_gone(folder, parent, storage, monkeypatch, mlflow_back):
+    # given an objective during which MLflow goes away
+    monkeypatch.chdir(folder)
+    lines = "import mlflow\ndef cut_off(trial):\n    mlflow.set_tracking_uri('http://127.0.0.1:1')\n    return 1.0\n"
+    (folder / "cut_off.py").write_text(lines)
+    variables = {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), "SEARCH_STORAGE": storage}
+    variables |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    with closing(workers.make_queue(storage, parent.info.run_id, [{}], "score")):
+        # when
+        command = ["search-worker", parent.info.run_id, "--objective", "cut_off.py:cut_off"]
+        answer = CliRunner().invoke(main, command, env=variables)
+    # then
+    assert answer.exit_code == 1
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "127.0.0.1" in line
 
 
 def test_worker_is_gone_at_the_end_of_the_block(parent, storage, folder):
