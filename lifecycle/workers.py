@@ -114,9 +114,16 @@ def load_objective(where: str) -> Callable[[optuna.Trial], float]:
     if source.endswith(".py"):
         if not Path(source).is_file():
             raise ValueError(f"There is no file {Path(source).resolve()} with an objective")
-        specification = importlib.util.spec_from_file_location(Path(source).stem, source)
+        name_of_module = f"objective in {Path(source).stem}"  # as no other module is called
+        specification = importlib.util.spec_from_file_location(name_of_module, source)
         module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
+        # Data classes look their module up. Afterwards it must not be there: joblib would give its processes mere names
+        # of the module's functions, which they cannot import.
+        sys.modules[name_of_module] = module
+        try:
+            specification.loader.exec_module(module)
+        finally:
+            del sys.modules[name_of_module]
     else:
         try:
             module = importlib.import_module(source)

@@ -265,6 +265,37 @@ def test_objective_that_is_not_there_is_refused(folder, monkeypatch, where, reas
         workers.load_objective(where)
 
 
+LOADED = {
+    "data class": """
+        from __future__ import annotations
+        from dataclasses import dataclass
+
+        @dataclass
+        class Settings:
+            x: float = 1.0
+
+        def score(trial):
+            return Settings().x
+    """,
+    "own processes": """
+        from joblib import Parallel, delayed
+
+        def half(number):
+            return number / 2
+
+        def score(trial):
+            return sum(Parallel(n_jobs=2)(delayed(half)(number) for number in (1, 1)))
+    """,
+}
+
+
+@pytest.mark.parametrize("text", LOADED.values(), ids=LOADED)
+def test_objective_of_a_file_is_found(tmp_path, text):
+    path = tmp_path / "own_objective.py"
+    path.write_text(textwrap.dedent(text))
+    assert workers.load_objective(f"{path}:score")(None) == 1.0
+
+
 def test_objective_of_a_module_is_found():
     assert workers.load_objective("json:loads") is json.loads
 
