@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -158,10 +159,15 @@ def serve_verified(
             start_new_session=True,
         )  # fmt: skip
         stack.callback(_end, process)
+        began = time.monotonic()
         address = _first_line(process, start_seconds)
         if not address:
             said = "" if log else _last_line(errors)
-            raise ServingFailedError(f"{version.uri} is not served. {said or 'The log says why.'}")
+            if time.monotonic() - began >= start_seconds:
+                said = f"Its start took longer than start_seconds={start_seconds:g}. {said}".rstrip()
+            elif not said:
+                said = "The log says why." if log else "Its log is empty."
+            raise ServingFailedError(f"{version.uri} is not served. {said}")
         about = (statement.registered_model, statement.version, version.key_fingerprint)
         yield Server(address, version.uri, *about, process)
 

@@ -141,9 +141,11 @@ def test_nothing_outlives_a_caller_that_is_killed(iris, temporary, moment):
     ("options", "told"),
     [
         ({"leave_out": ("colour",)}, "no such columns to leave out: colour"),
-        ({"start_seconds": 0.01}, "is not served"),
+        ({"start_seconds": 0.01}, r"is not served\. Its start took longer than start_seconds=0\.01\."),
+        ({"start_seconds": 0.01, "log": sys.__stderr__}, r"Its start took longer than start_seconds=0\.01\."),
+        ({"python": Path("/usr/bin/false")}, r"is not served\. Its log is empty\."),
     ],
-    ids=["a setting that does not fit", "no time"],
+    ids=["a setting that does not fit", "no time", "no time, and a log", "no word"],
 )
 def test_server_that_cannot_start_is_said_in_one_line(iris, temporary, options, told):
     with (
@@ -152,6 +154,19 @@ def test_server_that_cannot_start_is_said_in_one_line(iris, temporary, options, 
     ):
         pass
     assert "\n" not in str(error.value)
+
+
+def test_server_that_starts_too_slowly_is_said_with_the_last_line_of_its_log(iris, temporary, tmp_path):
+    # given a Python that says what it waits for
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'It waits for a disk.' >&2\nexec sleep 60\n")
+    python.chmod(0o755)
+    # when
+    with pytest.raises(ServingFailedError) as error, serve_verified(iris, python=python, start_seconds=1):
+        pass
+    # then
+    told = "is not served. Its start took longer than start_seconds=1. It waits for a disk."
+    assert str(error.value).endswith(told)
 
 
 @pytest.mark.extended  # it takes long
