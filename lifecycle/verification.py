@@ -5,6 +5,7 @@ statement that was signed with them, and what they may do are checked first, on 
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import tempfile
@@ -175,12 +176,38 @@ def _refuse_older(name: str, alias: str, statement: Statement, public_key: Path)
             raise ValueError(
                 f"Version {number} was released as {alias} after it. To go back: lifecycle rollback {name}"
             )
-    seen, which = public_key.with_name("newest_releases.json"), f"{printable(mlflow.get_tracking_uri())} {name}@{alias}"
-    newest = json.loads(seen.read_text(encoding="utf-8")) if seen.is_file() else {}
-    if newest.get(which, "") > statement.released_at:
+    newest = _newest_seen(public_key, name, alias)
+    if newest > statement.released_at:
         raise ValueError(f"A newer release of {alias} was seen here before. To go back: lifecycle rollback {name}")
-    if newest.get(which) != statement.released_at:
+    if newest < statement.released_at:
         with contextlib.suppress(OSError):  # where the folder is read-only, this machine remembers nothing
-            draft = seen.with_name(f"{seen.name}.new")
-            draft.write_text(json.dumps(newest | {which: statement.released_at}, indent=2), encoding="utf-8")
-            draft.replace(seen)
+            folder = _seen_releases(public_key, name, alias)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / statement.released_at.replace(":", "")).touch()
+
+
+def _newest_seen(public_key: Path, name: str, alias: str) -> str:
+    """Return the time of the newest release that was seen on this machine; empty if none was."""
+    folder = _seen_releases(public_key, name, alias)
+    times = [re.sub(r"T(..)(..)", r"T\1:\2:", path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    former = public_key.with_name("newest_releases.json")  # where this was kept before
+    if former.is_file():
+        try:
+            times.append(json.loads(former.read_text(encoding="utf-8")).get(_seen_as(name, alias), ""))
+        except ValueError:
+            remedy = "Verify that the aliases lead to the newest releases, and remove it"
+            raise ValueError(f"What releases were seen here before cannot be read: {former}. {remedy}") from None
+    return max(times, default="")
+
+
+def _seen_releases(public_key: Path, name: str, alias: str) -> Path:
+    """Return the folder that has an empty file for each release that was seen: nothing in it is ever changed.
+
+    So programs that use it at the same moment need no lock, and none finds half of what another one writes.
+    """
+    digits = hashlib.sha256(_seen_as(name, alias).encode()).hexdigest()
+    return public_key.with_name("seen_releases") / digits
+
+
+def _seen_as(name: str, alias: str) -> str:
+    return f"{printable(mlflow.get_tracking_uri())} {name}@{alias}"

@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
 from lifecycle.signing import Statement, register_candidate, sign
 from lifecycle.tables import fingerprint
 from lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
+from lifecycle.verification import _refuse_older as refuse_older
 
 FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
 FILES += ["input_example.json", "serving_input_example.json"]
@@ -279,6 +281,37 @@ def test_older_version_put_back_is_refused_where_the_newer_release_was_seen(fold
     assert "A newer release of production was seen here before" in message
 
 
+def test_release_that_was_seen_by_an_earlier_edition_counts(folder):
+    # given the file in which that kept what it had seen
+    seen = {f"{mlflow.get_tracking_uri()} iris@production": "2999-01-01T00:00:00.000000Z"}
+    own_public_key(folder).with_name("newest_releases.json").write_text(json.dumps(seen))
+    # then
+    message = refused(folder, "models:/iris@production", purpose="release")
+    assert "A newer release of production was seen here before" in message
+
+
+def test_damaged_file_of_an_earlier_edition_is_named_with_the_remedy(folder):
+    path = own_public_key(folder).with_name("newest_releases.json")
+    path.write_text('{"a": "b"}}')
+    message = refused(folder, "models:/iris@production", purpose="release")
+    assert f"cannot be read: {path}. Verify that the aliases lead to the newest releases, and remove it" in message
+    path.unlink()
+    assert accepted(folder, "models:/iris@production", purpose="release").version == "2"
+
+
+def test_models_that_are_loaded_at_the_same_moment_are_each_remembered(folder):
+    # given releases of many models, which are seen at the same moment
+    names, public = [f"model{number}" for number in range(40)], own_public_key(folder)
+    statement = accepted(folder, "models:/iris@production", purpose="release")
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(lambda name: refuse_older(name, "production", statement, public), names))
+    # then an older one of each is refused
+    older = replace(statement, released_at="2001-01-01T00:00:00.000000Z")
+    for name in names:
+        with pytest.raises(ValueError, match="A newer release of production was seen here before"):
+            refuse_older(name, "production", older, public)
+
+
 def test_older_version_is_handed_out_once_it_is_released_again(folder):
     accepted(folder, "models:/iris@production", purpose="release")
     release("models:/iris/1", folder)
@@ -290,9 +323,9 @@ def test_older_version_can_be_had_by_its_number(folder):
 
 
 def test_public_key_in_a_read_only_folder_serves(folder, tmp_path, monkeypatch):
-    # given a folder in which nothing can be remembered: a file stands where the note would be written
+    # given a folder in which nothing can be remembered: a file stands where the folder of notes would be made
     public = Path(shutil.copy(own_public_key(folder), tmp_path / "key.pub"))
-    (tmp_path / "newest_releases.json.new").mkdir()
+    (tmp_path / "seen_releases").touch()
     with verified("models:/iris@production", public, purpose="release") as copy:
         assert copy.statement.version == "2"
 
