@@ -49,8 +49,11 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
 
     Raises:
         KeyRefusedError: the key cannot be used.
-        ValueError: a pin has no hash in the lock, or no run is active. Then nothing was logged.
+        ValueError: a pin has no hash in the lock, no run is active, or MLflow could not find the files of a version of
+            this name. Then nothing was logged.
     """
+    if re.search(r"[#?@\n]", name):
+        raise ValueError(f"A registered model's name must have no # ? @ or new line, which lead elsewhere: {name!r}")
     load_private(key)
     packages, run = locked(read_pins(Path(folder) / "requirements.txt"), lock), mlflow.active_run()
     if run is None:

@@ -248,6 +248,14 @@ def test_version_that_the_database_gives_another_name_is_refused(folder):
     assert "What was signed is the candidate of version 1 of other" in refused(folder, "models:/iris/3")
 
 
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", "a\nb"])
+def test_name_that_leads_elsewhere_is_refused_before_anything_is_logged(folder, name):
+    with pytest.raises(ValueError, match=r"must have no # \? @ or new line"):
+        register(folder, name=name)
+    assert {model.name for model in mlflow.MlflowClient().search_registered_models()} == {"iris", "other"}
+    assert len(mlflow.search_logged_models(output_format="list")) == 3
+
+
 def test_candidate_is_no_release(folder):
     assert "There is no release of this version" in refused(folder, "models:/other/1", purpose="release")
     mlflow.MlflowClient().set_registered_model_alias("other", "production", 1)
