@@ -32,7 +32,9 @@ HEADERS = (b"authorization", b"x-mlflow-authorization")  # both are read by MLfl
 # One at a time, over all processes: what is made together with its maker's right to it, and data sets, of which MLflow
 # asks whether they are there before it adds them.
 IN_TURN = ("/mlflow/experiments/create", "/mlflow/registered-models/create", "/mlflow/runs/log-inputs")
-SMALL = 100_000  # bytes of a body; what is larger is an upload, and handed on as it comes
+# Bytes of a body. What is larger is an upload, and handed on as it comes. A body that has a turn waits for it whole,
+# however large: MLflow, too, reads it whole.
+SMALL = 100_000
 NOT_AUTHENTICATED = "You are not authenticated. Please see https://mlflow.org/docs/latest/auth/index.html"
 
 
@@ -80,24 +82,25 @@ class Turns:
 
     async def __call__(self, scope, receive, send):
         """Hand on a request."""
-        headers = dict(scope.get("headers", []))
+        headers, in_turn = dict(scope.get("headers", [])), scope.get("path", "").endswith(IN_TURN)
         upload = b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > SMALL
-        if scope["type"] != "http" or upload:
+        if scope["type"] != "http" or (upload and not in_turn):
             await self.served(scope, receive, send)
             return
-        body, more = b"", True
+        body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":  # half a file must not pass for a whole one
                 return
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-        if scope["path"].endswith(IN_TURN):
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        if in_turn:
             async with self.turn():
-                await self.served(scope, once_more(body, receive), send)
-        elif await self.is_forbidden(scope, once_more(body, receive), send):
+                await self.served(scope, once_more(bytes(body), receive), send)
+        elif await self.is_forbidden(scope, once_more(bytes(body), receive), send):
             async with self.turn():
                 pass
-            await self.served(scope, once_more(body, receive), send)
+            await self.served(scope, once_more(bytes(body), receive), send)
 
     @contextlib.asynccontextmanager
     async def turn(self):

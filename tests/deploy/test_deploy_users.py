@@ -278,12 +278,15 @@ def test_what_several_programs_of_a_user_begin_at_once_is_theirs_from_the_first_
             assert list(executor.map(begin, [team] * 8, [f"begun-{number}"] * 8)) == [[200, 200]] * 8
 
 
-def test_data_set_that_several_programs_log_at_once_is_an_input_of_each_run(team):
+@pytest.mark.parametrize("columns", [4, 4000], ids=["small", "larger than an upload"])
+def test_data_set_that_several_programs_log_at_once_is_an_input_of_each_run(columns, team):
+    schema = json.dumps({"mlflow_colspec": [{"type": "double", "name": f"measured_{at}"} for at in range(columns)]})
     for number in range(5):
         with team.client("ana") as client:
-            experiment = client.create_experiment(f"shared-data-{number}")
+            experiment = client.create_experiment(f"shared-data-{columns}-{number}")
             runs = [client.create_run(experiment).info.run_id for _ in range(8)]
         data = {"dataset": {"name": "iris", "digest": "0123abcd", "source_type": "local", "source": "{}"}}
+        data["dataset"]["schema"] = schema
         bodies = [{"run_id": run, "datasets": [data]} for run in runs]
         with ThreadPoolExecutor(8) as executor:
             logged = executor.map(
