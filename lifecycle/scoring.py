@@ -64,7 +64,10 @@ def check_result(result: str) -> None:
 
 
 def input_types(signature: "ModelSignature | None") -> dict[str, set[str]]:
-    """Return the names of the columns that a model needs, and the types that each may have in the files.
+    """Return the names of the columns that a model takes, and the types that each may have in the files.
+
+    Those that had gaps when the model learned, which a signature calls optional, are among them: Spark hands columns
+    over by their places, so without one of them the next one's values would pass for it.
 
     Raises:
         UnfitRowsError: the signature names no columns.
@@ -72,7 +75,7 @@ def input_types(signature: "ModelSignature | None") -> dict[str, set[str]]:
     inputs = signature.inputs if signature else None
     if inputs is None or inputs.is_tensor_spec() or not inputs.has_input_names():
         raise UnfitRowsError("The model has no signature with named columns. Log it with one: infer_signature(...)")
-    return {column.name: TYPES.get(getattr(column.type, "name", ""), set()) for column in inputs if column.required}
+    return {column.name: TYPES.get(getattr(column.type, "name", ""), set()) for column in inputs}
 
 
 def quoted(name: str) -> str:

@@ -20,7 +20,9 @@ from execution import ROOT, environment, snapshot
 from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import ColSpec, Schema, TensorSpec
 from sklearn.datasets import load_iris
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from versions import register, store_in
 
 from lifecycle import scoring
@@ -155,19 +157,23 @@ def test_model_that_fills_gaps_gets_them_but_nothing_infinite(session, signature
 
 
 def test_columns_of_every_type_come_from_the_signature(session, tmp_path):
-    # given a model that takes a text, an integer, which is the key, a truth value, a time, and a column if it is there
+    # given a model that takes a text, an integer, which is the key, a truth value, a time, and a number that had gaps
     types = {"a `name`": "string", "number": "long", "open": "boolean", "time": "datetime"}
-    columns = [ColSpec(kind, name) for name, kind in types.items()] + [ColSpec("double", "extra", required=False)]
-    rows = pd.DataFrame({"a `name`": ["x", "y"], "number": [1, 2], "open": [True, False]})
+    columns = [ColSpec("double", "gaps", required=False)] + [ColSpec(kind, name) for name, kind in types.items()]
+    rows = pd.DataFrame({"a `name`": ["x", "y"], "number": [1, 2], "open": [True, False], "gaps": [0.5, 1.5]})
     rows = rows.assign(time=pd.Timestamp("2024-01-01").as_unit("us"))
     rows.to_parquet(tmp_path / "good.parquet", index=False)
     rows.assign(**{"a `name`": ["x", None]}).to_parquet(tmp_path / "bad.parquet", index=False)
     signature = ModelSignature(Schema(columns))
     # when, then
     checked = scoring.check_rows(session, tmp_path / "good.parquet", signature, "number")
-    assert checked.frame.columns == ["number", "a `name`", "open", "time"]
+    assert checked.frame.columns == ["number", "gaps", "a `name`", "open", "time"]
     with pytest.raises(scoring.UnfitRowsError, match=re.escape("a `name` (1)")):
         scoring.check_rows(session, tmp_path / "bad.parquet", signature, "number")
+    # and the number with gaps may not lack as a whole
+    rows.drop(columns="gaps").to_parquet(tmp_path / "less.parquet", index=False)
+    with pytest.raises(scoring.UnfitRowsError, match="gaps is missing"):
+        scoring.check_rows(session, tmp_path / "less.parquet", signature, "number")
 
 
 @pytest.mark.parametrize("inputs", [None, Schema([TensorSpec(np.dtype("float64"), (-1, 4))])], ids=["none", "tensor"])
@@ -212,6 +218,24 @@ def test_partitions_change_no_prediction(scoring_here, uri, flowers, partitions,
     found = frame.select("id", predict(*columns).alias("prediction")).toPandas().set_index("id")["prediction"]
     # then they are those of this process, by key
     pd.testing.assert_series_equal(found.sort_index(), expected(uri, flowers.head(rows)))
+
+
+def test_model_that_learned_from_gaps_gets_each_column_in_its_place(session, tmp_path):
+    # given a model whose first column had gaps, and rows for it
+    iris = load_iris(as_frame=True)
+    rows = iris.data.assign(**{COLUMNS[0]: iris.data[COLUMNS[0]].where(iris.data.index % 3 > 0)})
+    species = pd.Series(iris.target_names[iris.target])
+    model = make_pipeline(SimpleImputer(), LogisticRegression(max_iter=1000)).fit(rows, species)
+    signature = infer_signature(rows, species)
+    mlflow.sklearn.save_model(model, tmp_path / "model", signature=signature, skops_trusted_types=["numpy.dtype"])
+    rows.assign(id=range(150)).to_parquet(tmp_path / "rows.parquet", index=False)
+    # when they are scored as `score` does it
+    checked = scoring.check_rows(session, tmp_path / "rows.parquet", signature, gaps=True)
+    predict = mlflow.pyfunc.spark_udf(session, str(tmp_path / "model"), env_manager="local")
+    columns = [scoring.quoted(name) for name in scoring.input_types(signature)]
+    found = checked.frame.orderBy("id").select(predict(*columns).alias("prediction")).toPandas()["prediction"]
+    # then the predictions are those of this process
+    assert found.tolist() == model.predict(rows).tolist()
 
 
 @pytest.fixture(scope="module")
