@@ -60,7 +60,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """
     try:
         names = pd.read_csv(path, header=None, nrows=1, dtype=str).fillna("").iloc[0].tolist()
-        rows = pd.read_csv(path)
+        rows = pd.read_csv(path, float_precision="round_trip")  # by default the last bit of a number may be another
     except FileNotFoundError:
         raise ValueError(f"Cannot use {path}: there is no such file (looked for {Path(path).resolve()})") from None
     except pd.errors.EmptyDataError:

@@ -114,6 +114,12 @@ def test_fingerprint_survives_a_csv_file(tmp_path):
     assert fingerprint(read_table(tmp_path / "rows.csv")) == fingerprint(rows)
 
 
+def test_numbers_in_a_csv_file_are_those_that_were_written(tmp_path):
+    rows = pd.DataFrame(np.random.default_rng(0).normal(size=(1000, 4)), columns=list("abcd"))
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    pd.testing.assert_frame_equal(read_table(tmp_path / "rows.csv"), rows, check_exact=True)
+
+
 # A file that is downloaded and verified. The content is the test's own.
 
 CONTENT = b"1,2,3\n" * 1000
