@@ -5,6 +5,7 @@ changes them (mlflow#3144, mlflow#8226).
 """
 
 import contextlib
+import re
 import sqlite3
 from collections import Counter
 from dataclasses import dataclass
@@ -62,9 +63,9 @@ def changes(path: Path) -> list[Change]:
 
 
 def written_root(location: str) -> str:
-    """Return what stands before ``/mlruns`` in a path of this machine, as it is written, or nothing for another."""
-    before, found, _ = location.partition("/mlruns")
-    return before if found and before.startswith(("/", "file:///")) else ""
+    """Return what stands before the last folder ``mlruns`` in a path of this machine, as it is written, or nothing."""
+    found = re.fullmatch(r"((?:file://)?/.*)/mlruns(?:/.*)?", location)
+    return found[1] if found else ""
 
 
 def mend(path: Path, wanted: list[Change]) -> Path:
@@ -82,8 +83,8 @@ def mend(path: Path, wanted: list[Change]) -> Path:
             reader.backup(target)
         for change in wanted:
             value = f'? || substr("{change.column}", ?)'
-            where = f'substr("{change.column}", 1, ?) = ?'
-            start = f"{change.old}/mlruns"
+            where = f"""substr("{change.column}" || '/', 1, ?) = ?"""
+            start = f"{change.old}/mlruns/"
             database.execute(
                 f'UPDATE "{change.table}" SET "{change.column}" = {value} WHERE {where}',
                 (change.new, len(change.old) + 1, len(start), start),

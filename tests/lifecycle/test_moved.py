@@ -27,9 +27,10 @@ class Echo(PythonModel):
 def first_place(tmp_path_factory):
     """Give the folder that a store was moved away from; the store is now in the folder ``there`` beside it.
 
-    It has two experiments, one of ours and one of MLflow's own making.
+    It has two experiments, one of ours and one of MLflow's own making. A folder further up has a name that begins as
+    that of the models' folder does.
     """
-    here = tmp_path_factory.mktemp("moved") / "a folder of Zoë"
+    here = tmp_path_factory.mktemp("mlruns-before") / "a folder of Zoë"
     here.mkdir()
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(here):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -50,7 +51,7 @@ def moved(first_place, tmp_path, monkeypatch):
     """Give the path of a store that was moved, of this test's own."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    yield shutil.copytree(first_place.parent / "there", tmp_path / "there") / "mlflow.db"
+    yield shutil.copytree(first_place.parent / "there", tmp_path / "mlruns-now" / "there") / "mlflow.db"
     mlflow.set_tracking_uri(None)
 
 
