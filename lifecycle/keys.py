@@ -122,15 +122,27 @@ def new_key(folder: Path) -> tuple[Path, Path | None]:
     be verified with that public half.
 
     Raises:
-        KeyRefusedError: the public half that is there is no key.
+        KeyRefusedError: a half that is needed is no key.
     """
     keys, before = store_folder(folder) / "keys", None
-    if (keys / "signing_key.pub").exists():
-        name = f"signing_key-{fingerprint_of(keys / 'signing_key.pub')[:16]}"
+    if present := present_public_key(folder):
+        name = f"signing_key-{fingerprint_of(present)[:16]}"
         if (keys / "signing_key.pem").exists():
             (keys / "signing_key.pem").rename(keys / f"{name}.pem")
-        before = (keys / "signing_key.pub").rename(keys / f"{name}.pub")
+        before = present.rename(keys / f"{name}.pub")
     return own_key(folder), before
+
+
+def present_public_key(folder: Path) -> Path | None:
+    """Return the public half of the key beside the store, made if it is missing; None if neither half is there.
+
+    Raises:
+        KeyRefusedError: it is missing, and the private half is no key.
+    """
+    public = store_folder(folder) / "keys" / "signing_key.pub"
+    if not public.exists() and public.with_suffix(".pem").exists():
+        own_key(folder)
+    return public if public.exists() else None
 
 
 def _public_bytes(private: ec.EllipticCurvePrivateKey) -> bytes:

@@ -143,6 +143,19 @@ def test_new_key_keeps_the_public_half_of_the_one_before(tmp_path, lost):
     assert fingerprint_of(own_public_key(tmp_path)) != fingerprint_of(before)
 
 
+def test_new_key_replaces_a_private_half_whose_public_half_is_missing(tmp_path):
+    # given that only the private half is there
+    key = own_key(tmp_path)
+    private, public = key.read_bytes(), own_public_key(tmp_path).read_bytes()
+    own_public_key(tmp_path).unlink()
+    # when
+    new, before = new_key(tmp_path)
+    # then the key is another one, and both halves of the old one are kept
+    assert new.read_bytes() != private
+    assert before.read_bytes() == public
+    assert before.with_suffix(".pem").read_bytes() == private
+
+
 def test_first_key_has_none_before_it(tmp_path):
     assert new_key(tmp_path) == (tmp_path / "keys/signing_key.pem", None)
 
