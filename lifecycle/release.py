@@ -211,6 +211,19 @@ def sign_anew(name: str, old_public_key: Path, key: Path, trusted_types=()) -> l
     return signed
 
 
+def check_aliased(name: str, public_key: Path, trusted_types=()) -> None:
+    """Refuse a model of which ``sign_anew`` could not sign every version that has an alias; change nothing.
+
+    Raises:
+        NotVerifiedError: a version is not what the key signed.
+        KeyRefusedError: the public key is none.
+        mlflow.MlflowException: there is no such model, or the store gives no answer.
+    """
+    for alias in sorted(mlflow.MlflowClient().get_registered_model(name).aliases):
+        with verified(f"models:/{name}@{alias}", public_key, trusted_types=trusted_types):
+            pass
+
+
 def _holder(name: str, alias: str) -> str:
     """Return the version that has the alias, empty if none has."""
     return str(mlflow.MlflowClient().get_registered_model(name).aliases.get(alias, ""))

@@ -205,16 +205,21 @@ def promote(uri: str, to: str, key: Path | None, as_json: bool, **options) -> No
 def new_key(names: tuple[str, ...], trusted_types: tuple[str, ...]) -> None:
     """Make a new key, in place of one that was lost or is to be changed; what the old one signed stays verifiable."""
     with in_one_line():
-        from lifecycle.keys import new_key
-        from lifecycle.release import sign_anew
+        from lifecycle.keys import KeyRefusedError, new_key, present_public_key
+        from lifecycle.release import check_aliased, sign_anew
 
         if names:
             use_store()
+            present = present_public_key(Path.cwd())
+            if present is None:
+                raise KeyRefusedError("There is no key yet that could have signed a version. Leave out --sign-anew.")
+            for name in names:  # all of them first, because a second attempt would take the new key as the one before
+                check_aliased(name, present, trusted_types)
         key, before = new_key(Path.cwd())
         click.echo(f"The new key: {key}")
         if before:
             click.echo(f"What the old one signed still verifies: --public-key {before}")
-        for name in names if before else ():
+        for name in names:
             signed = sign_anew(name, before, key, trusted_types)
             click.echo(f"Signed anew: {name}, version {', '.join(signed) or '(none)'}")
 

@@ -6,12 +6,16 @@ import shutil
 import mlflow
 import pytest
 from click.testing import CliRunner
+from execution import snapshot
 from releases import ROWS_TEST
+from sklearn.ensemble import RandomForestClassifier
+from versions import register
 
 from lifecycle.__main__ import main
 from lifecycle.keys import own_public_key
 
 GATE = ["--rows", "rows.csv", "--target", "species", "--floor", "accuracy_score=0.5", "--no-environment"]
+TREE = "sklearn.tree._tree.Tree"
 CARD = ["--intended-use", "To learn with.", "--limits", "Three species only."]
 
 
@@ -92,6 +96,28 @@ def test_new_key_signs_anew_and_says_what_still_verifies(twice, run):
     run("verify", "models:/iris@production")
     run("verify", "models:/iris/1", "--public-key", old)
     assert "has not signed it" in run("verify", "models:/iris/1", status=1)
+
+
+def test_key_is_not_replaced_where_a_version_cannot_be_signed_anew(folder, run):
+    # given a second model, which holds what somebody has to have reviewed
+    register(folder, RandomForestClassifier(n_estimators=2), name="forest", skops_trusted_types=[TREE])
+    mlflow.MlflowClient().set_registered_model_alias("forest", "champion", 1)
+    keys = snapshot(folder / "keys")
+    # when a name is wrong, or a type is not named, then all keys are as they were
+    assert "irsi" in run("new-key", "--sign-anew", "iris", "--sign-anew", "irsi", status=1)
+    assert TREE in run("new-key", "--sign-anew", "iris", "--sign-anew", "forest", status=1)
+    assert snapshot(folder / "keys").items() >= keys.items()
+    assert len(list((folder / "keys").glob("signing_key*"))) == 2
+    # and the corrected command signs both
+    text = run("new-key", "--sign-anew", "iris", "--sign-anew", "forest", "--trusted-type", TREE)
+    assert text.endswith("Signed anew: iris, version 1\nSigned anew: forest, version 1\n")
+
+
+def test_first_key_signs_nothing_anew(folder, run):
+    for path in (folder / "keys").glob("signing_key*"):
+        path.unlink()
+    assert "Leave out --sign-anew" in run("new-key", "--sign-anew", "iris", status=1)
+    assert list((folder / "keys").glob("signing_key*")) == []
 
 
 @pytest.mark.parametrize("command", ["verify", "history", "rollback"])
