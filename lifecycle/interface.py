@@ -23,6 +23,8 @@ from lifecycle.store import printable, tracking_uri
 def labelled_links(store: str, server: str) -> str:
     """Return the links, below ``server``, to the model registered last and to its two newest versions compared.
 
+    Where these cannot be compared, only the link to the model is there.
+
     Raises:
         SystemExit: the store gives no answer, or has no registered model.
     """
@@ -33,10 +35,14 @@ def labelled_links(store: str, server: str) -> str:
         models = client.search_registered_models(max_results=1, order_by=["last_updated_timestamp DESC"])
         if not models:
             sys.exit("No model is registered in this store yet. Make one first: make run")
-        name = models[0].name
-        versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))
-        runs = {str(version.version): version.run_id for version in versions[-2:] if version.run_id}
-        experiments = sorted({client.get_run(run).info.experiment_id for run in runs.values()})
+        name, runs, experiments = models[0].name, {}, []
+        mark = '"' if "'" in name else "'"
+        with contextlib.suppress(mlflow.MlflowException):  # the name has both kinds of quotes, or a run was removed
+            versions = client.search_model_versions(f"name = {mark}{name}{mark}")
+            newest = sorted(versions, key=lambda version: int(version.version))[-2:]
+            found = {str(version.version): client.get_run(version.run_id) for version in newest if version.run_id}
+            runs = {version: run.info.run_id for version, run in found.items()}
+            experiments = sorted({run.info.experiment_id for run in found.values()})
     except Exception as error:
         sys.exit(printable(f"The store gives no answer: {error}\nCorrect or unset MLFLOW_TRACKING_URI."))
     pages = []

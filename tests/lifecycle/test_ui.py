@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import mlflow
 import psutil
@@ -291,4 +292,29 @@ def test_only_version_has_nothing_to_be_compared_with(tmp_path, labelled_links, 
     register(tmp_path, "only one", 1)
     # then
     expected = "The registered model:\n  http://server/#/models/only%20one?workflowType=machine_learning"
+    assert labelled_links(store(tmp_path), "http://server") == expected
+
+
+@pytest.mark.parametrize(("name", "links"), [("it's", 3), ('the "best"', 3), ('it\'s the "best"', 1)])
+def test_name_with_quotes_leaves_out_only_the_links_that_cannot_be_made(
+    name, links, tmp_path, labelled_links, empty_store
+):
+    shutil.copy(empty_store, tmp_path)
+    register(tmp_path, name, 2)
+    lines = labelled_links(store(tmp_path), "http://server").splitlines()
+    assert len(lines[1::2]) == links
+    assert lines[-1] == f"  http://server/#/models/{quote(name, safe='')}?workflowType=machine_learning"
+
+
+def test_version_whose_run_was_removed_is_not_compared(tmp_path, labelled_links, empty_store):
+    # given that `mlflow gc` has removed the run of the older one of two versions
+    shutil.copy(empty_store, tmp_path)
+    register(tmp_path, "half", 2)
+    client = mlflow.MlflowClient(store(tmp_path))
+    client.delete_run(client.get_model_version("half", "1").run_id)
+    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", store(tmp_path)]
+    process = finished(command, tmp_path, environment(tmp_path, MLFLOW_TRACKING_URI=store(tmp_path)), 60)
+    assert process.returncode == 0, process.stderr
+    # then
+    expected = "The registered model:\n  http://server/#/models/half?workflowType=machine_learning"
     assert labelled_links(store(tmp_path), "http://server") == expected
