@@ -4,6 +4,7 @@ MLflow records the commit of a run; it puts no mark into the repository.
 """
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -17,9 +18,10 @@ class TagRefusedError(RuntimeError):
 
 
 def check_tag(project: Path, name: str, version: str, remote: str = "") -> str:
-    """Return the tag for a version, ``model-v<version>``, once it is sure that it can be made.
+    """Return the tag for a version, ``<name>-v<version>``, once it is sure that it can be made.
 
-    A tag of this very version that is there already is fine: a release that was cut off is taken up again.
+    A tag of this very version that is there already is fine: a release that was cut off is taken up again. So is one
+    without the model's name, ``model-v<version>``, as tags were called before.
 
     Args:
         project: a folder in a git repository.
@@ -31,12 +33,13 @@ def check_tag(project: Path, name: str, version: str, remote: str = "") -> str:
         TagRefusedError: the tree is dirty, the commit is not the one that the version's run recorded, another tag of
             that name is there, or the remote cannot be reached.
     """
-    tag, head = f"model-v{version}", _git(project, "rev-parse", "HEAD").stdout.strip()
+    head = _git(project, "rev-parse", "HEAD").stdout.strip()
     run = mlflow.get_run(mlflow.MlflowClient().get_model_version(name, version).run_id)
     trained = run.data.tags.get("mlflow.source.git.commit", "no commit")
     changes = _git(project, "status", "--porcelain").stdout.splitlines()
-    tagged = _git(project, "rev-parse", f"{tag}^{{commit}}").stdout.strip()
-    ours = tagged == head and run.info.run_id in _git(project, "tag", "--list", "--format=%(contents)", tag).stdout
+    tags = [f"{_fit_for_git(name)}-v{version}", f"model-v{version}"]
+    ours = [tag for tag in tags if _is_of(project, tag, head, run.info.run_id)]
+    tag = (ours or tags)[0]
     there = _git(project, "ls-remote", "--tags", remote, tag) if remote else None
     refusals = {
         f"{project} is in no git repository with a commit": not head,
@@ -68,6 +71,17 @@ def make_tag(project: Path, tag: str, message: str, remote: str = "") -> None:
         raise TagRefusedError(
             f"The tag {tag} could not be made{' and pushed' * bool(remote)}; nothing was changed: {said}"
         )
+
+
+def _fit_for_git(name: str) -> str:
+    """Return the name of a model with underscores in place of what git does not allow there in a tag."""
+    return re.sub(r"[^\w.-]+|[.]{2,}|^[.-]", "_", name)
+
+
+def _is_of(project: Path, tag: str, commit: str, run_id: str) -> bool:
+    """Return whether a tag is there on this commit, and its text has this run."""
+    tagged = _git(project, "rev-parse", f"{tag}^{{commit}}").stdout.strip()
+    return tagged == commit and run_id in _git(project, "tag", "--list", "--format=%(contents)", tag).stdout
 
 
 def _git(project: Path, *arguments: str) -> subprocess.CompletedProcess:

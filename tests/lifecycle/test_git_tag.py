@@ -47,14 +47,23 @@ def project(original, tmp_path, monkeypatch):
         yield tmp_path / "project"
 
 
-def run_id() -> str:
-    return mlflow.MlflowClient().get_model_version("iris", 1).run_id
+def run_id(model: str = "iris") -> str:
+    return mlflow.MlflowClient().get_model_version(model, 1).run_id
 
 
-def tag(project: Path, remote: str = "") -> str:
-    name = check_tag(project, "iris", "1", remote)
-    make_tag(project, name, f"iris, version 1\n\nrun: {run_id()}", remote)
+def tag(project: Path, remote: str = "", model: str = "iris") -> str:
+    name = check_tag(project, model, "1", remote)
+    make_tag(project, name, f"{model}, version 1\n\nrun: {run_id(model)}", remote)
     return name
+
+
+def version_of(model: str) -> None:
+    """Register a version of ``model``, without files, made from the commit of the version of iris, in another run."""
+    client = mlflow.MlflowClient()
+    commit = client.get_run(run_id()).data.tags["mlflow.source.git.commit"]
+    run = client.create_run("0", tags={"mlflow.source.git.commit": commit}).info.run_id
+    client.create_registered_model(model)
+    client.create_model_version(model, f"runs:/{run}/model", run)
 
 
 def dirty(folder: Path) -> str:
@@ -63,7 +72,7 @@ def dirty(folder: Path) -> str:
 
 
 def tagged(folder: Path) -> str:
-    git(folder, "tag", "model-v1")
+    git(folder, "tag", "iris-v1")
     return ""
 
 
@@ -83,7 +92,7 @@ def no_remote(folder: Path) -> str:
 
 def tagged_remote(folder: Path) -> str:
     git(folder, "push", "--quiet", "origin", "HEAD:refs/heads/main")
-    git(folder.parent / "remote.git", "tag", "model-v1", "main")
+    git(folder.parent / "remote.git", "tag", "iris-v1", "main")
     return "origin"
 
 
@@ -101,32 +110,32 @@ REFUSALS = {
 def test_tag_that_would_not_be_true_is_refused_and_nothing_changed(prepare, reason, project):
     remote = prepare(project)
     before = snapshot(project.parent)
-    with pytest.raises(TagRefusedError, match=r"Refused to make the tag model-v1: .* Nothing was changed\.") as caught:
+    with pytest.raises(TagRefusedError, match=r"Refused to make the tag iris-v1: .* Nothing was changed\.") as caught:
         check_tag(project, "iris", "1", remote)
     assert reason in str(caught.value)
     assert snapshot(project.parent) == before
 
 
 def test_tag_is_annotated_with_what_it_says_and_stays_here(project):
-    assert tag(project) == "model-v1"
-    assert git(project, "cat-file", "-t", "model-v1") == "tag"
-    assert git(project, "rev-parse", "model-v1^{commit}") == git(project, "rev-parse", "HEAD")
-    assert f"run: {run_id()}" in git(project, "tag", "--list", "--format=%(contents)", "model-v1")
+    assert tag(project) == "iris-v1"
+    assert git(project, "cat-file", "-t", "iris-v1") == "tag"
+    assert git(project, "rev-parse", "iris-v1^{commit}") == git(project, "rev-parse", "HEAD")
+    assert f"run: {run_id()}" in git(project, "tag", "--list", "--format=%(contents)", "iris-v1")
     assert git(project.parent / "remote.git", "tag") == ""
 
 
 def test_tag_is_pushed_if_asked(project):
     tag(project, "origin")
-    assert git(project.parent / "remote.git", "tag") == "model-v1"
+    assert git(project.parent / "remote.git", "tag") == "iris-v1"
 
 
 def test_tag_of_a_release_that_was_cut_off_is_taken_up_again(project):
     # given that the tag was made, and then the release was killed
     tag(project, "origin")
-    made = git(project, "rev-parse", "model-v1")
+    made = git(project, "rev-parse", "iris-v1")
     # when the release is repeated, then it is the same tag
-    assert tag(project, "origin") == "model-v1"
-    assert git(project, "rev-parse", "model-v1") == made
+    assert tag(project, "origin") == "iris-v1"
+    assert git(project, "rev-parse", "iris-v1") == made
 
 
 def test_rejected_push_leaves_no_tag_and_can_be_repeated(project):
@@ -142,4 +151,36 @@ def test_rejected_push_leaves_no_tag_and_can_be_repeated(project):
     assert git(project, "tag") == ""
     hook.unlink()
     tag(project, "origin")
-    assert git(project.parent / "remote.git", "tag") == git(project, "tag") == "model-v1"
+    assert git(project.parent / "remote.git", "tag") == git(project, "tag") == "iris-v1"
+
+
+NAMES = {
+    "wine": "wine-v1",
+    "two words": "two_words-v1",
+    "größe": "größe-v1",
+    "-f": "_f-v1",
+    ".hidden": "_hidden-v1",
+    "a..b": "a_b-v1",
+    "what?*[^~\\@{1}": "what_1_-v1",
+    "kept.lock": "kept.lock-v1",
+}
+
+
+@pytest.mark.parametrize(("model", "expected"), NAMES.items())
+def test_each_model_has_tags_of_its_own_whatever_its_name(model, expected, project):
+    # given a tag of another model's version of this number
+    tag(project)
+    version_of(model)
+    # then both are there
+    assert tag(project, "origin", model) == expected
+    assert sorted(git(project, "-c", "core.quotePath=off", "tag").splitlines()) == sorted([expected, "iris-v1"])
+
+
+def test_tag_by_the_name_that_tags_had_before_counts_for_its_own_version_only(project):
+    # given a tag without the model's name, and another model
+    git(project, "tag", "--annotate", f"--message=run: {run_id()}", "model-v1")
+    version_of("other")
+    # then
+    assert tag(project, "origin") == "model-v1"
+    assert tag(project, "origin", "other") == "other-v1"
+    assert git(project.parent / "remote.git", "tag").splitlines() == ["model-v1", "other-v1"]
