@@ -21,6 +21,7 @@ from lifecycle.verification import Verified
 
 PASSED, FAILED, UNCHECKED = "passed", "failed", "not checked"
 KNOWN_ROWS = 0.1  # the share of the test rows that may also stand among the training rows: equal rows happen by chance
+LOSSES = ("log_loss", "false_positives", "false_negatives")  # of MLflow's metrics, those of which less is better
 NO_FLOOR = "State at least one floor, such as accuracy_score=0.9: no holder does not mean that every version passes."
 
 
@@ -83,10 +84,9 @@ def check_version(
         cache: see ``lifecycle.environment.built``.
 
     Raises:
-        ValueError: no floor is stated, or the rows lack a column.
+        ValueError: no floor is stated, or one on a metric of which less is better; or the rows lack a column.
     """
-    if not floors:
-        raise ValueError(NO_FLOOR)
+    refuse_floors(floors)
     if missing := [name for name in pd.read_parquet(candidate.training_rows).columns if name not in rows]:
         raise ValueError(f"The test rows lack these columns: {', '.join(missing)}")
     checks = [check_signature(candidate), check_example(candidate), check_pins(candidate)]
@@ -111,6 +111,19 @@ def check_version(
     else:
         checks.append(Check("fresh environment", UNCHECKED, "another check failed"))
     return Verdict(checks, metrics, difference)
+
+
+def refuse_floors(floors: dict[str, float]) -> None:
+    """Refuse floors that say nothing, or that a worse version would reach.
+
+    Raises:
+        ValueError: no floor is stated, or one on a metric of which less is better.
+    """
+    if not floors:
+        raise ValueError(NO_FLOOR)
+    if losses := [name for name in floors if name in LOSSES]:
+        remedy = "A floor needs a metric of which more is better, such as accuracy_score."
+        raise ValueError(f"There is no floor for {', '.join(losses)}: less of it is better. {remedy}")
 
 
 def check_signature(candidate: Verified) -> Check:

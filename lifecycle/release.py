@@ -17,7 +17,7 @@ import pandas as pd
 from mlflow.entities import Run
 
 from lifecycle.card import card_facts, check_sentences, make_card
-from lifecycle.gate import NO_FLOOR, GateClosedError, Verdict, check_version
+from lifecycle.gate import GateClosedError, Verdict, check_version, refuse_floors
 from lifecycle.git_tag import check_tag, make_tag
 from lifecycle.keys import public_half
 from lifecycle.signing import sign
@@ -86,11 +86,10 @@ def release(
         NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
         KeyRefusedError: the key cannot be used.
         TagRefusedError: the commit cannot be tagged.
-        ValueError: a sentence for the card is missing, or no floor is stated.
+        ValueError: a sentence for the card is missing, no floor is stated, or one on a metric of which less is better.
     """
     check_sentences(intended_use=intended_use, limits=limits)
-    if not floors:
-        raise ValueError(NO_FLOOR)
+    refuse_floors(floors)
     with contextlib.ExitStack() as stack:
         public = public_half(key, Path(stack.enter_context(TemporaryDirectory())))
         candidate = stack.enter_context(verified(uri, public, trusted_types=trusted_types))
@@ -120,6 +119,7 @@ def try_gate(
     target: str,
     public_key: Path,
     *,
+    floors: dict[str, float],
     alias: str = "production",
     trusted_types: list[str] | tuple[str, ...] = (),
     **settings,
@@ -131,13 +131,16 @@ def try_gate(
         rows: the test rows, target included.
         target: the column with the classes.
         public_key: the public half of the key that signed it.
+        floors: what MLflow's metrics must reach, see ``lifecycle.gate.check_version``.
         alias: what it would be released as.
         trusted_types: see ``lifecycle.verification.verified``.
-        settings: those of ``lifecycle.gate.check_version``.
+        settings: the others of ``lifecycle.gate.check_version``.
 
     Raises:
         NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
+        ValueError: as in ``lifecycle.gate.check_version``.
     """
+    refuse_floors(floors)
     with contextlib.ExitStack() as stack:
         candidate = stack.enter_context(verified(uri, public_key, trusted_types=trusted_types))
         name, number, before = candidate.statement.registered_model, candidate.statement.version, None
@@ -145,7 +148,7 @@ def try_gate(
         if holder and holder != number:
             before = stack.enter_context(_verified_holder(name, alias, public_key, trusted_types))
         with _record(name, alias, number, holder, "gate"):
-            return check_version(candidate, before, rows, target, **settings)
+            return check_version(candidate, before, rows, target, floors=floors, **settings)
 
 
 def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", trusted_types=()) -> Release:

@@ -163,6 +163,12 @@ def test_gate_without_a_floor_is_refused(judge, good):
         judge(good, floors={})
 
 
+@pytest.mark.parametrize("name", ["log_loss", "false_positives", "false_negatives"])
+def test_floor_on_a_metric_of_which_less_is_better_is_refused(judge, good, name):
+    with pytest.raises(ValueError, match=f"There is no floor for {name}: less of it is better"):
+        judge(good, floors={"accuracy_score": 0.8, name: 0.01})
+
+
 def test_rows_without_a_column_are_refused(judge, good):
     with pytest.raises(ValueError, match=r"The test rows lack these columns: petal width \(cm\), species"):
         judge(good, rows=ROWS_TEST.iloc[:, :3])

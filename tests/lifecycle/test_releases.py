@@ -12,14 +12,14 @@ from pathlib import Path
 import mlflow
 import pytest
 from execution import ROOT, environment
-from releases import released
+from releases import ROWS_TEST, released
 from versions import store_in
 
 import lifecycle.release
 from lifecycle.card import make_card
 from lifecycle.gate import GateClosedError, check_version
 from lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
-from lifecycle.release import history, rollback, sign_anew
+from lifecycle.release import history, rollback, sign_anew, try_gate
 from lifecycle.verification import NotVerifiedError, release_tag, verified
 
 
@@ -104,6 +104,16 @@ def test_release_needs_a_floor(folder):
     with pytest.raises(ValueError, match="State at least one floor"):
         released(folder, floors={})
     assert production(folder) == "1"
+
+
+def test_floor_on_a_loss_is_refused_before_anything_is_written(folder):
+    before = len(mlflow.search_runs(search_all_experiments=True))
+    floors, refusal = {"log_loss": 0.01}, "There is no floor for log_loss: less of it is better"
+    with pytest.raises(ValueError, match=refusal):
+        released(folder, floors=floors)
+    with pytest.raises(ValueError, match=refusal):
+        try_gate("models:/iris/2", ROWS_TEST, "species", own_public_key(folder), floors=floors)
+    assert len(mlflow.search_runs(search_all_experiments=True)) == before
 
 
 def test_record_that_was_left_open_after_the_alias_is_finished(folder):
