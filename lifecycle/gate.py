@@ -17,6 +17,7 @@ from mlflow.models import MetricThreshold
 
 from lifecycle.comparison import Interval, rows_interval
 from lifecycle.environment import EnvironmentNotBuiltError, PredictionFailedError, built, predict, python_note
+from lifecycle.monitoring import as_classes
 from lifecycle.verification import Verified
 
 PASSED, FAILED, UNCHECKED = "passed", "failed", "not checked"
@@ -76,7 +77,8 @@ def check_version(
         candidate: the version, verified.
         holder: the version that it would replace, verified; None if there is none.
         rows: the test rows, target included, which nobody has learned from.
-        target: the column with the classes.
+        target: the column with the classes. Where the candidate learned them as text, they are compared as text: in a
+            CSV file, the text 0 and the number are written alike.
         floors: what MLflow's metrics must reach, whoever the holder is, such as ``{"accuracy_score": 0.9}``.
         allow_equal: whether a version passes that is not better than the holder, as long as it is not worse by a
             difference that counts: for the same model with renewed packages.
@@ -84,11 +86,18 @@ def check_version(
         cache: see ``lifecycle.environment.built``.
 
     Raises:
-        ValueError: no floor is stated, or one on a metric of which less is better; or the rows lack a column.
+        ValueError: no floor is stated, or one on a metric of which less is better; the rows lack a column or a
+            label; or the version did not learn from the column ``target``.
     """
     refuse_floors(floors)
-    if missing := [name for name in pd.read_parquet(candidate.training_rows).columns if name not in rows]:
+    training = pd.read_parquet(candidate.training_rows)
+    if missing := [name for name in training.columns if name not in rows]:
         raise ValueError(f"The test rows lack these columns: {', '.join(missing)}")
+    if target not in training:
+        raise ValueError(f"The version learned from no column {target!r}. The columns are: {', '.join(training)}")
+    if gaps := int(rows[target].isna().sum()):
+        raise ValueError(f"The target {target!r} is missing in {gaps} of {len(rows)} test rows (NA counts as missing).")
+    rows = rows.assign(**{target: as_classes(training[target], rows[target])})
     checks = [check_signature(candidate), check_example(candidate), check_pins(candidate)]
     checks += [check_rows(candidate, rows, target)]
     metrics, difference = {}, None
@@ -162,7 +171,7 @@ def check_rows(candidate: Verified, rows: pd.DataFrame, target: str) -> Check:
     known = set(pd.util.hash_pandas_object(training, index=False))
     count = sum(value in known for value in pd.util.hash_pandas_object(same, index=False))
     found = f"{count} of {len(rows)} are among the {len(training)} training rows"
-    if unknown := sorted(set(same[target]) - set(training[target])):
+    if unknown := sorted(set(same[target]) - set(training[target]), key=str):
         return Check("test rows", FAILED, f"{found}; it never learned these classes: {', '.join(map(str, unknown))}")
     return Check("test rows", PASSED if count <= KNOWN_ROWS * len(rows) else FAILED, found)
 

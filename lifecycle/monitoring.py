@@ -152,7 +152,7 @@ def judge(known: Baseline, rows: pd.DataFrame, limits: Limits = LIMITS) -> Judge
         if column.alarm:
             found.append((Verdict.DRIFT, f"{column.column}: {column.size:.2f} {column.unit}, p = {column.p_value:.1g}"))
     if drifts and labels.notna().any():
-        right = (_classes(known, rows[PREDICTION]) == labels)[labels.notna()]
+        right = (as_classes(known.rows[known.target], rows[PREDICTION]) == labels)[labels.notna()]
         accuracy = share(int(right.sum()), len(right))
         if _worse(accuracy, known.expected, limits):
             found.append((Verdict.ACCURACY, f"accuracy {accuracy}, expected {known.expected}"))
@@ -171,14 +171,19 @@ def labels_of(known: Baseline, rows: pd.DataFrame) -> pd.Series:
     """Return the labels, as text where the version's classes are text; gaps where there are none."""
     if known.target not in rows:
         return pd.Series(np.nan, rows.index, dtype=object)
-    return _classes(known, rows[known.target])
+    return as_classes(known.rows[known.target], rows[known.target])
 
 
-def _classes(known: Baseline, column: pd.Series) -> pd.Series:
-    """Return labels or answers, as the version's classes are written where they are text; gaps as they are."""
-    if known.rows[known.target].dtype != object:
+def as_classes(known: pd.Series, column: pd.Series) -> pd.Series:
+    """Return labels or answers, as the classes of the training rows are written where they are text; gaps as they are.
+
+    Args:
+        known: the classes of the training rows, one per row.
+        column: the labels or answers.
+    """
+    if known.dtype != object:
         return column
-    classes = pd.Series(known.rows[known.target].unique())
+    classes = pd.Series(known.unique())
     written = dict(zip(as_text(classes), classes, strict=True))
     return as_text(column).map(lambda text: written.get(text, text), na_action="ignore")
 

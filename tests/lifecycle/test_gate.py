@@ -33,7 +33,7 @@ from lifecycle.gate import (
     difference_of,
 )
 from lifecycle.pins import locked, read_pins
-from lifecycle.tables import fingerprint
+from lifecycle.tables import fingerprint, read_table
 from lifecycle.verification import Statement, Verified
 
 ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
@@ -72,9 +72,9 @@ def cautious(version):
 def judge(tmp_path_factory):
     """Give the function that checks a version in a run, without building its environment."""
 
-    def check(candidate, holder=None, rows=ROWS_TEST, floors=FLOORS, **options) -> Verdict:
+    def check(candidate, holder=None, rows=ROWS_TEST, target="species", floors=FLOORS, **options) -> Verdict:
         with mlflow.start_run():
-            return check_version(candidate, holder, rows, "species", floors=floors, rebuild=False, **options)
+            return check_version(candidate, holder, rows, target, floors=floors, rebuild=False, **options)
 
     with pytest.MonkeyPatch.context() as monkeypatch, store_in(tmp_path_factory.mktemp("store"), monkeypatch):
         yield check
@@ -174,6 +174,36 @@ def test_rows_without_a_column_are_refused(judge, good):
         judge(good, rows=ROWS_TEST.iloc[:, :3])
 
 
+def test_target_that_the_version_did_not_learn_from_is_refused_with_the_columns(judge, good):
+    refusal = r"learned from no column 'Y'\. The columns are: sepal length \(cm\), .*, species"
+    for rows in (ROWS_TEST, ROWS_TEST.assign(Y=0)):
+        with pytest.raises(ValueError, match=refusal):
+            judge(good, rows=rows, target="Y")
+
+
+def test_missing_labels_are_refused_beside_an_unknown_class(judge, good):
+    rows = ROWS_TEST.copy()
+    rows.iloc[:2, -1] = None
+    rows.iloc[2, -1] = "unknown"
+    with pytest.raises(ValueError, match="The target 'species' is missing in 2 of 30 test rows"):
+        judge(good, rows=rows)
+
+
+def test_classes_learned_as_text_are_known_where_a_csv_has_numbers(judge, version, tmp_path):
+    # given a version that learned the classes "0", "1" and "2" as text, and test rows in a file
+    codes = {"setosa": "0", "versicolor": "1", "virginica": "2"}
+    candidate = version(rows=ROWS_TRAIN.replace({"species": codes}))
+    ROWS_TEST.replace({"species": codes}).to_csv(tmp_path / "test.csv", index=False)
+    rows = read_table(tmp_path / "test.csv")
+    assert rows["species"].dtype == int
+    # then every check passes, against a holder, too, and a class that is new is still told
+    verdict = judge(candidate, replace(candidate), rows=rows, allow_equal=True)
+    assert set(results(verdict).values()) == {"passed", "not checked"}
+    assert verdict.metrics["accuracy_score"] > 0.9
+    (check,) = [check for check in judge(candidate, rows=rows.replace(2, 3)).checks if check.name == "test rows"]
+    assert check.detail.endswith("it never learned these classes: 3")
+
+
 def test_environment_that_was_not_built_is_no_pass(judge, good, cautious):
     verdict = judge(good, cautious)
     with pytest.raises(GateClosedError, match="fresh environment not checked"):
@@ -237,6 +267,11 @@ def test_class_that_the_candidate_never_learned_fails(good):
     check = check_rows(good, ROWS_TEST.assign(species="SETOSA "), "species")
     assert check.result == "failed"
     assert "it never learned these classes: SETOSA " in check.detail
+
+
+def test_unknown_classes_of_several_types_fail(good):
+    mixed = ROWS_TEST.assign(species=["SETOSA", 1, *ROWS_TEST["species"][2:]])
+    assert check_rows(good, mixed, "species").detail.endswith("it never learned these classes: 1, SETOSA")
 
 
 def test_rows_of_another_type_fail(good):
