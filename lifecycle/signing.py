@@ -49,8 +49,8 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
 
     Raises:
         KeyRefusedError: the key cannot be used.
-        ValueError: a pin has no hash in the lock, no run is active, or MLflow could not find the files of a version of
-            this name. Then nothing was logged.
+        ValueError: a pin has no hash in the lock, no run is active, Parquet cannot hold the training rows, or MLflow
+            could not find the files of a version of this name. Then nothing was logged.
     """
     if re.search(r"[#?@\n]", name):
         raise ValueError(f"A registered model's name must have no # ? @ or new line, which lead elsewhere: {name!r}")
@@ -59,15 +59,16 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
     if run is None:
         raise ValueError("A candidate belongs to a run. Call this within: with mlflow.start_run(...)")
     client, run_id = mlflow.MlflowClient(), run.info.run_id
-    logged = mlflow.initialize_logged_model(name, params=client.get_run(run_id).data.params)
-    model = mlflow.models.Model.load(str(Path(folder) / "MLmodel"))
-    model.model_id, model.run_id = logged.model_id, run_id
-    model.save(str(Path(folder) / "MLmodel"))
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "version"
+        root.mkdir()
+        _write_rows(training_rows, root / "training_rows.parquet")
+        logged = mlflow.initialize_logged_model(name, params=client.get_run(run_id).data.params)
+        model = mlflow.models.Model.load(str(Path(folder) / "MLmodel"))
+        model.model_id, model.run_id = logged.model_id, run_id
+        model.save(str(Path(folder) / "MLmodel"))
         shutil.copytree(folder, root / "model")
         (root / "packages.txt").write_text(packages, encoding="utf-8")
-        training_rows.to_parquet(root / "training_rows.parquet", index=False)
         client.log_model_artifacts(logged.model_id, str(root / "model"))
         mlflow.finalize_logged_model(logged.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -78,6 +79,22 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
         )
         sign(root, statement, key)
     return version
+
+
+def _write_rows(rows: pd.DataFrame, path: Path) -> None:
+    """Write the training rows, or say which column Parquet cannot hold, such as one that mixes text and numbers."""
+    refusals = (TypeError, ValueError, NotImplementedError, OverflowError)
+    try:
+        rows.to_parquet(path, index=False)
+    except refusals:
+        for place, name in enumerate(rows):
+            try:
+                rows.iloc[:, [place]].to_parquet(path, index=False)
+            except refusals as error:
+                told = f"Parquet cannot hold the column {name!r} of the training rows: {error.args[0]}"
+                remedy = "Give it values of one type, all text or all numbers, and train the model again."
+                raise ValueError(f"{told.rstrip('.')}. {remedy}") from None
+        raise
 
 
 def sign(root: Path, statement: Statement, key: Path) -> str:

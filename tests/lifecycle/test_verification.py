@@ -210,6 +210,19 @@ def test_model_whose_pin_has_no_hash_is_not_registered(folder, tmp_path):
         register_candidate(saved, "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
 
 
+@pytest.mark.parametrize("values", [["red", 1], [2**70, 1], [1j, 2j]], ids=["text and number", "large", "complex"])
+def test_column_that_parquet_cannot_hold_is_named_before_anything_is_logged(folder, tmp_path, values):
+    # given a saved model, and training rows with such a column
+    saved, rows = save(tmp_path / "saved"), iris_rows().assign(colour=values * 75)
+    content = (saved / "MLmodel").read_text()
+    # then
+    refusal = r"Parquet cannot hold the column 'colour' of the training rows: .+\. Give it values of one type"
+    with mlflow.start_run(), pytest.raises(ValueError, match=refusal):
+        register_candidate(saved, "iris", key=own_key(folder), lock=LOCK, training_rows=rows)
+    assert len(mlflow.search_logged_models(output_format="list")) == 3
+    assert (saved / "MLmodel").read_text() == content
+
+
 def test_candidate_without_a_run_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="A candidate belongs to a run"):
         register_candidate(save(tmp_path / "m"), "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
