@@ -60,6 +60,9 @@ def watch(
             known = baseline(version)
             if target and target not in table:
                 raise ValueError(f"There is no column {target!r} in {rows}. The columns are: {', '.join(table)}")
+            if target and target != known.target and known.target in table:
+                remedy = f"Leave --target out, or take the column {known.target!r} out of the file."
+                raise ValueError(f"{rows} has {target!r} and also {known.target!r}, the model's own labels. {remedy}")
             table = table.rename(columns={target: known.target} if target else {})
             judgement = judge(known, table, Limits(**limits))
             open_experiment(experiment, "Batches of rows, judged.", Path.cwd())

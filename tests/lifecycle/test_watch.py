@@ -64,6 +64,15 @@ def test_labels_under_another_name_count(watched, usual):
     assert json.loads(watched(renamed, "--json", "--target", "what it was")[1])["accuracy"]["cases"] == 75
 
 
+def test_labels_under_two_names_are_refused(watched, usual):
+    doubled = usual.assign(label=usual[TARGET])
+    status, printed = watched(doubled, "--target", "label")
+    assert status == 1
+    assert "Monday.csv has 'label' and also 'species', the model's own labels" in printed
+    # and the model's own name can be chosen
+    assert watched(doubled, "--target", TARGET)[0] == 0
+
+
 def test_limits_can_be_stated(watched, usual):
     shifted = usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6})
     assert watched(shifted)[0] == 2
