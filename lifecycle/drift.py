@@ -4,13 +4,14 @@ MLflow logs data and compares none. A test alone is no answer: with enough rows 
 small. So drift counts here only if it is significant and its size is at least a stated one.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from lifecycle.tables import as_text
 
 MOST_VALUES = 50  # of a column of text; rarer ones are taken together
 TABLES, MOST_TABLES = 9_999, 1_000_000  # drawn at random for a column of categories with small counts
@@ -217,11 +218,6 @@ def false_alarms(
         first, second = (reference.iloc[rows].reset_index(drop=True) for rows in drawn)
         raised += bool(alarm(first, second))
     return share(raised, resamples)
-
-
-def as_text(column: pd.Series) -> pd.Series:
-    """Return the values as text, and gaps as they are. 1 and 1.0 are the same: one gap makes whole numbers decimal."""
-    return column.astype(object).map(lambda value: re.sub(r"^(-?\d+)\.0$", r"\1", str(value)), na_action="ignore")
 
 
 def _compared(reference: pd.DataFrame, rows: pd.DataFrame) -> list[str]:

@@ -17,7 +17,7 @@ from mlflow.models import MetricThreshold
 
 from lifecycle.comparison import Interval, rows_interval
 from lifecycle.environment import EnvironmentNotBuiltError, PredictionFailedError, built, predict, python_note
-from lifecycle.monitoring import as_classes
+from lifecycle.tables import as_classes
 from lifecycle.verification import Verified
 
 PASSED, FAILED, UNCHECKED = "passed", "failed", "not checked"

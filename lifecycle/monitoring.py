@@ -19,11 +19,11 @@ from lifecycle.drift import (
     Limits,
     OutOfRange,
     Share,
-    as_text,
     drift,
     out_of_range,
     share,
 )
+from lifecycle.tables import as_classes, as_text
 from lifecycle.verification import Verified
 
 PREDICTION = "prediction"
@@ -172,20 +172,6 @@ def labels_of(known: Baseline, rows: pd.DataFrame) -> pd.Series:
     if known.target not in rows:
         return pd.Series(np.nan, rows.index, dtype=object)
     return as_classes(known.rows[known.target], rows[known.target])
-
-
-def as_classes(known: pd.Series, column: pd.Series) -> pd.Series:
-    """Return labels or answers, as the classes of the training rows are written where they are text; gaps as they are.
-
-    Args:
-        known: the classes of the training rows, one per row.
-        column: the labels or answers.
-    """
-    if known.dtype != object:
-        return column
-    classes = pd.Series(known.unique())
-    written = dict(zip(as_text(classes), classes, strict=True))
-    return as_text(column).map(lambda text: written.get(text, text), na_action="ignore")
 
 
 def _other_labels(known: pd.Series, labels: pd.Series, limits: Limits) -> list[str]:

@@ -104,6 +104,25 @@ def check_table(rows: pd.DataFrame, target: str, *, test_share: float = 0.2, fol
         raise ValueError(f"A test share of {test_share} of {len(rows)} rows is too small for {len(counts)} classes.")
 
 
+def as_text(column: pd.Series) -> pd.Series:
+    """Return the values as text, and gaps as they are. 1 and 1.0 are the same: one gap makes whole numbers decimal."""
+    return column.astype(object).map(lambda value: re.sub(r"^(-?\d+)\.0$", r"\1", str(value)), na_action="ignore")
+
+
+def as_classes(known: pd.Series, column: pd.Series) -> pd.Series:
+    """Return labels or answers, as the classes of the training rows are written where they are text; gaps as they are.
+
+    Args:
+        known: the classes of the training rows, one per row.
+        column: the labels or answers.
+    """
+    if known.dtype != object:
+        return column
+    classes = pd.Series(known.unique())
+    written = dict(zip(as_text(classes), classes, strict=True))
+    return as_text(column).map(lambda text: written.get(text, text), na_action="ignore")
+
+
 def fingerprint(rows: pd.DataFrame) -> str:
     """Return the SHA-256, in hexadecimal, of the whole table: names and values of all columns, row by row, in order.
 
