@@ -113,7 +113,8 @@ def serve(store: str, port: int, text: str) -> None:
     # A line for each request would push the links off the screen.
     command += ["--uvicorn-opts=--log-level warning"]
     if store.startswith("sqlite:///"):  # so that what is made in the interface can be used without it, too
-        command += ["--default-artifact-root", (Path(store.removeprefix("sqlite:///")).parent / "mlruns").as_uri()]
+        models = Path(store.removeprefix("sqlite:///")).resolve().parent / "mlruns"
+        command += ["--default-artifact-root", models.as_uri()]
     variables = {
         "MLFLOW_BACKEND_STORE_URI": store,  # not an option of the command, which every user of the machine can read
         "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",  # addressed to MLflow's authors

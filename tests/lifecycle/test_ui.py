@@ -17,6 +17,7 @@ from urllib.parse import quote
 import mlflow
 import psutil
 import pytest
+import requests
 from execution import environment, finished, free_port
 
 COMMAND = [sys.executable, "-m", "lifecycle", "ui"]
@@ -60,12 +61,13 @@ def labelled_links(monkeypatch):
 
 
 @contextlib.contextmanager
-def started(folder: Path, log: Path, *options: str):
+def started(folder: Path, log: Path, *options: str, uri: str = ""):
     """Start the interface on the store in ``folder``, as the only program of a terminal, and give its process."""
-    variables = environment(folder, MLFLOW_TRACKING_URI=store(folder))
+    variables = environment(folder, MLFLOW_TRACKING_URI=uri or store(folder))
     with log.open("w") as output:
         process = psutil.Popen(
             [*COMMAND, *options],
+            cwd=folder,
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -114,8 +116,9 @@ def session(folder):
             connection.request("GET", "/health")
             answer = connection.getresponse().read().decode()
             connection.close()
-            client = mlflow.MlflowClient(f"http://127.0.0.1:{port}")
-            made = client.get_experiment(client.create_experiment("made in the interface"))
+            api = f"http://127.0.0.1:{port}/ajax-api/2.0/mlflow/experiments"  # what the interface calls
+            requests.post(f"{api}/create", json={"name": "made there"}, timeout=60).raise_for_status()
+            made = requests.get(f"{api}/get-by-name?experiment_name=made+there", timeout=60).json()["experiment"]
             processes = process.children(recursive=True)
             commands = [each.cmdline() for each in processes]
             os.killpg(process.pid, signal.SIGINT)
@@ -142,7 +145,13 @@ def test_links_come_last_and_with_labels_when_the_server_answers(session, folder
 
 
 def test_experiment_that_is_made_in_the_interface_can_be_used_without_it(session, folder):
-    assert session.made.artifact_location.startswith(f"{(folder / 'mlruns').as_uri()}/")
+    assert session.made["artifact_location"].startswith(f"{(folder / 'mlruns').as_uri()}/")
+
+
+def test_store_may_be_named_by_a_relative_path(folder, tmp_path):
+    log = tmp_path / "log"
+    with started(folder, log, "--port", str(free_port()), uri="sqlite:///mlflow.db") as process:
+        assert "http://" in wait_for(END, log, process)
 
 
 def test_taken_usual_port_is_left_for_the_next_free_one(session):
