@@ -134,7 +134,7 @@ SYNC = $(UV) pip sync --quiet --link-mode copy --python $(BIN)/python --require-
 BEGIN = rm -f $(INSTALLED)
 
 # pip installs uv with its hash verified; uv installs the rest the same way, faster. It is the pip of $(PYTHON): one of
-# its own in .venv takes two seconds, and is made only where $(PYTHON) has none, as Debian's.
+# its own in .venv takes two seconds, and is made only where $(PYTHON) has none, as Debian's without python3-pip.
 INSTALL_UV = install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
 
 $(INSTALLED): requirements.txt
