@@ -89,15 +89,7 @@ def check_version(
         ValueError: no floor is stated, or one on a metric of which less is better; the rows lack a column or a
             label; or the version did not learn from the column ``target``.
     """
-    refuse_floors(floors)
-    training = pd.read_parquet(candidate.training_rows)
-    if missing := [name for name in training.columns if name not in rows]:
-        raise ValueError(f"The test rows lack these columns: {', '.join(missing)}")
-    if target not in training:
-        raise ValueError(f"The version learned from no column {target!r}. The columns are: {', '.join(training)}")
-    if gaps := int(rows[target].isna().sum()):
-        raise ValueError(f"The target {target!r} is missing in {gaps} of {len(rows)} test rows (NA counts as missing).")
-    rows = rows.assign(**{target: as_classes(training[target], rows[target])})
+    rows = fitting_rows(candidate, rows, target, floors)
     checks = [check_signature(candidate), check_example(candidate), check_pins(candidate)]
     checks += [check_rows(candidate, rows, target)]
     metrics, difference = {}, None
@@ -122,17 +114,24 @@ def check_version(
     return Verdict(checks, metrics, difference)
 
 
-def refuse_floors(floors: dict[str, float]) -> None:
-    """Refuse floors that say nothing, or that a worse version would reach.
+def fitting_rows(candidate: Verified, rows: pd.DataFrame, target: str, floors: dict[str, float]) -> pd.DataFrame:
+    """Return the test rows, with their labels written as the candidate's classes; refuse what is no test of it.
 
-    Raises:
-        ValueError: no floor is stated, or one on a metric of which less is better.
+    Args: as for `check_version`, and so what is raised.
     """
     if not floors:
         raise ValueError(NO_FLOOR)
     if losses := [name for name in floors if name in LOSSES]:
         remedy = "A floor needs a metric of which more is better, such as accuracy_score."
         raise ValueError(f"There is no floor for {', '.join(losses)}: less of it is better. {remedy}")
+    training = pd.read_parquet(candidate.training_rows)
+    if missing := [name for name in training.columns if name not in rows]:
+        raise ValueError(f"The test rows lack these columns: {', '.join(missing)}")
+    if target not in training:
+        raise ValueError(f"The version learned from no column {target!r}. The columns are: {', '.join(training)}")
+    if gaps := int(rows[target].isna().sum()):
+        raise ValueError(f"The target {target!r} is missing in {gaps} of {len(rows)} test rows (NA counts as missing).")
+    return rows.assign(**{target: as_classes(training[target], rows[target])})
 
 
 def check_signature(candidate: Verified) -> Check:

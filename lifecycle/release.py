@@ -17,7 +17,7 @@ import pandas as pd
 from mlflow.entities import Run
 
 from lifecycle.card import card_facts, check_sentences, make_card
-from lifecycle.gate import GateClosedError, Verdict, check_version, refuse_floors
+from lifecycle.gate import GateClosedError, Verdict, check_version, fitting_rows
 from lifecycle.git_tag import check_tag, make_tag
 from lifecycle.keys import public_half
 from lifecycle.signing import sign
@@ -86,13 +86,13 @@ def release(
         NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
         KeyRefusedError: the key cannot be used.
         TagRefusedError: the commit cannot be tagged.
-        ValueError: a sentence for the card is missing, no floor is stated, or one on a metric of which less is better.
+        ValueError: a sentence for the card is missing; or as in ``lifecycle.gate.check_version``.
     """
     check_sentences(intended_use=intended_use, limits=limits)
-    refuse_floors(floors)
     with contextlib.ExitStack() as stack:
         public = public_half(key, Path(stack.enter_context(TemporaryDirectory())))
         candidate = stack.enter_context(verified(uri, public, trusted_types=trusted_types))
+        fitting_rows(candidate, rows, target, floors)  # refused here, before anything is written
         name, number = candidate.statement.registered_model, candidate.statement.version
         tag = check_tag(repository, name, number, remote) if repository else ""
         holder = _holder(name, alias)
@@ -140,9 +140,9 @@ def try_gate(
         NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
         ValueError: as in ``lifecycle.gate.check_version``.
     """
-    refuse_floors(floors)
     with contextlib.ExitStack() as stack:
         candidate = stack.enter_context(verified(uri, public_key, trusted_types=trusted_types))
+        fitting_rows(candidate, rows, target, floors)
         name, number, before = candidate.statement.registered_model, candidate.statement.version, None
         holder = _holder(name, alias)
         if holder and holder != number:

@@ -35,8 +35,8 @@ class QueueUnusableError(RuntimeError):
     """The queue of a search cannot be used; the message holds no password."""
 
 
-class NotRecordedError(BaseException):
-    """A trial cannot be recorded, for the reason in ``__cause__``.
+class CutOffError(BaseException):
+    """A trial is cut off, for the reason in ``__cause__``: MLflow cannot record it, or somebody pressed Ctrl+C.
 
     It is no ``Exception``, so Optuna ends no trial with it: the trial stays open, as that of a killed worker.
     """
@@ -137,7 +137,7 @@ def load_objective(where: str) -> Callable[[optuna.Trial], float]:
 def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping[str, str]) -> Callable:
     """Return ``objective`` with each trial as a child run of ``parent``, which has its parameters and its value.
 
-    It raises what the objective raises, and `NotRecordedError` where MLflow fails.
+    It raises what the objective raises, and `CutOffError` where MLflow fails or somebody presses Ctrl+C.
     """
     worker = f"{platform.node()} {os.getpid()}"
 
@@ -159,10 +159,10 @@ def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping
                 finally:
                     mlflow.log_params(trial.params)
                 mlflow.log_metric(study.user_attrs["metric"], value)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if error is failed:
                 raise
-            raise NotRecordedError from error
+            raise CutOffError from error
         return value
 
     return run_trial
@@ -171,8 +171,8 @@ def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping
 def work(run_id: str, objective: Callable[[optuna.Trial], float], address: str, source: str = "") -> None:
     """Run trials of the search until none is waiting, and none is running that may have to be begun again.
 
-    A trial whose objective fails has failed. A trial that MLflow does not record ends the worker, and is begun again by
-    another one, as that of a killed worker.
+    A trial whose objective fails has failed. A trial that MLflow does not record, or that Ctrl+C cuts off, ends the
+    worker, and is begun again by another one, as that of a killed worker.
 
     Args:
         run_id: of the parent run, in the store that MLflow uses here.
@@ -197,7 +197,7 @@ def work(run_id: str, objective: Callable[[optuna.Trial], float], address: str, 
         if study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
             try:
                 study.optimize(run_trial, n_trials=1, catch=Exception)
-            except NotRecordedError as error:
+            except CutOffError as error:
                 raise error.__cause__ from None
         elif any("worker" in trial.user_attrs for trial in study.get_trials(states=[TrialState.RUNNING])):
             time.sleep(1)

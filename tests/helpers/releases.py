@@ -28,4 +28,4 @@ def make_store(folder: Path, *numbers: int) -> Path:
 
 def released(folder: Path, uri: str = "models:/iris/2", **options) -> Release:
     """Release a version, without building its environment, unless ``options`` say otherwise."""
-    return release(uri, ROWS_TEST, "species", **({"key": own_key(folder)} | OPTIONS | options))
+    return release(uri, **({"rows": ROWS_TEST, "target": "species", "key": own_key(folder)} | OPTIONS | options))

@@ -106,13 +106,23 @@ def test_release_needs_a_floor(folder):
     assert production(folder) == "1"
 
 
-def test_floor_on_a_loss_is_refused_before_anything_is_written(folder):
+REFUSED = {
+    "a floor on a loss": ({"floors": {"log_loss": 0.01}}, "There is no floor for log_loss: less of it is better"),
+    "a column that lacks": ({"rows": ROWS_TEST.iloc[:, 1:]}, "The test rows lack these columns: sepal length"),
+    "no target": ({"target": "variety"}, "The version learned from no column 'variety'"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "refusal"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_test_of_a_version_is_refused_before_anything_is_written(folder, wrong, refusal):
     before = len(mlflow.search_runs(search_all_experiments=True))
-    floors, refusal = {"log_loss": 0.01}, "There is no floor for log_loss: less of it is better"
+    arguments = {"rows": ROWS_TEST, "target": "species", "floors": {"accuracy_score": 0.9}} | wrong
+    # when it is to be released, or only to be tried
     with pytest.raises(ValueError, match=refusal):
-        released(folder, floors=floors)
+        released(folder, **arguments)
     with pytest.raises(ValueError, match=refusal):
-        try_gate("models:/iris/2", ROWS_TEST, "species", own_public_key(folder), floors=floors)
+        try_gate("models:/iris/2", public_key=own_public_key(folder), **arguments)
+    # then there is no run of it
     assert len(mlflow.search_runs(search_all_experiments=True)) == before
 
 

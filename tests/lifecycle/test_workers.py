@@ -225,6 +225,23 @@ def test_trial_that_mlflow_does_not_record_is_begun_again(parent, storage, monke
     assert sorted(run.info.status for run in children(parent)) == statuses
 
 
+def test_trial_that_somebody_interrupts_is_begun_again(parent, storage, monkeypatch):
+    def interrupted(trial):
+        raise KeyboardInterrupt
+
+    run_id = parent.info.run_id
+    with closing(workers.make_queue(storage, run_id, [{"x": 0.25}], "score")) as study:
+        # given a worker that somebody ends by Ctrl+C in a trial
+        with pytest.raises(KeyboardInterrupt):
+            workers.work(run_id, interrupted, storage)
+        # when another worker goes on
+        monkeypatch.setattr(workers, "GRACE", 1)
+        workers.work(run_id, lambda trial: trial.suggest_float("x", 0, 1), storage)
+        # then the trial is done
+        assert [trial.value for trial in study.get_trials(states=[TrialState.COMPLETE])] == [0.25]
+    assert sorted(run.info.status for run in children(parent)) == ["FINISHED", "KILLED"]
+
+
 def test_trial_that_nobody_asked_for_is_not_run(parent):
     # given an empty queue, as a worker finds it that came a moment late
     study = optuna.create_study()
