@@ -1,5 +1,9 @@
 """Stores with released versions, and one with a version that learned from half of Iris, which several tests share."""
 
+import base64
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import pytest
 from releases import make_store
 from versions import NAME, iris_rows, register, restored, store_in
@@ -8,15 +12,28 @@ from lifecycle.keys import own_public_key
 from lifecycle.monitoring import baseline
 from lifecycle.verification import verified
 
+DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABAQAAAAA3bvkkAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+
 
 @pytest.fixture(scope="module")
-def made_once(tmp_path_factory):
+def no_pictures():
+    """Let MLflow log a single dot in place of the four pictures that it draws of each evaluation, most of its time.
+
+    `test_gate.py` evaluates with them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plt, "savefig", lambda path, **_: Path(path).write_bytes(DOT))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory, no_pictures):
     """Give a folder with a store in which version 1 is in production."""
     return make_store(tmp_path_factory.mktemp("once") / "project", 1)
 
 
 @pytest.fixture(scope="module")
-def made_twice(tmp_path_factory):
+def made_twice(tmp_path_factory, no_pictures):
     """Give a folder with a store in which version 2 is in production, and version 1 was."""
     return make_store(tmp_path_factory.mktemp("twice") / "project", 1, 2)
 
