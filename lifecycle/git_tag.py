@@ -20,8 +20,7 @@ class TagRefusedError(RuntimeError):
 def check_tag(project: Path, name: str, version: str, remote: str = "") -> str:
     """Return the tag for a version, ``<name>-v<version>``, once it is sure that it can be made.
 
-    A tag of this very version that is there already is fine: a release that was cut off is taken up again. So is one
-    without the model's name, ``model-v<version>``, as tags were called before.
+    A tag of this very version that is there already is fine: a release that was cut off is taken up again.
 
     Args:
         project: a folder in a git repository.
@@ -37,9 +36,9 @@ def check_tag(project: Path, name: str, version: str, remote: str = "") -> str:
     run = mlflow.get_run(mlflow.MlflowClient().get_model_version(name, version).run_id)
     trained = run.data.tags.get("mlflow.source.git.commit", "no commit")
     changes = _git(project, "status", "--porcelain").stdout.splitlines()
-    tags = [f"{_fit_for_git(name)}-v{version}", f"model-v{version}"]
-    ours = [tag for tag in tags if _is_of(project, tag, head, run.info.run_id)]
-    tag = (ours or tags)[0]
+    # What git does not allow in a tag becomes an underscore.
+    tag = re.sub(r"[^\w.-]+|[.]{2,}|^[.-]", "_", name) + f"-v{version}"
+    ours = _is_of(project, tag, head, run.info.run_id)
     there = _git(project, "ls-remote", "--tags", remote, tag) if remote else None
     refusals = {
         f"{project} is in no git repository with a commit": not head,
@@ -71,11 +70,6 @@ def make_tag(project: Path, tag: str, message: str, remote: str = "") -> None:
         raise TagRefusedError(
             f"The tag {tag} could not be made{' and pushed' * bool(remote)}; nothing was changed: {said}"
         )
-
-
-def _fit_for_git(name: str) -> str:
-    """Return the name of a model with underscores in place of what git does not allow there in a tag."""
-    return re.sub(r"[^\w.-]+|[.]{2,}|^[.-]", "_", name)
 
 
 def _is_of(project: Path, tag: str, commit: str, run_id: str) -> bool:

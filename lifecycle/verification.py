@@ -189,14 +189,7 @@ def _refuse_older(name: str, alias: str, statement: Statement, public_key: Path)
 def _newest_seen(public_key: Path, name: str, alias: str) -> str:
     """Return the time of the newest release that was seen on this machine; empty if none was."""
     folder = _seen_releases(public_key, name, alias)
-    times = [re.sub(r"T(..)(..)", r"T\1:\2:", path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    former = public_key.with_name("newest_releases.json")  # where this was kept before
-    if former.is_file():
-        try:
-            times.append(json.loads(former.read_text(encoding="utf-8")).get(_seen_as(name, alias), ""))
-        except ValueError:
-            remedy = "Verify that the aliases lead to the newest releases, and remove it"
-            raise ValueError(f"What releases were seen here before cannot be read: {former}. {remedy}") from None
+    times = (re.sub(r"T(..)(..)", r"T\1:\2:", path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return max(times, default="")
 
 
@@ -205,9 +198,5 @@ def _seen_releases(public_key: Path, name: str, alias: str) -> Path:
 
     So programs that use it at the same moment need no lock, and none finds half of what another one writes.
     """
-    digits = hashlib.sha256(_seen_as(name, alias).encode()).hexdigest()
-    return public_key.with_name("seen_releases") / digits
-
-
-def _seen_as(name: str, alias: str) -> str:
-    return f"{printable(mlflow.get_tracking_uri())} {name}@{alias}"
+    known_as = f"{printable(mlflow.get_tracking_uri())} {name}@{alias}"
+    return public_key.with_name("seen_releases") / hashlib.sha256(known_as.encode()).hexdigest()

@@ -174,13 +174,3 @@ def test_each_model_has_tags_of_its_own_whatever_its_name(model, expected, proje
     # then both are there
     assert tag(project, "origin", model) == expected
     assert sorted(git(project, "-c", "core.quotePath=off", "tag").splitlines()) == sorted([expected, "iris-v1"])
-
-
-def test_tag_by_the_name_that_tags_had_before_counts_for_its_own_version_only(project):
-    # given a tag without the model's name, and another model
-    git(project, "tag", "--annotate", f"--message=run: {run_id()}", "model-v1")
-    version_of("other")
-    # then
-    assert tag(project, "origin") == "model-v1"
-    assert tag(project, "origin", "other") == "other-v1"
-    assert git(project.parent / "remote.git", "tag").splitlines() == ["model-v1", "other-v1"]

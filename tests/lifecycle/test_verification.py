@@ -302,24 +302,6 @@ def test_older_version_put_back_is_refused_where_the_newer_release_was_seen(fold
     assert "A newer release of production was seen here before" in message
 
 
-def test_release_that_was_seen_by_an_earlier_edition_counts(folder):
-    # given the file in which that kept what it had seen
-    seen = {f"{mlflow.get_tracking_uri()} iris@production": "2999-01-01T00:00:00.000000Z"}
-    own_public_key(folder).with_name("newest_releases.json").write_text(json.dumps(seen))
-    # then
-    message = refused(folder, "models:/iris@production", purpose="release")
-    assert "A newer release of production was seen here before" in message
-
-
-def test_damaged_file_of_an_earlier_edition_is_named_with_the_remedy(folder):
-    path = own_public_key(folder).with_name("newest_releases.json")
-    path.write_text('{"a": "b"}}')
-    message = refused(folder, "models:/iris@production", purpose="release")
-    assert f"cannot be read: {path}. Verify that the aliases lead to the newest releases, and remove it" in message
-    path.unlink()
-    assert accepted(folder, "models:/iris@production", purpose="release").version == "2"
-
-
 def test_models_that_are_loaded_at_the_same_moment_are_each_remembered(folder):
     # given releases of many models, which are seen at the same moment
     names, public = [f"model{number}" for number in range(40)], own_public_key(folder)
