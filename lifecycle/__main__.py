@@ -97,7 +97,7 @@ def ui(port: int | None) -> None:
 @click.option("--rows", required=True, metavar="PARQUET", help="A Parquet file or a folder of them.")
 @click.option("--result", required=True, metavar="FOLDER", help="Where keys and predictions go; not there yet.")
 @click.option("--key", default="id", show_default=True, help="The column of integers that tells the rows apart.")
-@click.option("--gaps", is_flag=True, help="Values may be missing: the model fills them.")
+@click.option("--gaps", is_flag=True, help="Values may be missing, except in text: the model fills them.")
 @click.option("--master", default="local[*]", show_default=True, help="Spark's address.")
 @click.option("--public-key", type=click.Path(path_type=Path), help="By default the one beside the store.")
 @click.option("--trusted-type", "trusted_types", multiple=True, help="What the model may hold, as reviewed.")

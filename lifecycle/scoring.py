@@ -96,7 +96,8 @@ def check_rows(
         path: a Parquet file or a folder of them, wherever Spark can read.
         signature: the model's.
         key: the column of integers that tells the rows apart.
-        gaps: whether values may be missing, for a model that fills them.
+        gaps: whether values may be missing, for a model that fills them. Not in text: Spark's gap there is None, which
+            scikit-learn takes for another value than NaN, from which the model has learned.
 
     Raises:
         UnfitRowsError: a column is missing or of another type; there are no rows; a value is missing or infinite; or
@@ -118,7 +119,7 @@ def check_rows(
         if types[name] in FLOATS:
             finite = F.abs(quoted(name)) != float("inf") if gaps else F.abs(quoted(name)) < float("inf")
             return ~F.coalesce(finite, F.lit(gaps))
-        return F.lit(False) if gaps and name != key else F.col(quoted(name)).isNull()
+        return F.lit(False) if gaps and name != key and types[name] != "string" else F.col(quoted(name)).isNull()
 
     columns = [quoted(name) for name in wanted]
     digest = F.sum(F.xxhash64(*columns).cast("decimal(38, 0)"))
