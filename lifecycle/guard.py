@@ -16,6 +16,7 @@ or TypeError, such as an unknown category). 500: the model failed in another way
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -40,7 +42,7 @@ import pandas as pd
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from mlflow.models import Model
-from pydantic import BeforeValidator, FailFast, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -99,11 +101,26 @@ def point_in_time(value: object) -> datetime:
     """Return the time that an ISO 8601 text without a time zone names."""
     try:
         found = datetime.fromisoformat(value)
+        if re.search(r"[.,]\d{7}", value):
+            raise ValueError("Python would cut off what is below a microsecond")
     except (TypeError, ValueError):
         found = None
     if found is None or found.tzinfo:
         raise ValueError("a text such as 2026-01-31 or 2026-01-31T23:59:59, without a time zone, is wanted")
     return found
+
+
+def whole_text(value: str) -> str:
+    """Return the text; refuse half a surrogate pair, which JSON can hold and no file."""
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise ValueError("half a surrogate pair is no text")
+    return value
+
+
+def rounded(value: float) -> float:
+    """Return the number as the model gets it, in 32 bits, so that limits from such numbers include themselves."""
+    with np.errstate(over="ignore"):  # what is too large is refused by its limit
+        return float(np.float32(value))
 
 
 # MLflow's type: the type of a value in JSON, its lowest and highest value, the column's type with and without gaps.
@@ -136,6 +153,8 @@ class Columns:
             raise ValueError("The model has no signature of named columns. Log it with infer_signature(rows, ...).")
         if unknown := [name for name in limits if kinds.get(name) not in ("double", "float", "long", "integer")]:
             raise ValueError(f"There are limits for what is no column of numbers: {', '.join(unknown)}")
+        if wrong := [name for name, (low, high) in limits.items() if not low <= high]:  # no number is not
+            raise ValueError(f"The limits are no numbers, or the lowest is above the highest: {', '.join(wrong)}")
         self.dtypes = {name: TYPES[kind][3 if self.required[name] else 4] for name, kind in kinds.items()}
         self.rules = {name: self._rule(name, TYPES[kind], limits.get(name)) for name, kind in kinds.items()}
         self.alike = set(self.dtypes.values()) == {"float64"}
@@ -149,7 +168,10 @@ class Columns:
         inside = {"allow_inf_nan": False} if value is float else {}
         inside |= {"ge": low, "le": high} if low is not None else {}
         rule = Annotated[value, BeforeValidator(point_in_time)] if value is datetime else value
+        if kind[3] == "float32":
+            rule = Annotated[rule, Field(strict=True), AfterValidator(rounded)]
         rule = Annotated[rule, Field(strict=True, **inside)]
+        rule = Annotated[rule, AfterValidator(whole_text)] if value is str else rule
         return TypeAdapter(Annotated[list[rule if self.required[name] else rule | None], FailFast()])
 
     def checked(self, table: dict[str, list]) -> dict[str, list]:
@@ -198,10 +220,14 @@ def without_repeats(pairs: list[tuple[str, object]]) -> dict:
     """Return a JSON object as a dictionary; refuse a key that stands there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RefusedError(400, f"the key {twice!r} stands in an object twice")
+        raise RefusedError(400, f"the key {_twice(name for name, _ in pairs)!r} stands in an object twice")
     return found
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """Return the first name that is there already, in time that grows with their number and not with its square."""
+    seen = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
 
 
 def whole_number(digits: str) -> int | float:
@@ -250,8 +276,8 @@ def _from_split(table: dict) -> dict[str, list]:
         raise RefusedError(400, "dataframe_split must hold the lists columns and data, and at most index")
     if not all(isinstance(name, str) for name in names):
         raise RefusedError(400, "the names of columns must be texts")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise RefusedError(400, f"column {twice[0]!r}: it is there twice")
+    if len(set(names)) < len(names):
+        raise RefusedError(400, f"column {_twice(names)!r}: it is there twice")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, list) or len(row) != len(names):
             raise RefusedError(400, f"row {number} of {len(rows)}: {len(names)} values are wanted, one a column")
@@ -291,7 +317,7 @@ class Record:
             OSError: it cannot be written; then no part of it is there.
         """
         now = datetime.now(UTC)
-        if now.date() != self.day:
+        if now.date() != self.day or not os.fstat(self.file.fileno()).st_nlink:  # or somebody has removed it
             path = self.folder / f"requests-{now.date()}-{self.mark}.jsonl"
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             if self.file is not None:
@@ -312,7 +338,8 @@ class Record:
         for path in self.folder.glob("requests-*.jsonl"):
             day = re.fullmatch(r"requests-(\d{4}-\d\d-\d\d)-.*", path.name)
             if day and day[1] < first.isoformat():
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it is open on Windows, or not ours: it is tried again
+                    path.unlink()
 
 
 # --- The answer
@@ -331,7 +358,7 @@ class Guard:
         self.columns = Columns(described.signature, dict(settings.limits))
         if unknown := set(settings.leave_out) - set(self.columns.rules):
             raise ValueError(f"There are no such columns to leave out: {', '.join(sorted(unknown))}")
-        self.model = mlflow.sklearn.load_model(settings.model)
+        self.model, self.untold = mlflow.sklearn.load_model(settings.model), 1000
         self.predict = getattr(self.model, described.flavors["python_function"].get("predict_fn", "predict"))
         self.kept = [name for name in self.columns.rules if name not in settings.leave_out]
         self.record = Record(settings.record, settings.keep_days) if settings.record else None
@@ -348,36 +375,47 @@ class Guard:
                 text = json.dumps({"id": entry["id"], **answer}, allow_nan=False).encode()
                 entry |= {"status": 200, **answer}
             except RefusedError as error:
-                entry |= {"status": error.status, "message": str(error)}
+                # What scikit-learn says may quote a value, and so what is to be left out.
+                quotes = error.status == 422 and len(self.kept) < len(self.columns.rules)
+                told = "the model cannot take these rows" if quotes else str(error)
+                entry |= {"status": error.status, "message": told}
                 text = json.dumps({"id": entry["id"], "message": str(error)}).encode()
             if self.record:
                 self.record.keep(entry)
             return entry["status"], text
         except Exception as error:
-            traceback.print_exc()
+            self.log_error()
             if isinstance(error, OSError):
                 return 503, b'{"message": "requests cannot be recorded, so none is answered"}'
             return 500, b'{"message": "the model failed"}'
 
+    def log_error(self) -> None:
+        """Print the error at hand, unless there is no room for it; a thousand are enough for a client to cause."""
+        self.untold -= 1
+        if self.untold >= 0:
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+
     def answered(self, table: dict[str, list], probabilities: bool) -> dict[str, list]:
         """Return what the model says of checked columns."""
-        if probabilities and not hasattr(self.model, "predict_proba"):
-            raise RefusedError(400, "this model gives no probabilities")
+        classes = getattr(self.model, "classes_", None) if hasattr(self.model, "predict_proba") else None
+        if probabilities and (classes is None or any(np.ndim(name) for name in classes)):
+            raise RefusedError(400, "this model gives no probabilities of the classes of one target")
         rows = self.columns.frame(table)
         try:
             answer = {"predictions": np.asarray(self.predict(rows)).tolist()}
             if probabilities:
-                answer["classes"] = np.asarray(self.model.classes_).tolist()
+                answer["classes"] = np.asarray(classes).tolist()
                 answer["probabilities"] = np.asarray(self.model.predict_proba(rows)).tolist()
         except (ValueError, TypeError) as error:
-            traceback.print_exc()
+            self.log_error()
             raise RefusedError(422, f"the model cannot take these rows: {error}") from None
         return answer
 
 
 def application(guard: Guard, largest_body: int) -> FastAPI:
     """Return the app that answers by ``guard``."""
-    app = FastAPI(openapi_url=None)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
 
     def said(status: int, message: str) -> Response:
         return Response(json.dumps({"message": message}), status, media_type="application/json")
@@ -466,6 +504,8 @@ class Connection(H11Protocol):
 
 def run(settings: Settings) -> None:
     """Serve until the standard input ends; the first line on the standard output is the address."""
+    said = os.dup(1)
+    os.dup2(2, 1)  # what a model prints goes to the log: nobody reads the standard output after the first line
     guard = Guard(settings)
     warnings.simplefilter("ignore")  # scikit-learn's, which a client could cause without end
     family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
@@ -485,6 +525,7 @@ def run(settings: Settings) -> None:
         uvicorn.Config(
             application(guard, settings.largest_body), http=Connection, ws="none", lifespan="off", log_level="error",
             access_log=False, server_header=False, date_header=False, proxy_headers=False, timeout_graceful_shutdown=5,
+            timeout_keep_alive=settings.patience_seconds,
             limit_concurrency=settings.most_connections, callback_notify=every_second, timeout_notify=1,
         )
     )  # fmt: skip
@@ -496,7 +537,7 @@ def run(settings: Settings) -> None:
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"http://{host}:{listening.getsockname()[1]}", flush=True)
+    os.write(said, f"http://{host}:{listening.getsockname()[1]}\n".encode())
     server.run(sockets=[listening])
 
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import re
+import shutil
 import signal
 import string
 import sys
@@ -27,8 +28,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow.models import infer_signature
 from sklearn.compose import make_column_transformer
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
+from sklearn.mixture import GaussianMixture
+from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
@@ -126,7 +130,7 @@ def test_probabilities_come_on_request_in_the_order_of_the_classes(server, model
 def test_model_without_probabilities_says_so(tmp_path):
     guard = own_guard(save(tmp_path / "model", SVC(kernel="linear")))
     status, answer = answered(guard, {"inputs": THREE.to_dict("list")}, probabilities=True)
-    assert (status, answer["message"]) == (400, "this model gives no probabilities")
+    assert (status, answer["message"]) == (400, "this model gives no probabilities of the classes of one target")
     assert answered(guard, {"inputs": THREE.to_dict("list")})[0] == 200
 
 
@@ -233,6 +237,20 @@ def test_bad_request_is_refused_and_told_why(server, case):
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize("form", ["dataframe_split", "inputs"])
+def test_very_many_names_are_refused_at_once(iris, form):
+    # given 50,000 names, the last of them twice
+    names = [f"c{number}" for number in range(50_000)] + ["c49999"]
+    object_of = "{" + ",".join(f'"{name}":[0]' for name in names) + "}"
+    table = object_of if form == "inputs" else json.dumps({"columns": names, "data": []})
+    # when they are asked, during which nobody else is answered
+    began = time.monotonic()
+    status, text = own_guard(iris).answer(f'{{"{form}": {table}}}'.encode(), False)
+    # then
+    assert (status, "'c49999'" in json.loads(text)["message"]) == (400, True)
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.parametrize("kind", [None, "text/plain", "text/csv", "application/json; charset=latin-1"])
 def test_another_content_type_is_refused(server, kind):
     assert ask(server.address, split(THREE), kind)[0] == 415
@@ -247,6 +265,7 @@ def test_content_type_may_name_its_encoding(server):
     [
         ("/", "GET", 404),
         ("/openapi.json", "GET", 404),
+        ("/invocations/", "POST", 404),
         ("/invocations", "GET", 405),
         ("/ping", "POST", 405),
         ("/invocations?probability=true", "POST", 400),
@@ -444,12 +463,13 @@ def test_optional_column_that_lacks_has_gaps():
         *[("float", value) for value in (3.5e38, -1e300, True)],
         *[("long", value) for value in (1.0, 2**63, -(2**63) - 1, True, "1", None)],
         *[("integer", value) for value in (2**31, -(2**31) - 1, 0.5, False)],
-        *[("string", value) for value in (1, True, None, ["a"])],
+        *[("string", value) for value in (1, True, None, ["a"], "\ud800")],
         *[("boolean", value) for value in (1, 0, "true", None)],
         *[
             ("datetime", value)
             for value in (0, 1e9, "1700000000.5", "tomorrow", "", "2026-01-31T00:00:00Z", None, True)
         ],
+        ("datetime", "2026-01-31T00:00:00.123456789"),
         *[("datetime", value) for value in ("2026-02-30", "1500-01-01", "9999-01-01", "2026-01-31T00:00+01:00")],
     ],
 )
@@ -494,6 +514,8 @@ def test_limits_hold_for_their_columns_and_include_their_ends():
         (np.array([[1.0]]), {}, "no signature of named columns"),
         (pd.DataFrame({1: [1.0]}), {}, "no signature of named columns"),
         (pd.DataFrame({"a": [[1.0]]}), {}, "no signature of named columns"),
+        (KINDS, {"double": (0, math.nan)}, "limits .* double"),
+        (KINDS, {"long": (1, 0)}, "limits .* long"),
         (KINDS, {"string": (0, 1)}, "limits .* string"),
         (KINDS, {"colour": (0, 1)}, "limits .* colour"),
     ],
@@ -501,6 +523,16 @@ def test_limits_hold_for_their_columns_and_include_their_ends():
 def test_signature_or_limits_that_do_not_fit_are_refused_at_once(rows, limits, told):
     with pytest.raises(ValueError, match=told):
         Columns(None if rows is None else inferred(rows), limits)
+
+
+def test_limits_of_numbers_of_32_bits_include_the_same_numbers_in_decimals():
+    # given limits as training_limits has them
+    rows = pd.DataFrame({"x": np.array([0.1, 0.7], dtype="float32")})
+    columns = Columns(inferred(rows), {"x": (float(rows["x"].min()), float(rows["x"].max()))})
+    # then
+    assert columns.frame(columns.checked({"x": [0.1, 0.7]})).equals(rows)
+    with pytest.raises(RefusedError, match=r"row 2 of 2: .*less than or equal to"):
+        columns.checked({"x": [0.1, 0.70001]})
 
 
 @pytest.fixture(scope="module")
@@ -536,6 +568,47 @@ def test_rows_that_fit_but_that_the_model_cannot_take_are_refused(mixed, capsys)
     assert status == 422
     assert "unknown categories" in answer["message"]
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_refusal_that_quotes_a_column_that_is_left_out_is_not_recorded_with_it(mixed, tmp_path):
+    # given a record without a column
+    guard = own_guard(mixed[0], record=str(tmp_path), leave_out=("group",))
+    # when the model cannot take a value of it, and says which
+    status, answer = answered(guard, {"inputs": [{"age": 20, "dose": 0.5, "group": "my secret"}]})
+    # then only the client is told
+    assert (status, "my secret" in answer["message"]) == (422, True)
+    (entry,) = entries(tmp_path)
+    assert (entry["status"], entry["message"]) == (422, "the model cannot take these rows")
+    guard.record.file.close()
+
+
+def test_log_does_not_grow_without_end(mixed, capsys):
+    guard = own_guard(mixed[0])
+    for _ in range(1100):
+        assert answered(guard, {"inputs": [{"age": 20, "dose": 0.5, "group": "unheard of"}]})[0] == 422
+    assert capsys.readouterr().err.count("Traceback") == 1000
+
+
+@pytest.mark.parametrize(
+    "model", [GaussianMixture(2), MultiOutputClassifier(LogisticRegression())], ids=["no classes", "two targets"]
+)
+def test_probabilities_that_belong_to_no_classes_of_one_target_are_refused(tmp_path, model):
+    rows = THREE.iloc[[0, 1, 2] * 2].reset_index(drop=True)
+    model.fit(rows, np.array([[0, 0], [1, 1], [1, 2]] * 2))
+    options = {"signature": infer_signature(rows), "pip_requirements": str(ROOT / "model_requirements.txt")}
+    mlflow.sklearn.save_model(model, tmp_path / "model", **options)
+    status, answer = answered(own_guard(tmp_path / "model"), {"inputs": rows.to_dict("list")}, probabilities=True)
+    assert (status, answer["message"]) == (400, "this model gives no probabilities of the classes of one target")
+
+
+def test_model_that_prints_is_answered(tmp_path):
+    # given a model that prints to the standard output with each answer
+    model = RandomForestClassifier(50, verbose=100, random_state=0)
+    folder = save(tmp_path / "model", model, skops_trusted_types=["sklearn.tree._tree.Tree"])
+    with serve_verified(as_verified(folder), python=Path(sys.executable)) as server:
+        # then it is answered when a pipe that nobody reads would long be full
+        for _ in range(60):
+            assert ask(server.address, split(THREE))[0] == 200
 
 
 def test_model_that_fails_otherwise_is_answered_with_one_line(iris, capsys):
@@ -617,6 +690,42 @@ def test_nothing_is_answered_that_cannot_be_recorded(iris, tmp_path):
     assert answered(guard, {"inputs": THREE.to_dict("list")})[0] == 200
     assert len(entries(tmp_path)) == 2
     guard.record.file.close()
+
+
+def test_full_disk_that_cannot_take_the_log_either_is_said(iris, tmp_path, monkeypatch):
+    guard = own_guard(iris, record=str(tmp_path))
+    monkeypatch.setattr(guard.record, "keep", lambda entry: (_ for _ in ()).throw(OSError("the disk is full")))
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        status, answer = answered(guard, {"inputs": THREE.to_dict("list")})
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert (status, "recorded" in answer["message"]) == (503, True)
+
+
+def test_answers_are_recorded_after_somebody_has_removed_the_file_or_not_given(iris, tmp_path):
+    # given a guard whose file was removed
+    guard = own_guard(iris, record=str(tmp_path / "record"))
+    assert answered(guard, {"inputs": THREE.to_dict("list")})[0] == 200
+    next((tmp_path / "record").iterdir()).unlink()
+    # then the next answer is in a new one
+    assert answered(guard, {"inputs": THREE.to_dict("list")})[0] == 200
+    assert len(entries(tmp_path / "record")) == 1
+    # and without the folder there is no answer
+    shutil.rmtree(tmp_path / "record")
+    assert answered(guard, {"inputs": THREE.to_dict("list")})[0] == 503
+    guard.record.file.close()
+
+
+def test_old_file_that_cannot_be_removed_stops_neither_the_server_nor_the_others(tmp_path):
+    # given one that cannot be removed, as on Windows one that is open
+    (tmp_path / "requests-2020-01-01-aa.jsonl").mkdir()
+    (tmp_path / "requests-2020-01-01-bb.jsonl").touch()
+    # when
+    Record(str(tmp_path), 7).forget()
+    # then
+    assert [path.name for path in tmp_path.iterdir()] == ["requests-2020-01-01-aa.jsonl"]
 
 
 def test_record_is_forgotten_after_its_days(tmp_path):
