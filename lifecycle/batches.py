@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from mlflow.models import Model
 
 from lifecycle.monitoring import PREDICTION, Baseline, Judgement, answered
 from lifecycle.serving import read_record
@@ -37,6 +38,10 @@ def recorded(record: Path, version: Verified, ids: Iterable[str] | None = None) 
     rows, asked = read_record(record), (version.statement.registered_model, version.statement.version)
     rows = rows[(rows["model_name"] == asked[0]) & (rows["model_version"] == asked[1])].set_index("request_id")
     rows = rows.drop(columns=["request_time", "model_name", "model_version"])
+    signature = Model.load(str(version.folder)).signature
+    for column in signature.inputs if signature else ():
+        if getattr(column.type, "name", "") == "datetime" and column.name in rows:
+            rows[column.name] = pd.to_datetime(rows[column.name], format="ISO8601")  # JSON has text
     if rows.empty:
         raise ValueError(f"There is no answer of {version.uri} in the record {record}.")
     if ids is None:

@@ -115,7 +115,9 @@ def predict(model_folder: Path, rows: "pd.DataFrame", python: Path) -> list:
     Raises:
         PredictionFailedError: the process ended with an error; with its last line.
     """
-    rows = rows.astype(object).where(rows.notna(), None)
+    gaps = rows.astype(object).where(rows.notna(), None)
+    texts = rows.select_dtypes(object)  # where scikit-learn takes None for another value than NaN, which is served
+    rows = gaps.assign(**{name: gaps[name].where(rows[name].notna(), float("nan")) for name in texts})
     body = json.dumps({"dataframe_split": rows.to_dict(orient="split", index=False)}, default=str)
     command = [str(python), "-m", "mlflow", "models", "predict", "--env-manager", "local", "--content-type", "json"]
     command += ["--model-uri", str(Path(model_folder).resolve())]

@@ -89,12 +89,16 @@ def baseline(version: Verified, expected: Share | None = None) -> Baseline:
     from sklearn.base import clone, is_classifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    rows, signature = pd.read_parquet(version.training_rows), mlflow.models.Model.load(str(version.folder)).signature
+    described = mlflow.models.Model.load(str(version.folder))
+    signature, rows = described.signature, pd.read_parquet(version.training_rows)
+    rows = rows.fillna(np.nan)  # Parquet gives None for a gap in text, which scikit-learn takes for another value
     features = signature.inputs.input_names() if signature else []
     targets = [name for name in rows if name not in features]
     estimator = mlflow.sklearn.load_model(str(version.folder))
     if len(targets) != 1 or not is_classifier(estimator):
         raise ValueError(f"{version.uri} is no classifier with one target; beside its inputs it learned from {targets}")
+    if described.flavors["python_function"].get("predict_fn", "predict") != "predict":
+        raise ValueError(f"{version.uri} does not answer with classes. Save it without pyfunc_predict_fn.")
     if PREDICTION in rows:
         told = f"{version.uri} learned from a column {PREDICTION!r}, which in a batch is what a version has answered"
         raise ValueError(f"{told}. Rename the column, and train the model again.")

@@ -36,7 +36,7 @@ ABOUT = ("request_id", "request_time", "model_name", "model_version")
 KEEPER = """
 import contextlib, os, psutil, shutil, sys, tempfile, time
 folder = tempfile.mkdtemp(prefix="serving-")
-print(folder, flush=True)
+os.write(1, os.fsencode(folder) + b"\\n")
 sys.stdin.read()
 for _ in range(600):
     for process in psutil.process_iter():
@@ -154,7 +154,7 @@ def serve_verified(
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
         variables |= {"MLFLOW_DISABLE_TELEMETRY": "true", "TMPDIR": str(folder), "TEMP": str(folder)}
         process = subprocess.Popen(
-            [str(python), "-I", str(GUARD), str(folder / "settings.json")],
+            [str(Path(python).absolute()), "-I", str(GUARD), str(folder / "settings.json")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=folder, env=variables, text=True,
             start_new_session=True,
         )  # fmt: skip
@@ -184,10 +184,11 @@ def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple
 
     signature, rows = Model.load(str(version.folder)).signature, pd.read_parquet(version.training_rows)
     limits = {}
-    for column in signature.inputs.inputs:
-        if column.type.name in NUMBERS and rows[column.name].notna().any():
-            low, high = float(rows[column.name].min()), float(rows[column.name].max())
-            limits[column.name] = low - margin * (high - low), high + margin * (high - low)
+    for column in signature.inputs if signature and signature.inputs else ():  # the server refuses to be without
+        if getattr(column.type, "name", "") in NUMBERS and rows[column.name].notna().any():
+            low, high = rows[column.name].min().item(), rows[column.name].max().item()
+            beyond = margin * (high - low)
+            limits[column.name] = (low - beyond, high + beyond) if beyond else (low, high)  # a long number as it is
     return limits
 
 
@@ -200,6 +201,9 @@ def read_record(folder: Path) -> "pd.DataFrame":
 
     Args:
         folder: the record of one server or of several.
+
+    Raises:
+        ValueError: a column of the request is called like one of the others.
     """
     import pandas as pd
 
@@ -208,24 +212,40 @@ def read_record(folder: Path) -> "pd.DataFrame":
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             entry = json.loads(line) if line.endswith("\n") else {"status": 0}
             if entry["status"] == 200:
+                if taken := [name for name in (*ABOUT, "prediction") if name in entry["inputs"]]:
+                    told = f"{path} holds a column {taken[0]!r} of {entry['name']}, as read_record itself has one"
+                    raise ValueError(f"{told}. Read the file by itself, or leave that column out.")
                 about = (entry["id"], pd.Timestamp(entry["time"]), entry["name"], entry["version"])
                 for number, prediction in enumerate(entry["predictions"]):
                     asked = {name: values[number] for name, values in entry["inputs"].items()}
                     rows.append(asked | dict(zip(ABOUT, about, strict=True)) | {"prediction": prediction})
     if not rows:
         return pd.DataFrame(columns=[*ABOUT, "prediction"])
-    found = pd.DataFrame(rows).sort_values("request_time", kind="stable", ignore_index=True)
+    found = pd.DataFrame(rows, dtype=object)
+    found = pd.DataFrame({name: _column(found[name]) for name in found})
+    found = found.sort_values("request_time", kind="stable", ignore_index=True)
     asked = [name for name in found if name not in (*ABOUT, "prediction")]
     return found[[*ABOUT, *asked, "prediction"]]
+
+
+def _column(values: "pd.Series") -> "pd.Series":
+    """Return a column of the record as the model got it: a gap is NaN, and long whole numbers beside one stay exact."""
+    gaps = values.isna()
+    if gaps.any() and set(values[~gaps].map(type)) == {int}:
+        return values.astype("Int64")
+    return type(values)(values.where(~gaps, float("nan")).tolist())
 
 
 @contextlib.contextmanager
 def _kept_folder() -> Iterator[Path]:
     """Give a folder that is gone at the end of the block, and also once this process is killed."""
     command = [sys.executable, "-I", "-c", KEEPER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
     with subprocess.Popen(command, **pipes) as keeper:  # its end closes the pipe, and waits
-        yield Path(keeper.stdout.readline().rstrip("\n")).resolve()
+        folder = os.fsdecode(keeper.stdout.readline().rstrip(b"\n"))
+        if not folder:  # an empty path would be the present folder
+            raise ServingFailedError("No temporary folder can be made. Is the disk full?")
+        yield Path(folder).resolve()
 
 
 def _first_line(process: subprocess.Popen, seconds: float) -> str:

@@ -5,8 +5,10 @@ import json
 import mlflow
 import pandas as pd
 import pytest
+from asking import as_verified
 from matplotlib.figure import Figure
-from versions import NAME, iris_rows
+from sklearn.dummy import DummyClassifier
+from versions import NAME, iris_rows, save
 
 from lifecycle.batches import log_batch, plot_drift, recorded
 from lifecycle.drift import drift
@@ -66,6 +68,17 @@ def test_line_that_is_being_written_and_refused_requests_are_left_out(tmp_path, 
     with (tmp_path / "requests-2026-01-31-aa.jsonl").open("a") as file:
         file.write('{"time": "2026-01-31T13')
     assert recorded(tmp_path, version).index.tolist() == ["id1"]
+
+
+def test_recorded_times_come_back_as_times(tmp_path):
+    # given a model with a column of times, of which the record has texts, as JSON has no times
+    times = pd.to_datetime(["2026-01-31T00:00:00", "2026-01-31T23:59:59"] * 2)
+    rows = pd.DataFrame({"time": times, "kind": ["a", "b"] * 2})
+    asked = as_verified(save(tmp_path / "model", DummyClassifier(), rows, "kind"))
+    answer = {"name": "flowers", "predictions": ["a"] * 4, "version": "7"}
+    write(tmp_path, entry(1, ROWS[:0], inputs={"time": rows["time"].map(str).tolist()}, **answer))
+    # then
+    assert recorded(tmp_path, asked)["time"].tolist() == rows["time"].tolist()
 
 
 def test_answer_that_is_not_recorded_is_said(tmp_path, version):

@@ -20,9 +20,12 @@ import pandas as pd
 import pytest
 from execution import ROOT, snapshot
 from packaging.requirements import Requirement
+from sklearn.compose import make_column_transformer
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LinearRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+from versions import save
 
 from lifecycle import environment
 from lifecycle.environment import EnvironmentNotBuiltError, PredictionFailedError, built, predict
@@ -110,6 +113,17 @@ def test_predictions_equal_those_in_this_process(model, python):
     predictions = predict(folder, rows, python)
     # then no number differs
     assert predictions == mlflow.pyfunc.load_model(str(folder)).predict(rows).tolist()
+
+
+def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):
+    # given a model that learned from a text with gaps, as read_csv reads them
+    rows = pd.DataFrame({"group": np.array(["a", "b", np.nan] * 20, dtype=object), "number": [0.5, np.nan, 1.5] * 20})
+    rows["kind"] = ["x", "y", "x"] * 20
+    encode = make_column_transformer((OneHotEncoder(), ["group"]), (SimpleImputer(), ["number"]))
+    estimator = make_pipeline(encode, LogisticRegression())
+    folder = save(tmp_path / "model", estimator, rows, "kind", skops_trusted_types=["numpy.dtype"])
+    # then it predicts the same in another process
+    assert predict(folder, rows.drop(columns="kind"), Path(sys.executable)) == rows["kind"].tolist()
 
 
 def test_failed_prediction_ends_with_the_reason(model, python):

@@ -8,6 +8,8 @@ import pytest
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 from versions import iris_rows, save
 
 from lifecycle.drift import Limits, false_alarms, share
@@ -275,6 +277,22 @@ def test_model_that_is_no_classifier_is_refused(tmp_path):
     rows = ROWS[FEATURES]
     with pytest.raises(ValueError, match="models:/iris/1 is no classifier with one target"):
         baseline(version_of(tmp_path, LinearRegression(), rows, FEATURES[0]))
+
+
+def test_gaps_in_text_are_those_that_the_model_learned(tmp_path):
+    # given a model that learned from a text with gaps, as read_csv reads them
+    rows = pd.DataFrame({"group": np.array(["a", "b", np.nan] * 20, dtype=object), "kind": ["x", "y", "x"] * 20})
+    known = baseline(version_of(tmp_path, make_pipeline(OneHotEncoder(), LogisticRegression()), rows, "kind"))
+    # then the rows that it learned from are rows that it can take, and a challenger learns from the same gaps
+    assert known.estimator.predict(known.rows[["group"]]).tolist() == rows["kind"].tolist()
+
+
+def test_model_that_answers_with_probabilities_is_refused_with_the_remedy(tmp_path):
+    version = version_of(tmp_path, None, ROWS)
+    path = version.folder / "MLmodel"
+    path.write_text(path.read_text().replace("predict_fn: predict\n", "predict_fn: predict_proba\n"))
+    with pytest.raises(ValueError, match=r"does not answer with classes\. Save it without pyfunc_predict_fn"):
+        baseline(version)
 
 
 @pytest.mark.parametrize("column", [FEATURES[0], TARGET])

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from asking import as_verified, ask, split
 from execution import ROOT, environment
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from versions import iris_rows, register, save, store_in
 
@@ -169,6 +170,42 @@ def test_server_that_starts_too_slowly_is_said_with_the_last_line_of_its_log(iri
     assert str(error.value).endswith(told)
 
 
+def test_no_temporary_folder_is_said_and_the_present_one_left_alone(iris, tmp_path, monkeypatch):
+    # given a folder with files of somebody, and a full disk
+    (tmp_path / "settings.json").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lifecycle.serving.KEEPER", "raise SystemExit('No usable temporary directory found')")
+    # when
+    with pytest.raises(ServingFailedError, match="No temporary folder can be made"), serve_verified(iris, **HERE):
+        pass
+    # then
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"settings.json": "mine"}
+
+
+def test_python_may_be_named_from_the_present_folder(iris, monkeypatch):
+    python = Path(sys.executable)
+    monkeypatch.chdir(python.parent)
+    with serve_verified(iris, python=Path(f"./{python.name}")) as server:
+        assert ask(server.address, path="/ping")[0] == 200
+
+
+def test_model_without_signature_is_said_with_limits_too(tmp_path):
+    version = as_verified(save(tmp_path / "model", signature=None, input_example=None), iris_rows())
+    with (
+        pytest.raises(ServingFailedError, match="no signature of named columns"),
+        serve_verified(version, **HERE, limits=1.0),
+    ):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:.*integer column")  # MLflow's advice
+def test_limits_from_long_whole_numbers_are_exact(tmp_path):
+    # given numbers that a float cannot hold
+    rows = pd.DataFrame({"number": [2**53 + 1, 10**18 + 1, -(2**53) - 1, 0], "kind": ["a", "b"] * 2})
+    version = as_verified(save(tmp_path / "model", DummyClassifier(), rows, "kind"), rows)
+    assert training_limits(version) == {"number": (-(2**53) - 1, 10**18 + 1)}
+
+
 @pytest.mark.extended  # it takes long
 def test_port_in_use_is_said(iris):
     with (
@@ -211,6 +248,29 @@ def test_record_is_read_as_rows_in_the_order_of_the_answers(iris, tmp_path):
     expected = FEATURES.iloc[[0, 1, 50, 51], :3].reset_index(drop=True)
     pd.testing.assert_frame_equal(rows[[*expected]], expected)
     assert rows["prediction"].tolist() == ["setosa"] * 2 + ["versicolor"] * 2
+
+
+def written(folder: Path, inputs: dict[str, list]) -> Path:
+    """Write a record of one request with these columns, and return its folder."""
+    entry = {"time": "2026-01-31T12:00:00.000+00:00", "id": "id", "name": "flowers", "version": "7", "status": 200}
+    entry |= {"inputs": inputs, "predictions": ["setosa"] * len(next(iter(inputs.values())))}
+    (folder / "requests-2026-01-31-aa.jsonl").write_text(json.dumps(entry) + "\n")
+    return folder
+
+
+def test_record_with_gaps_is_read_as_the_model_got_it(tmp_path):
+    rows = read_record(written(tmp_path, {"long": [2**53 + 1, None], "text": ["a", None], "double": [0.5, None]}))
+    # then a whole number has all its digits, and a gap in text is the one that the guard gives to the model
+    assert rows["long"].dtype == "Int64"
+    assert rows["long"][0] == 2**53 + 1
+    assert rows["text"][1] is not None
+    assert rows.isna().loc[1, ["long", "text", "double"]].all()
+
+
+@pytest.mark.parametrize("name", ["request_id", "request_time", "model_name", "model_version", "prediction"])
+def test_column_that_is_called_as_what_is_told_of_answers_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"holds a column '{name}' of flowers"):
+        read_record(written(tmp_path, {name: [1.5]}))
 
 
 def test_empty_record_has_no_rows(tmp_path):
