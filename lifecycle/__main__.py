@@ -8,11 +8,16 @@ import os
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lifecycle import monitoring_commands, release_commands
-from lifecycle.shell import in_one_line, use_store
+from lifecycle.shell import FILE, JSON, PUBLIC_KEY, TYPES, in_one_line, telling, use_store
+
+if TYPE_CHECKING:
+    from lifecycle.report import Report
+    from lifecycle.scoring import Scored
 
 
 @click.group()
@@ -21,7 +26,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the problems as JSON.")
+@JSON
 @click.option("--mend", is_flag=True, help="Mend a SQLite store that was moved as a whole, after a copy.")
 @click.option("--yes", is_flag=True, help="Mend without asking.")
 def check(as_json: bool, mend: bool, yes: bool) -> None:
@@ -43,22 +48,22 @@ def check(as_json: bool, mend: bool, yes: bool) -> None:
 
 def mend_store(yes: bool) -> None:
     """Show what has to change in a store that was moved, and change it once somebody says yes."""
-    from lifecycle.moved import changes, mend
+    from lifecycle.moved import mend, moved_folders
     from lifecycle.store import tracking_uri
 
     path = Path(tracking_uri(Path.cwd()).removeprefix("sqlite:///"))
     with in_one_line():
-        wanted = changes(path) if path.is_file() else []
-    if not wanted:
+        folders = moved_folders(path) if path.is_file() else {}
+    if not folders:
         click.echo(
             "There is nothing to mend: the paths in the store lead to folders that are there, or there is no store."
         )
         return
-    click.echo("\n".join(map(str, wanted)))
+    click.echo("\n".join(f"{old} -> {new}" for old, new in folders.items()))
     if not yes:
         click.confirm("Change these paths, after a copy of the store?", abort=True)
     with in_one_line():
-        copy = mend(path, wanted)
+        copy = mend(path, folders)
     click.echo(f"Mended. The store as it was: {copy}")
 
 
@@ -66,21 +71,16 @@ def mend_store(yes: bool) -> None:
 @click.argument("experiment")
 @click.option("--metric", default="validation_f1", show_default=True, help="To compare by. More of it is better.")
 @click.option("--registered-model", metavar="NAME", help="To look up in production; EXPERIMENT_best_model by default.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="reports/EXPERIMENT by default.")
-@click.option("--json", "as_json", is_flag=True, help="Print what the report says as JSON.")
-def report(experiment: str, metric: str, registered_model: str | None, output: Path | None, as_json: bool) -> None:
+@click.option("--output", type=FILE, metavar="FOLDER", help="reports/EXPERIMENT by default.")
+@telling
+def report(experiment: str, metric: str, registered_model: str | None, output: Path | None) -> "tuple[Report, str]":
     """Write the report of EXPERIMENT: who wins, who is tied, what was left out and why; with table and charts."""
-    with in_one_line():
-        from lifecycle.report import make_report, verdict, write
+    from lifecycle.report import make_report, verdict, write
 
-        use_store()
-        made = make_report(experiment, metric, registered_model)
-        folder = output or Path("reports") / re.sub(r"[^\w.-]|^[.]+", "_", experiment)
-        write(made, folder)
-    if as_json:
-        click.echo(json.dumps(asdict(made), indent=2))
-    else:
-        click.echo(f"{verdict(made)}\nThe report: {folder / 'experiment_report.md'}")
+    made = make_report(experiment, metric, registered_model)
+    folder = output or Path("reports") / re.sub(r"[^\w.-]|^[.]+", "_", experiment)
+    write(made, folder)
+    return made, f"{verdict(made)}\nThe report: {folder / 'experiment_report.md'}"
 
 
 @main.command()
@@ -97,43 +97,39 @@ def ui(port: int | None) -> None:
 @click.option("--rows", required=True, metavar="PARQUET", help="A Parquet file or a folder of them.")
 @click.option("--result", required=True, metavar="FOLDER", help="Where keys and predictions go; not there yet.")
 @click.option("--key", default="id", show_default=True, help="The column of integers that tells the rows apart.")
-@click.option("--gaps", is_flag=True, help="Values may be missing, except in text: the model fills them.")
 @click.option("--master", default="local[*]", show_default=True, help="Spark's address.")
-@click.option("--public-key", type=click.Path(path_type=Path), help="By default the one beside the store.")
-@click.option("--trusted-type", "trusted_types", multiple=True, help="What the model may hold, as reviewed.")
+@PUBLIC_KEY
+@TYPES
 @click.option("--this-environment", is_flag=True, help="Score in this environment, and build none.")
 @click.option("--experiment", default="scoring", show_default=True, help="Where the run goes.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was scored as JSON.")
+@telling
 def score(
-    uri: str, as_json: bool, experiment: str, public_key: Path | None, this_environment: bool, **settings
-) -> None:
+    uri: str, rows: str, result: str, experiment: str, public_key: Path | None, this_environment: bool, **settings
+) -> "tuple[Scored, str]":
     """Score a Parquet data set with the signed version at URI on Spark, in the environment that it recorded."""
-    with in_one_line():
-        from lifecycle.keys import own_public_key
-        from lifecycle.scoring import check_result, score
-        from lifecycle.store import open_experiment
+    from lifecycle.keys import own_public_key
+    from lifecycle.scoring import check_result, score
+    from lifecycle.store import open_experiment
 
-        use_store()
-        rows, result = settings.pop("rows"), settings.pop("result")
-        check_result(result)
-        key = public_key or own_public_key(Path.cwd())
-        open_experiment(experiment, "Data sets scored by registered models.", Path.cwd())
-        scored = score(uri, rows, result, public_key=key, own_environment=not this_environment, **settings)
-    done = f"{scored.rows} rows (digest {scored.digest}) scored into {result}, recorded in run {scored.run_id}"
-    click.echo(json.dumps(asdict(scored)) if as_json else done)
+    check_result(result)
+    key = public_key or own_public_key(Path.cwd())
+    open_experiment(experiment, "Data sets scored by registered models.", Path.cwd())
+    scored = score(uri, rows, result, public_key=key, own_environment=not this_environment, **settings)
+    text = f"{scored.rows} rows (digest {scored.digest}) scored into {result}, recorded in run {scored.run_id}"
+    return scored, text
 
 
 @main.command()
 @click.argument("uri")
-@click.option("--public-key", type=click.Path(path_type=Path), help="By default the one beside the store.")
-@click.option("--trusted-type", "trusted_types", multiple=True, help="What the model may hold, as reviewed.")
+@PUBLIC_KEY
+@TYPES
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=5001, show_default=True, help="0 takes a free one.")
-@click.option("--record", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep requests and answers there.")
+@click.option("--record", type=FILE, metavar="FOLDER", help="Keep requests and answers there.")
 @click.option("--keep-days", type=click.IntRange(1), default=30, show_default=True, help="Then they are removed.")
 @click.option("--leave-out", multiple=True, metavar="COLUMN", help="Not kept, such as what tells a person.")
 @click.option("--limits", type=click.FloatRange(0), metavar="MARGIN", help="Refuse numbers beyond the training rows'.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Keep downloaded packages there.")
+@click.option("--cache", type=FILE, help="Keep downloaded packages there.")
 @click.option("--offline", is_flag=True, help="Take all packages from the cache.")
 def serve(uri: str, public_key: Path | None, **settings) -> None:
     """Serve the release at URI in the environment that it recorded, until Ctrl-C.

@@ -13,6 +13,7 @@ import pandas as pd
 
 from lifecycle.contents import names_and_versions
 from lifecycle.pins import read_pins
+from lifecycle.tables import in_markdown
 from lifecycle.verification import Verified
 
 if TYPE_CHECKING:
@@ -79,11 +80,6 @@ def check_sentences(**sentences: str) -> None:
             raise ValueError(f"The model card needs a sentence on the {what}; all else is read from MLflow.")
 
 
-def in_cell(value: object) -> str:
-    """Return a value from the store so that Markdown shows it: in one line, ending no cell and beginning no HTML."""
-    return " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
-
-
 def make_card(facts: dict) -> "Card":
     """Return the card as skops makes it; ``render()`` gives its Markdown.
 
@@ -121,7 +117,7 @@ def make_card(facts: dict) -> "Card":
     for title, (header, *body) in tables.items():
         if body:
             description = sources.get(title)
-            cells = pd.DataFrame([map(in_cell, row) for row in body], columns=header)
+            cells = pd.DataFrame([map(in_markdown, row) for row in body], columns=header)
             card.add_table(**{f"{top}/{title}": cells}, description=description)
             card.select(f"{top}/{title}").title = title  # skops 0.16 would print the version before it, too
     return card

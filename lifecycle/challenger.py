@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lifecycle.comparison import Interval, choose, rows_interval
-from lifecycle.drift import LIMITS, Limits
-from lifecycle.gate import scores_per_row
+from lifecycle.comparison import Interval, choose
+from lifecycle.gate import difference_of
 from lifecycle.monitoring import Baseline, Verdict, judge, labels_of
 from lifecycle.pins import find_model_requirements
 from lifecycle.signing import register_candidate
@@ -57,14 +56,12 @@ def challenge(
     *,
     key: Path,
     lock: Path,
-    requirements: Path | None = None,
-    limits: Limits = LIMITS,
-    seed: int = 0,
 ) -> "tuple[ModelVersion, Contest]":
     """Train a challenger, register and sign it as a candidate, and judge it beside the champion.
 
     It has the champion's recipe, and learns from the rows that the champion learned from and from one half of the new
     ones. Both models are judged on the usual rows and on the other half. No alias moves: that is `lifecycle.release`'s.
+    It records the project's pins, see ``lifecycle.pins.find_model_requirements``.
 
     Args:
         version: the champion, verified.
@@ -72,11 +69,7 @@ def challenge(
         usual: rows as before, with labels, that no model has learned from.
         new: rows that have drifted, with labels.
         key: the private key that signs the candidate.
-        lock: the list that holds the hashes of ``requirements``.
-        requirements: the pins that the candidate records, of this environment, in which it learns; by default the
-            project's, see ``lifecycle.pins.find_model_requirements``.
-        limits: from where on a finding is an alarm.
-        seed: of the halves and of the bootstrap.
+        lock: the list that holds the hashes of these pins.
 
     Raises:
         NoChallengeError: the new rows have not drifted, or are broken, or have no or other labels; or the usual ones
@@ -86,15 +79,15 @@ def challenge(
     from sklearn.base import clone
     from sklearn.model_selection import train_test_split
 
-    _refuse(known, usual, new, limits)
+    _refuse(known, usual, new)
     columns = [*known.features, known.target]
     usual, new = (rows[known.features].assign(**{known.target: labels_of(known, rows)}) for rows in (usual, new))
-    learned, judged = train_test_split(new, test_size=0.5, stratify=new[known.target], random_state=seed)
+    learned, judged = train_test_split(new, test_size=0.5, stratify=new[known.target], random_state=0)
     rows = pd.concat([known.rows[columns], learned], ignore_index=True)
     model = clone(known.estimator).fit(rows[known.features], rows[known.target])
     name, source = version.statement.registered_model, mlflow.models.Model.load(str(version.folder))
     data = mlflow.data.from_pandas(rows, name="old_and_new_rows", targets=known.target)
-    found = contest(known, model, usual, judged, seed=seed)
+    found = contest(known, model, usual, judged)
     with (
         mlflow.start_run(run_name="challenger", tags={"champion": version.uri}),
         tempfile.TemporaryDirectory() as folder,
@@ -105,7 +98,7 @@ def challenge(
             f"{folder}/model",
             signature=source.signature,
             input_example=rows[known.features].head(3),
-            pip_requirements=str(requirements or find_model_requirements()),
+            pip_requirements=str(find_model_requirements()),
             skops_trusted_types=source.flavors["sklearn"].get("skops_trusted_types"),
         )
         candidate = register_candidate(Path(folder) / "model", name, key=key, lock=lock, training_rows=rows)
@@ -115,7 +108,7 @@ def challenge(
     return candidate, found
 
 
-def contest(known: Baseline, challenger: object, usual: pd.DataFrame, new: pd.DataFrame, *, seed: int = 0) -> Contest:
+def contest(known: Baseline, challenger: object, usual: pd.DataFrame, new: pd.DataFrame) -> Contest:
     """Judge a challenger and the champion on the same rows.
 
     The challenger wins if it is better on all of them by a difference that counts, and not worse on the usual ones by a
@@ -126,30 +119,20 @@ def contest(known: Baseline, challenger: object, usual: pd.DataFrame, new: pd.Da
         challenger: a fitted scikit-learn classifier.
         usual: rows as before, with labels, that neither has learned from.
         new: rows that have drifted, with labels, that neither has learned from.
-        seed: of the bootstrap.
     """
-    models = challenger, known.estimator
-    probable = all(hasattr(model, "predict_proba") for model in models)
-    columns = [*known.features, known.target]
-
-    def difference(rows: pd.DataFrame) -> Interval:
-        scores = [scores_per_row(model, rows[columns], known.target, probable=probable) for model in models]
-        return rows_interval(lambda _, values: values.mean(), rows[known.target], *scores, seed=seed)
-
+    models, columns = (challenger, known.estimator), [*known.features, known.target]
     rows = pd.concat([usual, new], ignore_index=True)
-    on_usual, on_new, on_both = difference(usual), difference(new), difference(rows)
-    winner = choose(["champion", "challenger"], lambda *_: on_both)
-    if on_usual.counts and on_usual.difference < 0:
-        winner = "champion"
+    on_usual, on_new, on_both = (difference_of(models, part[columns], known.target) for part in (usual, new, rows))
+    winner = "champion" if on_usual.high < 0 else choose(["champion", "challenger"], lambda *_: on_both)
     return Contest(on_usual, on_new, on_both, winner, rows)
 
 
-def _refuse(known: Baseline, usual: pd.DataFrame, new: pd.DataFrame, limits: Limits) -> None:
+def _refuse(known: Baseline, usual: pd.DataFrame, new: pd.DataFrame) -> None:
     """Refuse rows from which nobody may learn, or by which nobody can be judged."""
     for name, rows, wanted in (("usual", usual, Verdict.QUIET), ("new", new, Verdict.DRIFT)):
         if known.target not in rows or rows[known.target].isna().any():
             raise NoChallengeError(f"The {name} rows have no labels in {known.target!r}, at least in part. Add them.")
-        judgement = judge(known, rows, limits)
+        judgement = judge(known, rows)
         if judgement.verdict != wanted:
             said = "; ".join(judgement.reasons) or "nothing has changed"
             raise NoChallengeError(f"The {name} rows: {judgement.verdict} ({said}). A challenger needs {wanted} there.")

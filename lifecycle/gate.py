@@ -5,6 +5,7 @@ how sure a difference is, whether the model has seen the test rows, or whether i
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,14 +104,17 @@ def check_version(
             name = f"holder, version {holder.statement.version}"
             with mlflow.start_run(run_name=name, nested=True, experiment_id=experiment):
                 evaluate(holder, rows, target)
-            difference = difference_of(candidate, holder, rows, target)
+            models = [mlflow.sklearn.load_model(str(version.folder)) for version in (candidate, holder)]
+            difference = difference_of(models, rows, target)
         checks.append(check_difference(difference, holder, len(rows), allow_equal=allow_equal))
     except Exception as error:  # whatever the model raises
         checks.append(Check("score", FAILED, f"cannot be scored: {' '.join(str(error).split())[:300]}"))
-    if all(check.result == PASSED for check in checks):
-        checks.append(check_environment(candidate, rows.drop(columns=target), cache) if rebuild else not_rebuilt())
-    else:
+    if any(check.result == FAILED for check in checks):
         checks.append(Check("fresh environment", UNCHECKED, "another check failed"))
+    elif rebuild:
+        checks.append(check_environment(candidate, rows.drop(columns=target), cache))
+    else:
+        checks.append(Check("fresh environment", UNCHECKED, "no environment was built, as was asked for"))
     return Verdict(checks, metrics, difference)
 
 
@@ -214,12 +218,10 @@ def scores_per_row(model, rows: pd.DataFrame, target: str, *, probable: bool) ->
     return np.log(np.clip(given, np.finfo(float).eps, None))
 
 
-def difference_of(candidate: Verified, holder: Verified, rows: pd.DataFrame, target: str) -> Interval:
-    """Return how much better the candidate is than the holder on the same rows, by log loss, or else by accuracy."""
-    models = [mlflow.sklearn.load_model(str(version.folder)) for version in (candidate, holder)]
+def difference_of(models: Sequence, rows: pd.DataFrame, target: str) -> Interval:
+    """Return how much better the first of two models is than the second on the same rows, by log loss, or accuracy."""
     probable = all(hasattr(model, "predict_proba") for model in models)
-    scores = [scores_per_row(model, rows, target, probable=probable) for model in models]
-    return rows_interval(lambda _, values: values.mean(), rows[target], *scores)
+    return rows_interval(*(scores_per_row(model, rows, target, probable=probable) for model in models))
 
 
 def check_difference(difference: Interval | None, holder: Verified | None, count: int, *, allow_equal: bool) -> Check:
@@ -245,8 +247,3 @@ def check_environment(candidate: Verified, features: pd.DataFrame, cache: Path |
     same = sum(one == other for one, other in zip(here, there, strict=True))
     found = [f"{same} of {len(here)} predictions are the same", python_note(candidate.folder)]
     return Check("fresh environment", PASSED if same == len(here) else FAILED, ". ".join(filter(None, found)))
-
-
-def not_rebuilt() -> Check:
-    """Return the check of the environment as left out."""
-    return Check("fresh environment", UNCHECKED, "no environment was built, as was asked for")

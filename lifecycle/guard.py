@@ -359,7 +359,6 @@ class Guard:
         if unknown := set(settings.leave_out) - set(self.columns.rules):
             raise ValueError(f"There are no such columns to leave out: {', '.join(sorted(unknown))}")
         self.model, self.untold = mlflow.sklearn.load_model(settings.model), 1000
-        self.predict = getattr(self.model, described.flavors["python_function"].get("predict_fn", "predict"))
         self.kept = [name for name in self.columns.rules if name not in settings.leave_out]
         self.record = Record(settings.record, settings.keep_days) if settings.record else None
         self.version = {"name": settings.name, "version": settings.version, "key_fingerprint": settings.key_fingerprint}
@@ -403,7 +402,7 @@ class Guard:
             raise RefusedError(400, "this model gives no probabilities of the classes of one target")
         rows = self.columns.frame(table)
         try:
-            answer = {"predictions": np.asarray(self.predict(rows)).tolist()}
+            answer = {"predictions": np.asarray(self.model.predict(rows)).tolist()}
             if probabilities:
                 answer["classes"] = np.asarray(classes).tolist()
                 answer["probabilities"] = np.asarray(self.model.predict_proba(rows)).tolist()

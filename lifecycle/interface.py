@@ -36,9 +36,8 @@ def labelled_links(store: str, server: str) -> str:
         if not models:
             sys.exit("No model is registered in this store yet. Make one first: make run")
         name, runs, experiments = models[0].name, {}, []
-        mark = '"' if "'" in name else "'"
-        with contextlib.suppress(mlflow.MlflowException):  # the name has both kinds of quotes, or a run was removed
-            versions = client.search_model_versions(f"name = {mark}{name}{mark}")
+        with contextlib.suppress(mlflow.MlflowException):  # a run was removed
+            versions = client.search_model_versions(f"name = {name!r}")
             newest = sorted(versions, key=lambda version: int(version.version))[-2:]
             found = {str(version.version): client.get_run(version.run_id) for version in newest if version.run_id}
             runs = {version: run.info.run_id for version, run in found.items()}

@@ -73,13 +73,13 @@ class Baseline:
     estimator: object
 
 
-def baseline(version: Verified, expected: Share | None = None) -> Baseline:
+def baseline(version: Verified) -> Baseline:
     """Return what batches are compared with, all of it from what was signed. The model is loaded in this process.
+
+    The store's word for a metric is not signed, so the version's recipe is cross-validated on its own rows.
 
     Args:
         version: a verified version of a scikit-learn classifier.
-        expected: its accuracy in an evaluation of yours. By default its recipe is cross-validated on its own rows,
-            because the store's word for a metric is not signed.
 
     Raises:
         ValueError: the model is no classifier with a column of classes among its rows, a class has a single row, or a
@@ -89,16 +89,13 @@ def baseline(version: Verified, expected: Share | None = None) -> Baseline:
     from sklearn.base import clone, is_classifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    described = mlflow.models.Model.load(str(version.folder))
-    signature, rows = described.signature, pd.read_parquet(version.training_rows)
+    rows, signature = pd.read_parquet(version.training_rows), mlflow.models.Model.load(str(version.folder)).signature
     rows = rows.fillna(np.nan)  # Parquet gives None for a gap in text, which scikit-learn takes for another value
     features = signature.inputs.input_names() if signature else []
     targets = [name for name in rows if name not in features]
     estimator = mlflow.sklearn.load_model(str(version.folder))
     if len(targets) != 1 or not is_classifier(estimator):
         raise ValueError(f"{version.uri} is no classifier with one target; beside its inputs it learned from {targets}")
-    if described.flavors["python_function"].get("predict_fn", "predict") != "predict":
-        raise ValueError(f"{version.uri} does not answer with classes. Save it without pyfunc_predict_fn.")
     if PREDICTION in rows:
         told = f"{version.uri} learned from a column {PREDICTION!r}, which in a batch is what a version has answered"
         raise ValueError(f"{told}. Rename the column, and train the model again.")
@@ -108,7 +105,7 @@ def baseline(version: Verified, expected: Share | None = None) -> Baseline:
         raise ValueError(f"A class of {target!r} has one row, so {version.uri} cannot be cross-validated.")
     folds = StratifiedKFold(min(5, smallest), shuffle=True, random_state=0)
     predictions = cross_val_predict(clone(estimator), rows[features], rows[target], cv=folds)
-    expected = expected or share(int((predictions == rows[target]).sum()), len(rows))
+    expected = share(int((predictions == rows[target]).sum()), len(rows))
     return Baseline(rows, features, target, predictions, expected, estimator)
 
 
@@ -166,9 +163,9 @@ def judge(known: Baseline, rows: pd.DataFrame, limits: Limits = LIMITS) -> Judge
     return Judgement(verdict, tuple(text for _, text in found), len(rows), drifts, ranges, accuracy, known.expected)
 
 
-def unusual(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) -> bool:
+def unusual(reference: pd.DataFrame, rows: pd.DataFrame) -> bool:
     """Tell whether a column has drifted or is out of range, for ``lifecycle.drift.false_alarms``."""
-    return any(column.alarm for column in (*drift(reference, rows, limits), *out_of_range(reference, rows, limits)))
+    return any(column.alarm for column in (*drift(reference, rows), *out_of_range(reference, rows)))
 
 
 def labels_of(known: Baseline, rows: pd.DataFrame) -> pd.Series:

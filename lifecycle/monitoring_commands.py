@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lifecycle.shell import in_one_line, use_store
+from lifecycle.shell import JSON, PUBLIC_KEY, TYPES, in_one_line, use_store
 
 
 class ErrorIsOne(click.Command):
@@ -25,13 +25,13 @@ class ErrorIsOne(click.Command):
 @click.argument("uri")
 @click.option("--rows", required=True, metavar="CSV", help="What the model was asked, with or without labels.")
 @click.option("--target", metavar="COLUMN", help="The labels, if the file names them otherwise than the model's rows.")
-@click.option("--public-key", type=click.Path(path_type=Path), help="By default the one beside the store.")
-@click.option("--trusted-type", "trusted_types", multiple=True, help="What the model may hold, as reviewed.")
+@PUBLIC_KEY
+@TYPES
 @click.option("--shift", default=0.5, show_default=True, help="Drift that counts, in standard deviations.")
 @click.option("--share", default=0.1, show_default=True, help="Drift that counts, as the share of rows of a category.")
 @click.option("--loss", default=0.05, show_default=True, help="Loss of accuracy that counts.")
 @click.option("--experiment", default="monitoring", show_default=True, help="Where the run goes.")
-@click.option("--json", "as_json", is_flag=True, help="Print the judgement as JSON.")
+@JSON
 def watch(
     uri: str,
     rows: str,

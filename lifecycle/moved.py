@@ -5,10 +5,9 @@ changes them (mlflow#3144, mlflow#8226).
 """
 
 import contextlib
+import itertools
 import re
 import sqlite3
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -23,41 +22,22 @@ COLUMNS = [
 ]
 
 
-@dataclass(frozen=True)
-class Change:
-    """Paths in one column of the store that begin with ``old`` and have to begin with ``new``."""
+def moved_folders(path: Path) -> dict[str, str]:
+    """Return each folder in which the store at ``path`` looks for its models in vain, and the one that they are in now.
 
-    table: str
-    column: str
-    old: str
-    new: str
-    rows: int
-
-    def __str__(self) -> str:
-        """Return the change in a line."""
-        return f"{self.rows} in {self.table}.{self.column}: {self.old} -> {self.new}"
-
-
-def changes(path: Path) -> list[Change]:
-    """Return what has to change in the store at ``path``, so that its models are found in ``mlruns`` beside it.
-
-    A path that leads to a folder which is there stays: a store that was copied goes on using the first one's models.
+    A folder whose ``mlruns`` is there is none of them: a store that was copied goes on using the first one's models.
 
     Raises:
         StoreUnusableError: what the store holds is not there, so it was not moved as a whole.
     """
-    path = Path(path).resolve()
-    found = []
+    path, found = Path(path).resolve(), {}
     with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-        for table, column in COLUMNS:
-            values = (row[0] or "" for row in database.execute(f'SELECT "{column}" FROM "{table}"'))
-            roots = Counter(written_root(value) for value in values)
-            for old, rows in sorted(roots.items()):
-                new = path.parent.as_uri() if old.startswith("file:") else path.parent.as_posix()
-                if old and not (Path(unquote(old.removeprefix("file://"))) / "mlruns").exists():
-                    found.append(Change(table, column, old, new, rows))
+        places = [row[0] for table, column in COLUMNS for row in database.execute(f'SELECT "{column}" FROM "{table}"')]
+    for old in sorted({written_root(place or "") for place in places} - {""}):
+        if not (Path(unquote(old.removeprefix("file://"))) / "mlruns").exists():
+            found[old] = path.parent.as_uri() if old.startswith("file:") else path.parent.as_posix()
     if found and not (path.parent / "mlruns").is_dir():
-        remedy = f"Move {unquote(found[0].old.removeprefix('file://'))}/mlruns there, too."
+        remedy = f"Move {unquote(min(found).removeprefix('file://'))}/mlruns there, too."
         raise StoreUnusableError(f"There is no folder mlruns beside {path}.", remedy)
     return found
 
@@ -68,8 +48,8 @@ def written_root(location: str) -> str:
     return found[1] if found else ""
 
 
-def mend(path: Path, wanted: list[Change]) -> Path:
-    """Make the changes in the store at ``path``, all or none, after a copy of it; return the copy.
+def mend(path: Path, folders: dict[str, str]) -> Path:
+    """Have the store at ``path`` look in the new folders, all or none, after a copy of it; return the copy.
 
     Raises:
         sqlite3.OperationalError: the store is locked or read-only; nothing has changed.
@@ -81,13 +61,10 @@ def mend(path: Path, wanted: list[Change]) -> Path:
         database.execute("BEGIN IMMEDIATE")
         with contextlib.closing(sqlite3.connect(path)) as reader, contextlib.closing(sqlite3.connect(copy)) as target:
             reader.backup(target)
-        for change in wanted:
-            value = f'? || substr("{change.column}", ?)'
-            where = f"""substr("{change.column}" || '/', 1, ?) = ?"""
-            start = f"{change.old}/mlruns/"
-            database.execute(
-                f'UPDATE "{change.table}" SET "{change.column}" = {value} WHERE {where}',
-                (change.new, len(change.old) + 1, len(start), start),
-            )
+        for (table, column), (old, new) in itertools.product(COLUMNS, folders.items()):
+            change = f'UPDATE "{table}" SET "{column}" = ? || substr("{column}", ?)'
+            start = f"{old}/mlruns/"
+            where = f"""WHERE substr("{column}" || '/', 1, ?) = ?"""
+            database.execute(f"{change} {where}", (new, len(old) + 1, len(start), start))
         database.execute("COMMIT")
     return copy

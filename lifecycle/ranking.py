@@ -158,20 +158,17 @@ def fold_scores(members: dict[tuple[str, str], list[Run]], metric: str) -> dict[
     the same training rows, too. Where a combination has several runs, it is the mean of theirs. The column of
     ``validation_f1`` is ``f1``.
     """
-    scores, first = {}, None
     learned_from = {frozenset(recorded_rows(run, LEARNED)) for runs in members.values() for run in runs}
     if len(learned_from) > 1 or frozenset() in learned_from:
         return None
+    scores = {}
     for key, runs in members.items():
-        of_runs = []
-        for run in runs:
-            folds = recorded_folds(run, metric.partition("_")[2] or metric)
-            first = folds if first is None else first
-            if folds is None or not (folds.index.equals(first.index) and np.isfinite(folds).all()):
-                return None
-            of_runs.append(folds)
-        scores[key] = pd.concat(of_runs, axis=1).mean(axis=1)
-    return scores if first.index.unique("fold").size > 1 else None
+        of_runs = [recorded_folds(run, metric.partition("_")[2] or metric) for run in runs]
+        if any(folds is None for folds in of_runs):
+            return None
+        scores[key] = pd.concat(of_runs, axis=1).mean(axis=1, skipna=False)
+    table = pd.concat(scores, axis=1)  # with a gap where a fold is not in all of them
+    return scores if np.isfinite(table).all(axis=None) and table.index.unique("fold").size > 1 else None
 
 
 def decided(members: dict[tuple[str, str], list[Run]], metric: str) -> tuple[tuple, list[tuple], dict, str]:

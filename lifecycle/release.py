@@ -7,7 +7,7 @@ signature that says so.
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,8 +19,8 @@ from mlflow.entities import Run
 from lifecycle.card import card_facts, check_sentences, make_card
 from lifecycle.gate import GateClosedError, Verdict, check_version, fitting_rows
 from lifecycle.git_tag import check_tag, make_tag
-from lifecycle.keys import public_half
-from lifecycle.signing import sign
+from lifecycle.keys import KeyRefusedError, new_key, present_public_key, public_half
+from lifecycle.signing import Statement, sign
 from lifecycle.store import create_experiment
 from lifecycle.tables import fingerprint
 from lifecycle.verification import NotVerifiedError, Verified, release_tag, released_now, verified
@@ -96,7 +96,7 @@ def release(
         name, number = candidate.statement.registered_model, candidate.statement.version
         tag = check_tag(repository, name, number, remote) if repository else ""
         holder = _holder(name, alias)
-        before = stack.enter_context(_verified_holder(name, alias, public, trusted_types)) if holder else None
+        before = _verified_holder(stack, name, alias, public, trusted_types) if holder else None
         if holder == number:
             return _finished(name, alias, number, before.statement.released_at)
         with _record(name, alias, number, holder, "release") as run:
@@ -146,7 +146,7 @@ def try_gate(
         name, number, before = candidate.statement.registered_model, candidate.statement.version, None
         holder = _holder(name, alias)
         if holder and holder != number:
-            before = stack.enter_context(_verified_holder(name, alias, public_key, trusted_types))
+            before = _verified_holder(stack, name, alias, public_key, trusted_types)
         with _record(name, alias, number, holder, "gate"):
             return check_version(candidate, before, rows, target, floors=floors, **settings)
 
@@ -192,39 +192,35 @@ def history(name: str, alias: str = "") -> list[Release]:
     experiment = mlflow.MlflowClient().get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return []
-    if "'" in name:
-        raise ValueError(f"MLflow's filters know no way to write the quote in {name!r}.")
-    wanted = f"tags.registered_model = '{name}'" + (f" and tags.alias = '{alias}'" if alias else "")
+    wanted = f"tags.registered_model = {name!r}" + (f" and tags.alias = {alias!r}" if alias else "")
     found = mlflow.search_runs([experiment.experiment_id], wanted, output_format="list", order_by=["start_time DESC"])
     return [_release_of(run) for run in found if run.data.tags.get("kind") != "gate"]
 
 
-def sign_anew(name: str, old_public_key: Path, key: Path, trusted_types=()) -> list[str]:
-    """Sign the versions of ``name`` that have an alias with a new key, if the old one verifies; return their numbers.
+def sign_anew(names: Iterable[str], folder: Path, trusted_types=()) -> tuple[Path, Path, list[Statement]]:
+    """Make a new key beside the store of ``folder``, and sign with it each version of ``names`` that has an alias.
+
+    All are verified with the present key before anything is changed. Its private half may be lost.
+
+    Returns:
+        The new key, the public half of the one before it, and what the versions are.
 
     Raises:
-        NotVerifiedError: a version is not what the old key signed.
-        KeyRefusedError: a key cannot be used.
-    """
-    signed = []
-    for alias in sorted(mlflow.MlflowClient().get_registered_model(name).aliases):
-        with verified(f"models:/{name}@{alias}", old_public_key, trusted_types=trusted_types) as copy:
-            sign(copy.folder.parent, copy.statement, key)
-            signed.append(copy.statement.version)
-    return signed
-
-
-def check_aliased(name: str, public_key: Path, trusted_types=()) -> None:
-    """Refuse a model of which ``sign_anew`` could not sign every version that has an alias; change nothing.
-
-    Raises:
-        NotVerifiedError: a version is not what the key signed.
-        KeyRefusedError: the public key is none.
+        NotVerifiedError: a version is not what the present key signed.
+        KeyRefusedError: there is no key yet, or it cannot be used.
         mlflow.MlflowException: there is no such model, or the store gives no answer.
     """
-    for alias in sorted(mlflow.MlflowClient().get_registered_model(name).aliases):
-        with verified(f"models:/{name}@{alias}", public_key, trusted_types=trusted_types):
-            pass
+    client, present = mlflow.MlflowClient(), present_public_key(folder)
+    if present is None:
+        raise KeyRefusedError("There is no key yet that could have signed a version. Leave out --sign-anew.")
+    with contextlib.ExitStack() as stack:
+        aliases = {name: sorted(client.get_registered_model(name).aliases) for name in names}
+        uris = [f"models:/{name}@{alias}" for name in aliases for alias in aliases[name]]
+        copies = [stack.enter_context(verified(uri, present, trusted_types=trusted_types)) for uri in uris]
+        key, before = new_key(folder)
+        for copy in copies:
+            sign(copy.folder.parent, copy.statement, key)
+    return key, before, [copy.statement for copy in copies]
 
 
 def _holder(name: str, alias: str) -> str:
@@ -232,18 +228,14 @@ def _holder(name: str, alias: str) -> str:
     return str(mlflow.MlflowClient().get_registered_model(name).aliases.get(alias, ""))
 
 
-@contextlib.contextmanager
-def _verified_holder(name: str, alias: str, public: Path, trusted_types) -> Iterator[Verified]:
+def _verified_holder(stack: contextlib.ExitStack, name: str, alias: str, public: Path, trusted_types) -> Verified:
     """Verify the version that holds the alias, which the gate will load, and say what to do where it does not."""
+    holder = verified(f"models:/{name}@{alias}", public, purpose="release", trusted_types=trusted_types)
     try:
-        holder = verified(f"models:/{name}@{alias}", public, purpose="release", trusted_types=trusted_types)
-        copy = holder.__enter__()
+        return stack.enter_context(holder)
     except NotVerifiedError as error:
         remedy = f"It holds {alias}, and the gate compares with it. If nobody shall use it, take the alias from it:"
         raise NotVerifiedError(f"{error} {remedy} client.delete_registered_model_alias({name!r}, {alias!r})") from None
-    with contextlib.ExitStack() as stack:
-        stack.push(holder)
-        yield copy
 
 
 def _finished(name: str, alias: str, number: str, moment: str) -> Release:
@@ -266,14 +258,8 @@ def _record(name: str, alias: str, number: str, before: str, kind: str) -> Itera
         if item.status == "RUNNING" and item.version == number:
             client.set_terminated(item.run_id, "KILLED")
     commit = client.get_run(client.get_model_version(name, number).run_id).data.tags.get("mlflow.source.git.commit", "")
-    tags = {
-        "registered_model": name,
-        "alias": alias,
-        "version": number,
-        "before": before,
-        "kind": kind,
-        "commit": commit,
-    }
+    tags = {"registered_model": name, "alias": alias, "version": number, "before": before, "kind": kind}
+    tags["commit"] = commit
     description = "Each run is a release or a rollback of a registered model."
     experiment = create_experiment(mlflow.get_tracking_uri(), EXPERIMENT, description)
     run_name = f"{kind} {name}/{number} as {alias}"

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from mlflow.entities import Run
 
 from lifecycle.ranking import Combination, Score, combination_of, comparable, is_candidate, is_final, ranked, rows_text
+from lifecycle.tables import in_markdown
 
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 CHARTS = {
@@ -93,8 +94,8 @@ def runs_of(experiment: str) -> list[Run]:
         names = ", ".join(sorted(other.name for other in mlflow.search_experiments()))
         state = "is deleted" if found else "is not in this store"
         raise NothingToCompareError(f"The experiment {experiment!r} {state}. Name one that is there: {names}")
-    runs = mlflow.search_runs([found.experiment_id], output_format="list")
-    return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_name, run.info.run_id))
+    order = ["start_time ASC", "attributes.run_name ASC"]
+    return mlflow.search_runs([found.experiment_id], order_by=order, output_format="list")
 
 
 def final_evaluation(finals: list[Run], winner: Combination) -> str:
@@ -164,27 +165,19 @@ def table(report: Report) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def table_rows(report: Report) -> list[list[str]]:
-    """Return the same as one reads it, below the heads of the columns."""
-    others = dict.fromkeys(name for item in report.combinations for name in item.scores if name != report.metric)
-    intervals = [item.against_winner for item in report.combinations]
-    against = ["minus the winner (95 % interval)"] if any(intervals) else []
-    rows = [["combination", "runs", report.metric, *against, *others]]
-    for item, interval in zip(report.combinations, intervals, strict=True):
-        difference = f"{interval.difference:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})" if interval else ""
-        row = [item.name, str(item.runs), str(item.scores[report.metric]), *[difference for _ in against]]
-        rows.append(row + [str(item.scores.get(metric, "")) for metric in others])
-    return rows
-
-
-def in_markdown(text: str) -> str:
-    """Return text from the store so that Markdown shows it: in one line, ending no cell and beginning no HTML."""
-    return " ".join(text.split()).replace("|", "/").replace("&", "&amp;").replace("<", "&lt;")
+def readable(report: Report) -> pd.DataFrame:
+    """Return the same as one reads it."""
+    rows = []
+    for item in report.combinations:
+        against = {"minus the winner": item.against_winner} if item.against_winner else {}
+        rows.append({"combination": item.name, "runs": item.runs, **item.scores, **against})
+    return pd.DataFrame(rows).fillna("").astype(str)
 
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown, without its charts."""
-    head, *body = [f"| {' | '.join(map(in_markdown, row))} |" for row in table_rows(report)]
+    cells, count = readable(report), len(report.combinations)
+    rows = [cells.columns, ["---"] * cells.shape[1], *cells.to_numpy()]
     runs = sum(item.runs for item in report.combinations)
     left_out = [f"- {reason}: {listed(names)}" for reason, names in report.left_out.items()]
     winner, sentences = in_markdown(report.winner), in_markdown(verdict(report).removeprefix(report.winner))
@@ -192,8 +185,8 @@ def markdown(report: Report) -> str:
         f"# Experiment report: {in_markdown(report.experiment)}",
         f"**{winner}** {sentences}",
         f"The rule: {report.rule}. The test rows of the final evaluation play no part in it.",
-        f"Compared: {runs} runs of {len(body)} combinations, all scored on the same rows: {in_markdown(report.rows)}.",
-        "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *body]),
+        f"Compared: {runs} runs of {count} combinations, all scored on the same rows: {in_markdown(report.rows)}.",
+        "\n".join(f"| {' | '.join(map(in_markdown, row))} |" for row in rows),
         f"Data of the winner: {in_markdown(report.data)}.",
         "## Left out",
         "\n".join(map(in_markdown, left_out)) or "No run that was meant to be compared.",
@@ -240,13 +233,10 @@ def chart(title: str, groups: dict[str, dict[str, Score]]) -> Figure:
     for number, label in enumerate(labels):
         found = [(place, bars[label]) for place, bars in enumerate(groups.values()) if label in bars]
         places = [place + (number - (len(labels) - 1) / 2) * width for place, _ in found]
-        scores = [score for _, score in found]
-        handles.append(axes.bar(places, [score.mean for score in scores], 0.92 * width, label=label))
-        for place, score in zip(places, scores, strict=True):
-            if score.lowest < score.highest:
-                axes.plot([place, place], [score.lowest, score.highest], "k_-", linewidth=1)
-            top = (place, max(score.highest, 0))
-            axes.annotate(f"{score.mean:.3f}", top, (0, 3), textcoords="offset points", ha="center", fontsize="small")
+        means = [score.mean for _, score in found]
+        ranges = [[score.mean - score.lowest for _, score in found], [score.highest - score.mean for _, score in found]]
+        handles.append(axes.bar(places, means, 0.92 * width, label=label, yerr=ranges))
+        axes.bar_label(handles[-1], fmt="%.3f", padding=3, fontsize="small")
     axes.set_xticks(range(len(groups)), list(groups), parse_math=False)
     axes.margins(y=0.15)
     axes.set_title(title)

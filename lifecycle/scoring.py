@@ -83,21 +83,19 @@ def quoted(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
 
 
-def check_rows(
-    spark: "SparkSession", path: str | Path, signature: "ModelSignature", key: str = "id", *, gaps: bool = False
-) -> CheckedRows:
+def check_rows(spark: "SparkSession", path: str | Path, signature: "ModelSignature", key: str = "id") -> CheckedRows:
     """Return the rows of the Parquet data set at ``path`` that a model with this signature can score.
 
-    The columns and their types are read from the files' schema, all else in one pass over the rows. The digest adds
-    up a hash of each row, so it depends neither on their order nor on files and partitions.
+    The columns and their types are read from the files' schema, all else in one pass over the rows. Values may be
+    missing where they were when the model learned, which a signature calls optional. Not so in text: Spark's gap there
+    is None, which scikit-learn takes for another value than NaN. The digest adds up a hash of each row, so it depends
+    neither on their order nor on files and partitions.
 
     Args:
         spark: a running session.
         path: a Parquet file or a folder of them, wherever Spark can read.
         signature: the model's.
         key: the column of integers that tells the rows apart.
-        gaps: whether values may be missing, for a model that fills them. Not in text: Spark's gap there is None, which
-            scikit-learn takes for another value than NaN, from which the model has learned.
 
     Raises:
         UnfitRowsError: a column is missing or of another type; there are no rows; a value is missing or infinite; or
@@ -115,11 +113,14 @@ def check_rows(
         listed = (f"{name} is {types.get(name, 'missing')}, not {' or '.join(sorted(wanted[name]))}" for name in wrong)
         raise UnfitRowsError(f"{refusal} {'; '.join(listed)}")
 
+    optional = {item.name for item in signature.inputs if not item.required and types[item.name] != "string"} - {key}
+
     def unsound(name: str):
+        gaps = name in optional
         if types[name] in FLOATS:
             finite = F.abs(quoted(name)) != float("inf") if gaps else F.abs(quoted(name)) < float("inf")
             return ~F.coalesce(finite, F.lit(gaps))
-        return F.lit(False) if gaps and name != key and types[name] != "string" else F.col(quoted(name)).isNull()
+        return F.lit(False) if gaps else F.col(quoted(name)).isNull()
 
     columns = [quoted(name) for name in wanted]
     digest = F.sum(F.xxhash64(*columns).cast("decimal(38, 0)"))
@@ -153,7 +154,6 @@ def score(
     result: str,
     *,
     key: str = "id",
-    gaps: bool = False,
     master: str = "local[*]",
     public_key: Path,
     trusted_types: list[str] | tuple[str, ...] = (),
@@ -168,7 +168,6 @@ def score(
         path: as for ``check_rows``.
         result: a folder that is not there yet.
         key: as for ``check_rows``.
-        gaps: as for ``check_rows``.
         master: Spark's address.
         public_key: the public half of the key that signed the version.
         trusted_types: see ``lifecycle.verification.verified``.
@@ -176,7 +175,7 @@ def score(
 
     Raises:
         NotVerifiedError: the version is not what was signed.
-        FileExistsError, UnfitRowsError, SparkMissingError, EnvironmentRefusedError: before anything is written.
+        FileExistsError, UnfitRowsError, EnvironmentNotBuiltError: before anything is written.
         SparkFailedError: Spark failed.
     """
     import mlflow
@@ -190,7 +189,7 @@ def score(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         spark = stack.enter_context(spark_session(master, scratch))
         model = mlflow.models.Model.load(str(version.folder))
-        rows = check_rows(spark, path, model.signature, key, gaps=gaps)
+        rows = check_rows(spark, path, model.signature, key)
         environment = "uv" if own_environment else "local"
         with verified_archives(version.packages) if own_environment else contextlib.nullcontext():
             predict = mlflow.pyfunc.spark_udf(spark, str(version.folder), env_manager=environment)

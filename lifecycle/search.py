@@ -7,7 +7,7 @@ runs of the trials are all that a search needs to go on.
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -33,62 +33,38 @@ def run_search(
     experiment_id: str,
     trials: int,
     seed: int,
-    points: Sequence[dict] | None = None,
-    jobs: int = 1,
-    timeout_seconds: float | None = None,
     tags: dict[str, str] | None = None,
-    progress: bool = False,
 ) -> tuple[optuna.Study, Run]:
     """Look for the parameters with the lowest score; go on with a search of the same name and rows that was cut off.
 
     Args:
         objective: takes an Optuna trial and returns its score.
         dataset: the rows that the objective learns from and is scored on.
-        name: what is searched, as in the run's name: two searches with one name, dataset, seed and points are the same.
+        name: what is searched, as in the run's name: two searches with one name, dataset and seed are the same.
         metric: the name of the score in the runs.
         experiment_id: where the run of the search and those of its trials go.
         trials: how many trials there shall be in the end, those before a kill included.
-        seed: of the sampler TPE. With more than one job, trials end in an order that no seed fixes.
-        points: what to try, one after the other, in place of what TPE suggests.
-        jobs: how many trials run side by side.
-        timeout_seconds: after which no new trial begins.
+        seed: of the sampler TPE.
         tags: go to the run of the search and to those of its trials.
-        progress: show a progress bar.
 
     Returns:
         The study, and the run of the search, which has the best parameters, their score and the number of trials.
 
     Raises:
-        ValueError: a number makes no sense.
+        ValueError: there shall be no trial.
         RuntimeError: no trial succeeded; with the error of the first.
     """
-    if trials < 1 or jobs == 0 or (timeout_seconds is not None and timeout_seconds <= 0):
-        raise ValueError("trials must be at least 1, jobs not 0, and timeout_seconds positive or None")
-    how = "TPE" if points is None else f"{len(points)} points"
-    search = f"{name}, {how}, seed {seed}, data {fingerprint(dataset.df)}"
-    study = optuna.create_study()
-    parent, count = begin(
-        study, search, dataset, metric, experiment_id, (tags or {}) | {"mlflow.runName": f"search {name}"}
-    )
+    if trials < 1:
+        raise ValueError("trials must be at least 1")
+    search = f"{name}, TPE, seed {seed}, data {fingerprint(dataset.df)}"
+    study, tags = optuna.create_study(), tags or {}
+    parent, count = begin(study, search, dataset, metric, experiment_id, tags | {"mlflow.runName": f"search {name}"})
     study.sampler = optuna.samplers.TPESampler(seed=seed + count)
-    remaining = max(trials - count, 0)
-    if points is not None:
-        tried = [trial.params for trial in study.trials]
-        left = [point for point in points if point not in tried][:remaining]
-        remaining = len(left)
-        for point in left:
-            study.enqueue_trial(point)
-    status = "FAILED"
+    status = "KILLED"  # by Ctrl+C, for example
     try:
-        study.optimize(
-            remembered(objective),
-            remaining,
-            timeout=timeout_seconds,
-            n_jobs=jobs,
-            catch=Exception,
-            callbacks=[log_trials(parent, metric, tags, dataset)],
-            show_progress_bar=progress,
-        )
+        callbacks = [log_trials(parent, metric, tags, dataset)]
+        study.optimize(remembered(objective), max(trials - count, 0), catch=Exception, callbacks=callbacks)
+        status = "FAILED"
         log_best(study, parent, metric)
         status = "FINISHED"
     finally:
@@ -154,9 +130,7 @@ def remembered(objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.T
     return wrapped
 
 
-def log_trials(
-    parent: Run, metric: str, tags: dict[str, str] | None = None, dataset: "PandasDataset | None" = None
-) -> Callable:
+def log_trials(parent: Run, metric: str, tags: dict[str, str], dataset: "PandasDataset") -> Callable:
     """Return a callback for ``study.optimize`` that logs each trial, as it ends, as a child run of ``parent``.
 
     Args:
@@ -165,12 +139,12 @@ def log_trials(
         tags: go to every child, such as the commit.
         dataset: what the trials learn from, which becomes an input of every child.
     """
-    client, inputs = mlflow.MlflowClient(), [dataset_input(dataset)] if dataset else []
+    client, data = mlflow.MlflowClient(), dataset_input(dataset)
 
     def log_trial(study: optuna.Study, trial: FrozenTrial) -> None:
         distributions = {name: distribution_to_json(value) for name, value in trial.distributions.items()}
         record = {"number": trial.number, "params": trial.params, "distributions": distributions}
-        marks = (tags or {}) | {"mlflow.parentRunId": parent.info.run_id, "trial": json.dumps(record)}
+        marks = tags | {"mlflow.parentRunId": parent.info.run_id, "trial": json.dumps(record)}
         metrics = {"duration_seconds": trial.duration.total_seconds()}
         completed = trial.state == TrialState.COMPLETE
         if completed:
@@ -180,8 +154,7 @@ def log_trials(
         began, ended = milliseconds(trial.datetime_start), milliseconds(trial.datetime_complete)
         run = client.create_run(parent.info.experiment_id, began, marks, f"trial {trial.number:03d}").info
         values = [Metric(name, value, ended, 0) for name, value in metrics.items()]
-        if inputs:
-            client.log_inputs(run.run_id, inputs)
+        client.log_inputs(run.run_id, [data])
         client.log_batch(run.run_id, values, [Param(name, str(value)) for name, value in trial.params.items()])
         client.set_terminated(run.run_id, "FINISHED" if completed else "FAILED", ended)
 
@@ -202,39 +175,16 @@ def unfinished(search: str, experiment_id: str) -> Run | None:
 
     A search at which a process of this machine still works is not cut off. Of one that was begun on another machine,
     nobody here can tell, so it is left alone. The parent run's tag ``process`` says who works at it. A search that
-    ended with failed trials alone is left alone, too: it can only begin anew, once the objective is mended.
+    has failed is left alone, too: it can only begin anew, once the objective is mended.
     """
-    filter_string = f"tags.search = '{quoted(search)}' and attributes.status != 'FINISHED'"
+    filter_string = f"tags.search = {search!r} and status != 'FINISHED' and status != 'FAILED'"
     this = psutil.Process()
     at_work = {process_name(process) for process in psutil.process_iter(["create_time"]) if process != this}
     for run in mlflow.search_runs([experiment_id], filter_string, output_format="list"):
         process = run.data.tags.get("process", "")
-        if process.startswith(f"{platform.node()} ") and process not in at_work and not in_vain(run):
+        if process.startswith(f"{platform.node()} ") and process not in at_work:
             return run
     return None
-
-
-def in_vain(parent: Run) -> bool:
-    """Return whether a search has ended with failed trials alone."""
-    statuses = {run.info.status for run in trial_runs(parent)}
-    return parent.info.status == "FAILED" and "FAILED" in statuses and "FINISHED" not in statuses
-
-
-def trial_runs(parent: Run) -> list[Run]:
-    """Return the runs of the trials of a search."""
-    filter_string = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    return mlflow.search_runs([parent.info.experiment_id], filter_string, output_format="list")
-
-
-def quoted(text: str) -> str:
-    """Return ``text`` for use in quotes in a filter string.
-
-    Raises:
-        ValueError: it has a quote, for which MLflow's filters know no escape.
-    """
-    if "'" in text:
-        raise ValueError(f"Name the search without quotes, which MLflow cannot look for: {text}")
-    return text
 
 
 def take_up(study: optuna.Study, parent: Run, metric: str) -> int:
@@ -242,8 +192,9 @@ def take_up(study: optuna.Study, parent: Run, metric: str) -> int:
 
     A trial that was running when the end came was never logged. Its number stays empty, and it is tried anew.
     """
-    ended = [run for run in trial_runs(parent) if run.info.status in ("FINISHED", "FAILED")]
-    trials = dict(logged_trial(run, metric) for run in ended)
+    filter_string = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    found = mlflow.search_runs([parent.info.experiment_id], filter_string, output_format="list")
+    trials = dict(logged_trial(run, metric) for run in found if run.info.status in ("FINISHED", "FAILED"))
     for number in range(max(trials, default=-1) + 1):
         study.add_trial(trials.get(number) or create_trial(state=TrialState.FAIL))
     return len(trials)

@@ -98,19 +98,14 @@ def serve(uri: str, public_key: Path, *, trusted_types: tuple[str, ...] = (), **
 def serve_verified(
     version: "Verified",
     *,
-    host: str = "127.0.0.1",
-    port: int = 0,
     limits: dict[str, tuple[float, float]] | float | None = None,
     record: Path | None = None,
-    keep_days: int = 30,
-    leave_out: tuple[str, ...] = (),
-    largest_body: int = 1_000_000,
-    patience_seconds: float = 10,
     cache: Path | None = None,
     offline: bool = False,
     python: Path | None = None,
     log: IO | None = None,
     start_seconds: float = 120,
+    **settings,
 ) -> Iterator[Server]:
     """Serve a verified version from its own environment until the end of the block; then nothing of it is left.
 
@@ -119,32 +114,24 @@ def serve_verified(
 
     Args:
         version: what `lifecycle.verification.verified` has given.
-        host: the address to listen on; by default only this machine can ask.
-        port: the port to listen on; 0 takes a free one.
         limits: for a column of numbers its lowest and highest value; or the margin for `training_limits`.
         record: a folder, made if need be, in which requests and answers are kept. `read_record` reads it.
-        keep_days: after how many days they are removed.
-        leave_out: columns that are not kept, such as what tells a person.
-        largest_body: of a request, in bytes.
-        patience_seconds: how long a client may take to send a request, or to read an answer.
         cache: where packages that were downloaded are kept; see `lifecycle.environment.built`.
         offline: take all packages from ``cache``.
         python: the Python of an environment that is there already; then none is built.
         log: where the server writes what went wrong; by default it is kept for `ServingFailedError` only.
         start_seconds: how long loading the model may take.
+        settings: the others of `lifecycle.guard.Settings`, such as the port.
 
     Raises:
         EnvironmentNotBuiltError: the environment cannot be built.
         ServingFailedError: the model cannot be loaded, has no signature of named columns, or a setting does not fit.
     """
-    statement = version.statement
     limits = limits if limits is None or isinstance(limits, dict) else training_limits(version, limits)
-    settings = {
-        "model": str(version.folder.resolve()), "name": statement.registered_model, "version": statement.version,
-        "key_fingerprint": version.key_fingerprint, "host": host, "port": port, "limits": limits or {},
-        "record": str(Path(record).resolve()) if record else None, "keep_days": keep_days, "leave_out": [*leave_out],
-        "largest_body": largest_body, "patience_seconds": patience_seconds,
-    }  # fmt: skip
+    about = (version.statement.registered_model, version.statement.version, version.key_fingerprint)
+    settings |= dict(zip(("name", "version", "key_fingerprint"), about, strict=True))
+    settings |= {"model": str(version.folder.resolve()), "limits": limits or {}}
+    settings |= {"record": str(Path(record).resolve())} if record else {}
     with _kept_folder() as folder, contextlib.ExitStack() as stack:
         if python is None:
             requirements = version.folder / "requirements.txt"
@@ -162,13 +149,10 @@ def serve_verified(
         began = time.monotonic()
         address = _first_line(process, start_seconds)
         if not address:
-            said = "" if log else _last_line(errors)
-            if time.monotonic() - began >= start_seconds:
-                said = f"Its start took longer than start_seconds={start_seconds:g}. {said}".rstrip()
-            elif not said:
-                said = "The log says why." if log else "Its log is empty."
+            late = time.monotonic() - began >= start_seconds
+            said = f"Its start took longer than start_seconds={start_seconds:g}. " if late else ""
+            said += "The log says why." if log else _last_line(errors) or "Its log is empty."
             raise ServingFailedError(f"{version.uri} is not served. {said}")
-        about = (statement.registered_model, statement.version, version.key_fingerprint)
         yield Server(address, version.uri, *about, process)
 
 

@@ -1,14 +1,21 @@
-"""What the commands of ``lifecycle`` share: errors in one line, and the store of the folder that they are called in."""
+"""What the commands of ``lifecycle`` share: options, errors in one line, and the store of the current folder."""
 
 import contextlib
+import functools
+import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
 
 import click
 
+FILE = click.Path(path_type=Path)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+PUBLIC_KEY = click.option("--public-key", type=FILE, help="By default the one beside the store.")
+TYPES = click.option("--trusted-type", "trusted_types", multiple=True, help="What the model may hold, as reviewed.")
 QUIET = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -44,3 +51,20 @@ def use_store() -> None:
         raise StoreUnusableError(f"There is no store at {uri} yet.", "Make one first: make run")
     check_store(Path.cwd())
     mlflow.set_tracking_uri(uri)
+
+
+def telling(answer: Callable) -> Callable:
+    """Make the body of a command from a function that returns its result and the text that tells it.
+
+    The store of this folder is the active one then. The text is printed, or with ``--json`` the result.
+    """
+
+    @JSON
+    @functools.wraps(answer)
+    def body(as_json: bool, **options) -> None:
+        with in_one_line():
+            use_store()
+            result, text = answer(**options)
+        click.echo(json.dumps(result, default=asdict) if as_json else text)
+
+    return body

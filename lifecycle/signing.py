@@ -52,8 +52,8 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
         ValueError: a pin has no hash in the lock, no run is active, Parquet cannot hold the training rows, or MLflow
             could not find the files of a version of this name. Then nothing was logged.
     """
-    if re.search(r"[#?@\n]", name):
-        raise ValueError(f"A registered model's name must have no # ? @ or new line, which lead elsewhere: {name!r}")
+    if re.search(r"""[#?@'"\\\n]""", name):
+        raise ValueError(f"A registered model's name must have no # ? @ \\ quote or new line: {name!r}")
     load_private(key)
     packages, run = locked(read_pins(Path(folder) / "requirements.txt"), lock), mlflow.active_run()
     if run is None:
@@ -62,7 +62,11 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "version"
         root.mkdir()
-        _write_rows(training_rows, root / "training_rows.parquet")
+        try:
+            training_rows.to_parquet(root / "training_rows.parquet", index=False)
+        except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
+            told = f"Parquet cannot hold the training rows: {'. '.join(map(str, error.args))}"
+            raise ValueError(f"{told}. Give each column values of one type, and train the model again.") from None
         logged = mlflow.initialize_logged_model(name, params=client.get_run(run_id).data.params)
         model = mlflow.models.Model.load(str(Path(folder) / "MLmodel"))
         model.model_id, model.run_id = logged.model_id, run_id
@@ -81,24 +85,8 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
     return version
 
 
-def _write_rows(rows: pd.DataFrame, path: Path) -> None:
-    """Write the training rows, or say which column Parquet cannot hold, such as one that mixes text and numbers."""
-    refusals = (TypeError, ValueError, NotImplementedError, OverflowError)
-    try:
-        rows.to_parquet(path, index=False)
-    except refusals:
-        for place, name in enumerate(rows):
-            try:
-                rows.iloc[:, [place]].to_parquet(path, index=False)
-            except refusals as error:
-                told = f"Parquet cannot hold the column {name!r} of the training rows: {error.args[0]}"
-                remedy = "Give it values of one type, all text or all numbers, and train the model again."
-                raise ValueError(f"{told.rstrip('.')}. {remedy}") from None
-        raise
-
-
-def sign(root: Path, statement: Statement, key: Path) -> str:
-    """Sign the version in ``root``, with ``statement``, and log the evidence to its run; return where it is there.
+def sign(root: Path, statement: Statement, key: Path) -> None:
+    """Sign the version in ``root``, with ``statement``, and log the evidence to its run.
 
     Args:
         root: a folder with ``model`` as saved or verified here, and beside it ``packages.txt``,
@@ -114,7 +102,6 @@ def sign(root: Path, statement: Statement, key: Path) -> str:
         signature = evidence / f"{fingerprint_of(public)[:16]}.sig"
         signer.use_elliptic_key_signer(private_key=Path(key)).sign(root, signature)
         mlflow.MlflowClient().log_artifacts(statement.run_id, str(evidence), evidence_place(statement))
-    return evidence_place(statement)
 
 
 def every_file() -> model_signing.hashing.Config:

@@ -19,22 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
+from lifecycle.environment import EnvironmentNotBuiltError
 from lifecycle.store import printable
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
-class SparkMissingError(RuntimeError):
-    """Spark cannot be started here."""
-
-
 class SparkFailedError(RuntimeError):
-    """Spark could not do what it was told."""
-
-
-class EnvironmentRefusedError(RuntimeError):
-    """MLflow cannot build a model's environment with archives that are verified."""
+    """Spark could not be started, or could not do what it was told."""
 
 
 @contextlib.contextmanager
@@ -48,13 +41,12 @@ def spark_session(master: str, scratch: Path) -> Iterator["SparkSession"]:
         scratch: a folder, which the caller removes. What Spark and its workers print is in ``spark.log`` there.
 
     Raises:
-        SparkMissingError: PySpark or Java is missing, or Java does not start.
-        SparkFailedError: Spark does not start, such as with a master that it does not reach.
+        SparkFailedError: PySpark or Java is missing, or Spark does not start, such as with a master out of reach.
     """
     if find_spec("pyspark") is None:
-        raise SparkMissingError("PySpark is missing. Install it: make scale")
+        raise SparkFailedError("PySpark is missing. Install it: make scale")
     if not shutil.which("java") and not os.environ.get("JAVA_HOME"):
-        raise SparkMissingError("Java 17 or later is missing. On Debian: apt-get install openjdk-17-jre-headless")
+        raise SparkFailedError("Java 17 or later is missing. On Debian: apt-get install openjdk-17-jre-headless")
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkRuntimeError
     from pyspark.java_gateway import launch_gateway
@@ -71,10 +63,10 @@ def spark_session(master: str, scratch: Path) -> Iterator["SparkSession"]:
                 with in_a_line("Spark did not start:"):
                     session = SparkSession(SparkContext(conf=configuration, gateway=gateway))
         except ConnectionRefusedError:
-            raise SparkMissingError("Spark has ended in this process and cannot start again. Use a new one.") from None
+            raise SparkFailedError("Spark has ended in this process and cannot start again. Use a new one.") from None
         except PySparkRuntimeError:
             said = re.findall(r"(?im)^(?!\s).*(?:error|exception|unrecognized).*$", log.read_text(errors="replace"))
-            raise SparkMissingError(f"Java, 17 or later, did not start Spark: {' '.join(said[:1])}") from None
+            raise SparkFailedError(f"Java, 17 or later, did not start Spark: {' '.join(said[:1])}") from None
         stack.callback(session.stop)
         yield session
 
@@ -134,14 +126,14 @@ def verified_archives(lock: str | Path) -> Iterator[None]:
         lock: the project's list, with the hashes of every archive, those of pip, setuptools and wheel included.
 
     Raises:
-        EnvironmentRefusedError: an archive is not the one in the lock, or a package is not in it; in uv's own words.
+        EnvironmentNotBuiltError: an archive is not the one in the lock, or a package is not in it; in uv's own words.
     """
     from mlflow.utils.process import ShellCommandException
 
     if not Path(lock).is_file():
-        raise EnvironmentRefusedError(f"There is no {lock} with the hashes. Put it there: git checkout {lock}")
+        raise EnvironmentNotBuiltError(f"There is no {lock} with the hashes. Put it there: git checkout {lock}")
     if " " in tempfile.gettempdir():
-        raise EnvironmentRefusedError(f"Set TMPDIR to a folder without a space, not {tempfile.gettempdir()}")
+        raise EnvironmentNotBuiltError(f"Set TMPDIR to a folder without a space, not {tempfile.gettempdir()}")
     programs = [sysconfig.get_path("scripts"), str(Path(sys.executable).resolve().parent), os.environ["PATH"]]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         shutil.copy(lock, f"{folder}/lock.txt")  # uv takes a space in a path for the end of it
@@ -157,7 +149,7 @@ def verified_archives(lock: str | Path) -> Iterator[None]:
             said = re.search(r"(?:error: |\u00d7 )(.+?)(?= Expected:| hint:| \d{4}/\d\d/|$)", text)
             cause = said[1].replace(" ╰─▶", ":") if said else "uv gave no reason"
             what = f"The model's environment was not built. {printable(cause)}."
-            raise EnvironmentRefusedError(f"{what} Give the lock that the model was logged with.") from None
+            raise EnvironmentNotBuiltError(f"{what} Give the lock that the model was logged with.") from None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, quote_plus, unquote
@@ -74,6 +75,17 @@ def _unusable(store: object, cause: object, remedy: str = "") -> StoreUnusableEr
     known = (text for pattern, text in REMEDIES.items() if re.search(pattern, cause))
     remedy = remedy or next(known, "Check MLFLOW_TRACKING_URI; see 'When something fails' in the README.")
     return StoreUnusableError(printable(f"Cannot use the MLflow store {store}: {cause}."), printable(remedy))
+
+
+@contextlib.contextmanager
+def _refusing(store: object) -> Iterator[None]:
+    """Say what is wrong with ``store``, and what to do, where anything fails in the block."""
+    try:
+        yield
+    except StoreUnusableError:
+        raise
+    except Exception as error:
+        raise _unusable(store, error) from None
 
 
 def _sqlite_path(uri: str) -> Path | None:
@@ -146,7 +158,7 @@ def make_sqlite_store(path: Path) -> None:
     """
     path = Path(path).resolve()
     lock = path.with_name(f"{path.name}.lock")
-    try:
+    with _refusing(path):
         if _is_complete(path):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,10 +172,6 @@ def make_sqlite_store(path: Path) -> None:
                 _replace_half_made(path)
         with contextlib.suppress(OSError):  # only now: whoever still waits for it finds the store complete
             lock.unlink(missing_ok=True)
-    except StoreUnusableError:
-        raise
-    except Exception as error:
-        raise _unusable(path, error) from None
 
 
 def prepare_store(folder: Path) -> None:
@@ -259,7 +267,7 @@ def check_store(folder: Path) -> None:
 
     uri = tracking_uri(folder)
     path = _sqlite_path(uri)
-    try:
+    with _refusing(uri):
         if path and not path.exists():
             return
         if path and not _is_complete(path):
@@ -270,10 +278,6 @@ def check_store(folder: Path) -> None:
         for experiment in mlflow.MlflowClient(uri).search_experiments() if path else []:
             if experiment.experiment_id != "0":  # Default, which MLflow makes wherever it is first started
                 _refuse_moved(path, experiment)
-    except StoreUnusableError:
-        raise
-    except Exception as error:
-        raise _unusable(uri, error) from None
 
 
 def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
@@ -291,7 +295,7 @@ def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
 
     uri = tracking_uri(folder)
     path = _sqlite_path(uri)
-    try:
+    with _refusing(uri):
         if path:
             make_sqlite_store(path)
             _refuse_at_once(path)
@@ -306,10 +310,6 @@ def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
             raise _unusable(uri, f"the experiment {name!r} is deleted", remedy + experiment.experiment_id)
         mlflow.set_tracking_uri(uri)
         return mlflow.set_experiment(experiment_id=experiment.experiment_id)  # by its name it could lose the race
-    except StoreUnusableError:
-        raise
-    except Exception as error:
-        raise _unusable(uri, error) from None
 
 
 def source_tags(source: str, folder: Path) -> dict[str, str]:

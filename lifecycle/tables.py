@@ -104,6 +104,11 @@ def check_table(rows: pd.DataFrame, target: str, *, test_share: float = 0.2, fol
         raise ValueError(f"A test share of {test_share} of {len(rows)} rows is too small for {len(counts)} classes.")
 
 
+def in_markdown(value: object) -> str:
+    """Return a value from the store so that Markdown shows it: in one line, ending no cell and beginning no HTML."""
+    return " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
+
+
 def as_text(column: pd.Series) -> pd.Series:
     """Return the values as text, and gaps as they are. 1 and 1.0 are the same: one gap makes whole numbers decimal."""
     return column.astype(object).map(lambda value: re.sub(r"^(-?\d+)\.0$", r"\1", str(value)), na_action="ignore")

@@ -161,11 +161,8 @@ def _downloaded(root: Path, version: ModelVersion, place: str, digits: str) -> P
 
 def _releases(name: str, alias: str) -> list[tuple[str, str]]:
     """Return each version of ``name`` that says that it was released as ``alias``, and when."""
-    found, token, client = [], None, mlflow.MlflowClient()
-    while token != "":
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        found += [(str(item.version), item.tags.get(release_tag(alias), "")) for item in page]
-        token = page.token or ""
+    versions = mlflow.search_model_versions(filter_string=f"name = {name!r}")
+    found = [(str(version.version), version.tags.get(release_tag(alias), "")) for version in versions]
     return [(number, time) for number, time in found if time]
 
 
@@ -176,21 +173,12 @@ def _refuse_older(name: str, alias: str, statement: Statement, public_key: Path)
             raise ValueError(
                 f"Version {number} was released as {alias} after it. To go back: lifecycle rollback {name}"
             )
-    newest = _newest_seen(public_key, name, alias)
-    if newest > statement.released_at:
+    folder, seen = _seen_releases(public_key, name, alias), statement.released_at.replace(":", "")
+    if max((path.name for path in folder.glob("*")), default="") > seen:
         raise ValueError(f"A newer release of {alias} was seen here before. To go back: lifecycle rollback {name}")
-    if newest < statement.released_at:
-        with contextlib.suppress(OSError):  # where the folder is read-only, this machine remembers nothing
-            folder = _seen_releases(public_key, name, alias)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / statement.released_at.replace(":", "")).touch()
-
-
-def _newest_seen(public_key: Path, name: str, alias: str) -> str:
-    """Return the time of the newest release that was seen on this machine; empty if none was."""
-    folder = _seen_releases(public_key, name, alias)
-    times = (re.sub(r"T(..)(..)", r"T\1:\2:", path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-    return max(times, default="")
+    with contextlib.suppress(OSError):  # where the folder is read-only, this machine remembers nothing
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / seen).touch()
 
 
 def _seen_releases(public_key: Path, name: str, alias: str) -> Path:

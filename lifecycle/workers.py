@@ -5,11 +5,10 @@ Optuna keeps the queue, and each trial is a child run in MLflow, logged by whoev
 """
 
 import contextlib
-import importlib
-import importlib.util
 import os
 import platform
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -82,22 +81,19 @@ def close_run(parent: Run, trial: optuna.trial.FrozenTrial) -> None:
         mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
 
 
-def make_queue(
-    address: str, run_id: str, trials: Sequence[Mapping[str, Any]], metric: str, direction: str = "maximize"
-) -> optuna.Study:
-    """Make the study of a search, and put its trials into the queue.
+def make_queue(address: str, run_id: str, trials: Sequence[Mapping[str, Any]], metric: str) -> optuna.Study:
+    """Make the study of a search for the highest value, and put its trials into the queue.
 
     Args:
         address: as for ``open_storage``.
         run_id: of the parent run. It becomes the name of the study.
         trials: for each, the settings that are not left to the sampler; ``{}`` leaves all to it.
         metric: the name under which workers log what the objective returns.
-        direction: "maximize" or "minimize".
 
     Raises:
         QueueUnusableError: as for ``open_storage``.
     """
-    study = optuna.create_study(storage=open_storage(address), study_name=run_id, direction=direction)
+    study = optuna.create_study(storage=open_storage(address), study_name=run_id, direction="maximize")
     study.set_user_attr("metric", metric)
     for settings in trials:
         study.enqueue_trial(dict(settings), user_attrs={WANTED: True})
@@ -105,33 +101,18 @@ def make_queue(
 
 
 def load_objective(where: str) -> Callable[[optuna.Trial], float]:
-    """Return the function that ``where`` names: ``FILE.py:function`` or ``package.module:function``.
+    """Return the function that ``where`` names: ``FILE.py:function``.
 
     Raises:
-        ValueError: there is no such file, module or function.
+        ValueError: there is no such file or function.
     """
     source, _, name = where.rpartition(":")
-    if source.endswith(".py"):
-        if not Path(source).is_file():
-            raise ValueError(f"There is no file {Path(source).resolve()} with an objective")
-        name_of_module = f"objective in {Path(source).stem}"  # as no other module is called
-        specification = importlib.util.spec_from_file_location(name_of_module, source)
-        module = importlib.util.module_from_spec(specification)
-        # Data classes look their module up. Afterwards it must not be there: joblib would give its processes mere names
-        # of the module's functions, which they cannot import.
-        sys.modules[name_of_module] = module
-        try:
-            specification.loader.exec_module(module)
-        finally:
-            del sys.modules[name_of_module]
-    else:
-        try:
-            module = importlib.import_module(source)
-        except (ModuleNotFoundError, ValueError) as error:
-            raise ValueError(f"Cannot import the objective {where!r}, as in FILE.py:function: {error}") from None
-    if not callable(getattr(module, name, None)):
+    if not Path(source).is_file():
+        raise ValueError(f"There is no file {Path(source).resolve()} with an objective, as in FILE.py:function")
+    found = runpy.run_path(source, run_name=f"objective in {Path(source).stem}").get(name)
+    if not callable(found):
         raise ValueError(f"There is no function {name!r} in {source}")
-    return getattr(module, name)
+    return found
 
 
 def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping[str, str]) -> Callable:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.base import clone
 from sklearn.metrics import log_loss
-from versions import LOCK, NAME, ROOT, iris_rows
+from versions import LOCK, NAME, iris_rows
 
 from lifecycle.challenger import NoChallengeError, challenge, contest
 from lifecycle.keys import own_key, own_public_key
@@ -40,7 +40,7 @@ def challenged(version, known, store):
     """Give a function that challenges the champion with rows."""
 
     def run(usual, new):
-        files = {"key": own_key(store), "lock": LOCK, "requirements": ROOT / "model_requirements.txt"}
+        files = {"key": own_key(store), "lock": LOCK}
         return challenge(version, known, usual, new, **files)
 
     return run
@@ -153,7 +153,7 @@ def test_classes_of_text_are_found_in_new_rows_that_a_file_gives_as_numbers(stor
     model = clone(known.estimator).fit(rows[FEATURES], rows[TARGET])
     champion = dataclasses.replace(known, rows=rows, predictions=model.predict(rows[FEATURES]), estimator=model)
     # when the labels are numbers
-    files = {"key": own_key(store), "lock": LOCK, "requirements": ROOT / "model_requirements.txt"}
+    files = {"key": own_key(store), "lock": LOCK}
     batches = [batch.assign(species=batch[TARGET].map(numbers)) for batch in (usual, changed())]
     _, found = challenge(version, champion, *batches, **files)
     # then

@@ -102,8 +102,12 @@ def test_scores_are_those_of_mlflow_and_in_the_run(judge, good, cautious):
     assert holder.data.tags["mlflow.parentRunId"] == candidate.info.run_id
 
 
+def loaded(*versions: Verified) -> list:
+    return [mlflow.sklearn.load_model(str(version.folder)) for version in versions]
+
+
 def test_difference_is_that_of_the_log_losses(good, cautious):
-    difference = difference_of(good, cautious, ROWS_TEST, "species")
+    difference = difference_of(loaded(good, cautious), ROWS_TEST, "species")
     losses = [
         log_loss(ROWS_TEST["species"], mlflow.sklearn.load_model(str(at.folder)).predict_proba(ROWS_TEST.iloc[:, :4]))
         for at in (cautious, good)
@@ -115,7 +119,7 @@ def test_difference_is_that_of_the_log_losses(good, cautious):
 def test_model_without_probabilities_is_compared_by_accuracy(good, version):
     dummy = version(DummyClassifier())
     ridge = version(RidgeClassifier())
-    difference = difference_of(ridge, dummy, ROWS_TEST, "species")
+    difference = difference_of(loaded(ridge, dummy), ROWS_TEST, "species")
     features, target = ROWS_TEST.drop(columns="species"), ROWS_TEST["species"]
     shares = [(mlflow.sklearn.load_model(str(at.folder)).predict(features) == target).mean() for at in (ridge, dummy)]
     assert difference.difference == pytest.approx(shares[0] - shares[1])
@@ -123,7 +127,7 @@ def test_model_without_probabilities_is_compared_by_accuracy(good, version):
 
 def test_class_that_the_holder_does_not_know_counts_against_it(good, version):
     two = ROWS_TRAIN[ROWS_TRAIN["species"] != "virginica"]
-    difference = difference_of(good, version(rows=two), ROWS_TEST, "species")
+    difference = difference_of(loaded(good, version(rows=two)), ROWS_TEST, "species")
     assert difference.low > 1
 
 

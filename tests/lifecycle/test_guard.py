@@ -613,7 +613,7 @@ def test_model_that_prints_is_answered(tmp_path):
 
 def test_model_that_fails_otherwise_is_answered_with_one_line(iris, capsys):
     guard = own_guard(iris)
-    guard.predict = lambda rows: rows.secret
+    guard.model.predict = lambda rows: rows.secret
     status, answer = answered(guard, {"inputs": THREE.to_dict("list")})
     assert (status, answer) == (500, {"message": "the model failed"})
     assert "secret" in capsys.readouterr().err

@@ -264,11 +264,6 @@ def test_expected_accuracy_is_that_of_cross_validation_on_the_rows_learned_from(
     assert known.expected.cases == 75
 
 
-def test_expected_accuracy_can_be_given(tmp_path):
-    known = baseline(version_of(tmp_path, None, ROWS), share(140, 150))
-    assert known.expected == share(140, 150)
-
-
 def test_target_is_the_column_that_the_model_is_not_asked_with(known):
     assert (known.target, known.features) == (TARGET, FEATURES)
 
@@ -285,14 +280,6 @@ def test_gaps_in_text_are_those_that_the_model_learned(tmp_path):
     known = baseline(version_of(tmp_path, make_pipeline(OneHotEncoder(), LogisticRegression()), rows, "kind"))
     # then the rows that it learned from are rows that it can take, and a challenger learns from the same gaps
     assert known.estimator.predict(known.rows[["group"]]).tolist() == rows["kind"].tolist()
-
-
-def test_model_that_answers_with_probabilities_is_refused_with_the_remedy(tmp_path):
-    version = version_of(tmp_path, None, ROWS)
-    path = version.folder / "MLmodel"
-    path.write_text(path.read_text().replace("predict_fn: predict\n", "predict_fn: predict_proba\n"))
-    with pytest.raises(ValueError, match=r"does not answer with classes\. Save it without pyfunc_predict_fn"):
-        baseline(version)
 
 
 @pytest.mark.parametrize("column", [FEATURES[0], TARGET])

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from execution import environment, finished, snapshot
+from matplotlib.container import BarContainer
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from lifecycle.__main__ import main
@@ -302,7 +303,7 @@ def test_difference_that_folds_do_not_confirm_does_not_count(store):
     assert (report.winner, report.tied) == (WINNER, ["RandomForest_basic"])
     found = report.combinations[1].against_winner
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert f"| {interval.difference:+.4f} ({interval.low:+.4f} to {interval.high:+.4f}) |" in markdown(report)
+    assert f"| {interval} |" in markdown(report)
     assert "The rule: a difference counts when its 95 % interval" in markdown(report)
 
 
@@ -472,13 +473,15 @@ def test_charts_show_means_with_their_range(store):
     (axes,) = drawn["all_runs_comparison.png"].axes
     assert axes.get_title() == "validation_f1 of all combinations, by feature set"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["basic", "subset"]
-    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    bars = [container for container in axes.containers if isinstance(container, BarContainer)]
+    heights = {each.get_label(): [bar.get_height() for bar in each] for each in bars}
     assert heights == {"A": [0.6, 0.5], "B": [0.8]}
-    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.7, 0.9]]
+    lines = [part[:, 1].tolist() for each in bars for part in each.errorbar.lines[2][0].get_segments()]
+    assert [line for line in lines if line[0] < line[1]] == [pytest.approx([0.7, 0.9])]
     # and each model stands once, on its best feature set, with all of its scores
     (axes,) = drawn["model_comparison.png"].axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["B\non basic", "A\non basic"]
-    assert len(axes.containers) == 4
+    assert len([container for container in axes.containers if isinstance(container, BarContainer)]) == 4
 
 
 @pytest.mark.parametrize("name", ["model_comparison.png", "all_runs_comparison.png"])
@@ -509,7 +512,7 @@ def test_charts_show_each_name_as_it_stands_in_the_store(store, tmp_path, model)
 def test_names_in_the_store_cannot_change_the_form_of_the_report(store):
     store.candidate("A|B_<script>\nx", 0.9)
     text = markdown(make_report(EXPERIMENT))
-    assert "| A/B_&lt;script> x | 1 |" in text
+    assert r"| A\|B_&lt;script> x | 1 |" in text
     assert "<script" not in text
 
 
@@ -600,7 +603,7 @@ def test_command_prints_json_and_nothing_else(store):
     assert said["combinations"][1]["scores"]["validation_f1"] == pytest.approx(
         {"mean": 0.94, "lowest": 0.84, "highest": 1.04}
     )
-    assert said["combinations"][1]["against_winner"]["confidence"] == 0.95
+    assert said["combinations"][1]["against_winner"]["low"] < 0
 
 
 @pytest.mark.parametrize("experiment", ["../../elsewhere", "/elsewhere", ".."])

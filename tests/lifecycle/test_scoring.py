@@ -145,15 +145,16 @@ def test_nan_in_a_file_is_refused(session, signature, tmp_path):
         scoring.check_rows(session, tmp_path / "nan", signature)
 
 
-def test_model_that_fills_gaps_gets_them_but_nothing_infinite(session, signature, tmp_path):
-    # given a gap, and the same with an infinite value beside it
+def test_model_that_learned_from_gaps_gets_them_but_nothing_infinite(session, tmp_path):
+    # given a model that knows gaps, rows with one, and the same with an infinite value beside it
+    signature = ModelSignature(Schema([ColSpec("double", name, required=False) for name in COLUMNS]))
     rows = pd.DataFrame({"id": range(3), **dict.fromkeys(COLUMNS, 1.0)}).assign(**{COLUMNS[1]: [None, 1.0, 1.0]})
     rows.to_parquet(tmp_path / "gap.parquet", index=False)
     rows.assign(**{COLUMNS[2]: [np.inf, 1.0, 1.0]}).to_parquet(tmp_path / "both.parquet", index=False)
     # when, then
-    assert scoring.check_rows(session, tmp_path / "gap.parquet", signature, gaps=True).count == 3
+    assert scoring.check_rows(session, tmp_path / "gap.parquet", signature).count == 3
     with pytest.raises(scoring.UnfitRowsError, match=re.escape(": petal length (cm) (1)")):
-        scoring.check_rows(session, tmp_path / "both.parquet", signature, gaps=True)
+        scoring.check_rows(session, tmp_path / "both.parquet", signature)
 
 
 def test_columns_of_every_type_come_from_the_signature(session, tmp_path):
@@ -231,7 +232,7 @@ def test_model_that_learned_from_gaps_gets_each_column_in_its_place(session, tmp
     mlflow.sklearn.save_model(model, tmp_path / "model", signature=signature, skops_trusted_types=["numpy.dtype"])
     rows.assign(id=range(150)).to_parquet(tmp_path / "rows.parquet", index=False)
     # when they are scored as `score` does it
-    checked = scoring.check_rows(session, tmp_path / "rows.parquet", signature, gaps=True)
+    checked = scoring.check_rows(session, tmp_path / "rows.parquet", signature)
     predict = mlflow.pyfunc.spark_udf(session, str(tmp_path / "model"), env_manager="local")
     columns = [scoring.quoted(name) for name in scoring.input_types(signature)]
     found = checked.frame.orderBy("id").select(predict(*columns).alias("prediction")).toPandas()["prediction"]
@@ -267,7 +268,7 @@ def test_archive_that_is_not_in_the_lock_is_refused_by_name(small_model, tmp_pat
     monkeypatch.setenv("UV_NO_VERIFY_HASHES", "1")
     variables = dict(os.environ)
     # when MLflow builds an environment by it
-    refused = pytest.raises(sparks.EnvironmentRefusedError, match=r"was not built\. .*wheel==")
+    refused = pytest.raises(sparks.EnvironmentNotBuiltError, match=r"was not built\. .*wheel==")
     with refused as error, sparks.verified_archives(tmp_path / "a lock.txt"):
         mlflow.models.predict(small_model, load_iris(as_frame=True).data.head(3), env_manager="uv")
     # then the refusal is all that is said, and all is as it was
@@ -277,11 +278,11 @@ def test_archive_that_is_not_in_the_lock_is_refused_by_name(small_model, tmp_pat
 
 
 def test_missing_lock_and_a_space_in_tmpdir_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(sparks.EnvironmentRefusedError, match="git checkout"), sparks.verified_archives("nowhere.txt"):
+    with pytest.raises(sparks.EnvironmentNotBuiltError, match="git checkout"), sparks.verified_archives("nowhere.txt"):
         pass
     (tmp_path / "a space").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a space"))
-    with pytest.raises(sparks.EnvironmentRefusedError, match="Set TMPDIR"), sparks.verified_archives(LOCK):
+    with pytest.raises(sparks.EnvironmentNotBuiltError, match="Set TMPDIR"), sparks.verified_archives(LOCK):
         pass
 
 
@@ -318,12 +319,12 @@ def test_spark_listens_on_loopback_only(session):
 
 def test_missing_pyspark_and_java_are_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(sparks, "find_spec", lambda name: None)
-    with pytest.raises(sparks.SparkMissingError, match="make scale"), sparks.spark_session("local", tmp_path):
+    with pytest.raises(sparks.SparkFailedError, match="make scale"), sparks.spark_session("local", tmp_path):
         pass
     monkeypatch.setattr(sparks, "find_spec", lambda name: name)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    with pytest.raises(sparks.SparkMissingError, match="Java 17 or later"), sparks.spark_session("local", tmp_path):
+    with pytest.raises(sparks.SparkFailedError, match="Java 17 or later"), sparks.spark_session("local", tmp_path):
         pass
 
 
@@ -337,7 +338,7 @@ def test_java_that_does_not_start_is_named(spark, tmp_path, monkeypatch):
     # when, then
     session = sparks.spark_session("local", tmp_path)
     with (
-        pytest.raises(sparks.SparkMissingError, match="did not start Spark: Unrecognized option"),
+        pytest.raises(sparks.SparkFailedError, match="did not start Spark: Unrecognized option"),
         session,
     ):
         pass

@@ -210,13 +210,13 @@ def test_model_whose_pin_has_no_hash_is_not_registered(folder, tmp_path):
         register_candidate(saved, "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
 
 
-@pytest.mark.parametrize("values", [["red", 1], [2**70, 1], [1j, 2j]], ids=["text and number", "large", "complex"])
+@pytest.mark.parametrize("values", [["red", 1], [1j, 2j]], ids=["text and number", "complex"])
 def test_column_that_parquet_cannot_hold_is_named_before_anything_is_logged(folder, tmp_path, values):
     # given a saved model, and training rows with such a column
     saved, rows = save(tmp_path / "saved"), iris_rows().assign(colour=values * 75)
     content = (saved / "MLmodel").read_text()
     # then
-    refusal = r"Parquet cannot hold the column 'colour' of the training rows: .+\. Give it values of one type"
+    refusal = r"Parquet cannot hold the training rows: .+ column colour .+\. Give each column values of one type"
     with mlflow.start_run(), pytest.raises(ValueError, match=refusal):
         register_candidate(saved, "iris", key=own_key(folder), lock=LOCK, training_rows=rows)
     assert len(mlflow.search_logged_models(output_format="list")) == 3
@@ -261,9 +261,9 @@ def test_version_that_the_database_gives_another_name_is_refused(folder):
     assert "What was signed is the candidate of version 1 of other" in refused(folder, "models:/iris/3")
 
 
-@pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", "a\nb"])
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", "a\nb", "a'b", 'a"b', "a\\b"])
 def test_name_that_leads_elsewhere_is_refused_before_anything_is_logged(folder, name):
-    with pytest.raises(ValueError, match=r"must have no # \? @ or new line"):
+    with pytest.raises(ValueError, match=r"must have no # \? @ \\ quote or new line"):
         register(folder, name=name)
     assert {model.name for model in mlflow.MlflowClient().search_registered_models()} == {"iris", "other"}
     assert len(mlflow.search_logged_models(output_format="list")) == 3
