@@ -64,7 +64,7 @@ def run_search(
     try:
         callbacks = [log_trials(parent, metric, tags, dataset)]
         study.optimize(remembered(objective), max(trials - count, 0), catch=Exception, callbacks=callbacks)
-        status = "FAILED"
+        status = "KILLED" if study.get_trials(states=[TrialState.COMPLETE]) else "FAILED"
         log_best(study, parent, metric)
         status = "FINISHED"
     finally:
