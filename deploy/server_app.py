@@ -3,7 +3,8 @@
 `basic-auth` lets every user choose where an experiment's files go, which may be another user's folder; it lets every
 user list all users; and it verifies as many wrong passwords as somebody sends, faster for a name that does not exist.
 Whoever makes an experiment or a registered model gets the right to it a moment after it is there, and in that moment it
-forbids the user's other programs to use it. Two that log the same data set at the same moment fail.
+forbids the user's other programs to use it. Of two that log the same data set, or set the same new alias or tag of a
+registered model, at the same moment, one fails.
 `mlflow server --app-name=team` starts this app; the name is known to MLflow by `server_app-1.dist-info`, beside this
 file.
 """
@@ -29,9 +30,15 @@ from werkzeug.security import check_password_hash, generate_password_hash
 WRONG_PASSWORDS = 5  # for one name, in each process of the server, before it waits
 WAIT = 60  # seconds
 HEADERS = (b"authorization", b"x-mlflow-authorization")  # both are read by MLflow
-# One at a time, over all processes: what is made together with its maker's right to it, and data sets, of which MLflow
-# asks whether they are there before it adds them.
-IN_TURN = ("/mlflow/experiments/create", "/mlflow/registered-models/create", "/mlflow/runs/log-inputs")
+# One at a time, over all processes: what is made together with its maker's right to it, and what MLflow adds after it
+# has looked that it is not there.
+IN_TURN = (
+    "/mlflow/experiments/create",
+    "/mlflow/registered-models/create",
+    "/mlflow/registered-models/alias",
+    "/mlflow/registered-models/set-tag",
+    "/mlflow/runs/log-inputs",
+)
 # Bytes of a body. What is larger is an upload, and handed on as it comes. A body that has a turn waits for it whole,
 # however large: MLflow, too, reads it whole.
 SMALL = 100_000
@@ -82,7 +89,8 @@ class Turns:
 
     async def __call__(self, scope, receive, send):
         """Hand on a request."""
-        headers, in_turn = dict(scope.get("headers", [])), scope.get("path", "").endswith(IN_TURN)
+        headers = dict(scope.get("headers", []))
+        in_turn = scope.get("method") == "POST" and scope["path"].endswith(IN_TURN)
         upload = b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > SMALL
         if scope["type"] != "http" or (upload and not in_turn):
             await self.served(scope, receive, send)
