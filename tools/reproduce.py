@@ -151,7 +151,8 @@ def outputs(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     for number, cell in enumerate(notebook.cells, 1):
         if cell.cell_type != "code" or "nbval-ignore-output" in cell.metadata.get("tags", []):
             continue
-        for place, output in enumerate(coalesce_streams(cell.outputs), 1):
+        in_order = sorted(coalesce_streams(cell.outputs), key=lambda output: output.get("name", "~"))
+        for place, output in enumerate(in_order, 1):  # Jupyter keeps no order between stderr and stdout
             data = {"text": output.text} if "text" in output else output.get("data", {"error": output.get("evalue")})
             for kind, value in data.items():
                 name = f"cell {number}, output {place}, {kind}"

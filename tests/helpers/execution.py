@@ -148,13 +148,14 @@ def executed(folder: Path) -> nbformat.NotebookNode:
 def text_outputs(notebook: nbformat.NotebookNode) -> list[str]:
     """Return all text that the notebook's cells printed or showed, an item per output.
 
-    Not that of cells with measured times, which nbval is told to ignore.
+    Not that of cells with measured times, which nbval is told to ignore. What a cell prints to stderr comes before what
+    it prints to stdout: Jupyter keeps no order between the two.
     """
     texts = []
     for cell in notebook.cells:
         if "nbval-ignore-output" in cell.metadata.get("tags", []):
             continue
-        for output in cell.get("outputs", []):
+        for output in sorted(cell.get("outputs", []), key=lambda output: output.get("name", "~")):
             data = output.get("data", {})
             texts.append(output.get("text") or data.get("text/markdown") or data.get("text/plain") or "")
     return texts

@@ -10,7 +10,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from execution import ROOT
+from execution import ROOT, text_outputs
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.impute import SimpleImputer
@@ -52,6 +52,16 @@ def differences(reproduce, notebook: nbformat.NotebookNode, other: nbformat.Note
 
 def test_equal_executions_do_not_differ(reproduce):
     assert differences(reproduce, executed(), executed()) == []
+
+
+def test_order_of_the_two_streams_is_no_difference(reproduce):
+    # given a cell that prints to both, of which one came first here and the other one there
+    notebook, other = executed(), executed()
+    for at, cell in ((0, notebook.cells[0]), (1, other.cells[0])):
+        cell.outputs.insert(at, new_output("stream", name="stderr", text="Registered.\n"))
+    # then
+    assert differences(reproduce, notebook, other) == []
+    assert text_outputs(notebook) == text_outputs(other)
 
 
 def test_altered_output_is_found(reproduce):
