@@ -121,7 +121,7 @@ def check_version(
 def fitting_rows(candidate: Verified, rows: pd.DataFrame, target: str, floors: dict[str, float]) -> pd.DataFrame:
     """Return the test rows, with their labels written as the candidate's classes; refuse what is no test of it.
 
-    Args: as for `check_version`, and so what is raised.
+    The arguments, and what is raised, are those of `check_version`.
     """
     if not floors:
         raise ValueError(NO_FLOOR)

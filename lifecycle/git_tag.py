@@ -38,7 +38,8 @@ def check_tag(project: Path, name: str, version: str, remote: str = "") -> str:
     changes = _git(project, "status", "--porcelain").stdout.splitlines()
     # What git does not allow in a tag becomes an underscore.
     tag = re.sub(r"[^\w.-]+|[.]{2,}|^[.-]", "_", name) + f"-v{version}"
-    ours = _is_of(project, tag, head, run.info.run_id)
+    tagged = _git(project, "rev-parse", f"{tag}^{{commit}}").stdout.strip()
+    ours = tagged == head and run.info.run_id in _git(project, "tag", "--list", "--format=%(contents)", tag).stdout
     there = _git(project, "ls-remote", "--tags", remote, tag) if remote else None
     refusals = {
         f"{project} is in no git repository with a commit": not head,
@@ -70,12 +71,6 @@ def make_tag(project: Path, tag: str, message: str, remote: str = "") -> None:
         raise TagRefusedError(
             f"The tag {tag} could not be made{' and pushed' * bool(remote)}; nothing was changed: {said}"
         )
-
-
-def _is_of(project: Path, tag: str, commit: str, run_id: str) -> bool:
-    """Return whether a tag is there on this commit, and its text has this run."""
-    tagged = _git(project, "rev-parse", f"{tag}^{{commit}}").stdout.strip()
-    return tagged == commit and run_id in _git(project, "tag", "--list", "--format=%(contents)", tag).stdout
 
 
 def _git(project: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -128,10 +128,9 @@ def serve_verified(
         ServingFailedError: the model cannot be loaded, has no signature of named columns, or a setting does not fit.
     """
     limits = limits if limits is None or isinstance(limits, dict) else training_limits(version, limits)
-    about = (version.statement.registered_model, version.statement.version, version.key_fingerprint)
-    settings |= dict(zip(("name", "version", "key_fingerprint"), about, strict=True))
-    settings |= {"model": str(version.folder.resolve()), "limits": limits or {}}
-    settings |= {"record": str(Path(record).resolve())} if record else {}
+    name, number, key = version.statement.registered_model, version.statement.version, version.key_fingerprint
+    settings |= {"model": str(version.folder.resolve()), "name": name, "version": number, "key_fingerprint": key}
+    settings |= {"limits": limits or {}, "record": str(Path(record).resolve()) if record else None}
     with _kept_folder() as folder, contextlib.ExitStack() as stack:
         if python is None:
             requirements = version.folder / "requirements.txt"
@@ -153,7 +152,7 @@ def serve_verified(
             said = f"Its start took longer than start_seconds={start_seconds:g}. " if late else ""
             said += "The log says why." if log else _last_line(errors) or "Its log is empty."
             raise ServingFailedError(f"{version.uri} is not served. {said}")
-        yield Server(address, version.uri, *about, process)
+        yield Server(address, version.uri, name, number, key, process)
 
 
 def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple[float, float]]:

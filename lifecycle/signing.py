@@ -50,7 +50,7 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
     Raises:
         KeyRefusedError: the key cannot be used.
         ValueError: a pin has no hash in the lock, no run is active, Parquet cannot hold the training rows, or MLflow
-            could not find the files of a version of this name. Then nothing was logged.
+            could not look up a version of this name, or its files. Then nothing was logged.
     """
     if re.search(r"""[#?@'"\\\n]""", name):
         raise ValueError(f"A registered model's name must have no # ? @ \\ quote or new line: {name!r}")

@@ -246,7 +246,7 @@ def test_search_that_differs_is_another(experiment_id, options):
     assert len(searches(experiment_id)) == 2
 
 
-def objective_of_points(trial):
+def parabola(trial):
     return (trial.suggest_float("x", -1, 1) - 0.5) ** 2 + trial.suggest_int("n", 1, 9)
 
 
@@ -272,7 +272,7 @@ def test_search_whose_trials_all_failed_begins_anew_with_the_mended_objective(ex
     with pytest.raises(RuntimeError, match="a typo"):
         run(experiment_id, mistaken, trials=2)
     # when it is started again without the mistake
-    _, parent = run(experiment_id, objective_of_points, trials=2)
+    _, parent = run(experiment_id, parabola, trials=2)
     # then all trials are run, in a search of its own
     assert "resumed" not in parent.data.tags
     assert parent.data.metrics["trials"] == 2
@@ -295,10 +295,9 @@ def test_failed_trials_of_a_killed_search_count_and_their_error_is_said(experime
     assert len(searches(experiment_id)) == 1
 
 
-@pytest.mark.parametrize("options", [{"trials": 0}], ids=str)
-def test_impossible_number_is_refused_before_anything_is_logged(experiment_id, options):
+def test_search_without_a_trial_is_refused_before_anything_is_logged(experiment_id):
     with pytest.raises(ValueError, match="trials must be at least 1"):
-        run(experiment_id, **options)
+        run(experiment_id, trials=0)
     assert searches(experiment_id) == []
 
 
