@@ -105,6 +105,7 @@ lock: $(INSTALLED) ## compile the locks from pyproject.toml (UPGRADE=1 to renew 
 lint: $(DEVELOPMENT) ## check code and notebooks with ruff
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/ruff format --check --line-length 88 project.ipynb
 
 browser: $(DEVELOPMENT) ## install what the tests of the interface need: a browser and its driver
 	$(BIN)/python tests/helpers/browser.py

@@ -24,8 +24,9 @@ NOT_REBUILT = ["NOT CHECKED: REBUILD_ENVIRONMENT is off, so no environment was b
 def environment(folder: Path, **variables: str) -> dict[str, str]:
     """Return this process's environment variables for a child that leaves nothing outside ``folder``.
 
-    The store is the default one unless ``variables`` name another. MLflow's usage telemetry is off, and so is the
-    notebook's step that builds an environment, which takes longer than all others together.
+    The store is the default one unless ``variables`` name another. MLflow's usage telemetry is off, and so are the
+    links with ids that it prints with a tracking server, and the notebook's step that builds an environment, which
+    takes longer than all others together.
     """
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
@@ -34,6 +35,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
         "TMPDIR": str(temporary),
         "TEMP": str(temporary),
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # processes for judging language models
     }
     return inherited | isolated | {"REBUILD_ENVIRONMENT": "off"} | variables

@@ -1,4 +1,4 @@
-"""Which version of the quickstart becomes the champion: the best of all, not of this execution."""
+"""Which version of the quickstart becomes the champion: the best of all executions by the first score."""
 
 import itertools
 
@@ -9,14 +9,19 @@ from kernels import execute_in
 
 pytestmark = pytest.mark.extended  # it takes long
 
-WORSE = """
+PIPELINE = """
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+
 def make_model(**parameters):
     return make_pipeline(StandardScaler(), LogisticRegression(**parameters))
 
 
-configurations = {"weak": {"C": 1e-6}, "weaker": {"C": 1e-9}}
 trusted_types = []
 """
+WORSE = PIPELINE + 'configurations = {"strong": {"C": 1e-6}, "stronger": {"C": 1e-9}}'
 
 
 def add_decoys(client):
@@ -96,3 +101,76 @@ def test_each_execution_adds_two_versions_and_keeps_the_old_ones(store):
     assert [sorted(versions) for versions, _ in executions] == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
     for (before, _), (after, _) in itertools.pairwise(executions):
         assert all(after[number].source == version.source for number, version in before.items())
+
+
+SETTINGS = """
+experiment_name = model_name = "tracking_quick_start"
+data_name = "iris"
+target_name = "species"
+description = "Another score."
+scoring = ["{}", "accuracy"]
+"""
+NEIGHBORS = """
+from sklearn.neighbors import KNeighborsClassifier
+
+
+def make_model(**parameters):
+    return KNeighborsClassifier(algorithm="brute", **parameters)
+
+
+configurations = {"30 neighbors": {"n_neighbors": 30}, "1 neighbor": {"n_neighbors": 1}}
+trusted_types = []
+"""
+
+
+def test_first_score_decides_where_scores_disagree(tmp_path, kernel):
+    # given two configurations, of which the first has the better log loss and the second the better accuracy
+    notebook = copy_project(tmp_path)
+    edit_cells(notebook, parameters=SETTINGS.format("neg_log_loss"), model=NEIGHBORS)
+    # when
+    assert execute_in(kernel, notebook, tmp_path) == ""
+    # then
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    first, second = (client.get_run(client.get_model_version(MODEL, number).run_id).data.metrics for number in "12")
+    assert first["neg_log_loss"] > second["neg_log_loss"]
+    assert first["accuracy"] < second["accuracy"]
+    assert client.get_model_version_by_alias(MODEL, "champion").version == 1
+
+
+def test_versions_without_the_first_score_are_an_error_and_the_champion_stays(tmp_path, kernel):
+    # given an execution that ranks by accuracy
+    notebook = copy_project(tmp_path)
+    assert execute_in(kernel, notebook, tmp_path) == ""
+    # when the next one ranks by a score that the first versions do not have
+    edit_cells(notebook, parameters=SETTINGS.format("balanced_accuracy"), model=WORSE)
+    error = execute_in(kernel, notebook, tmp_path)
+    # then
+    assert "A version has no balanced_accuracy: {" in error
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_model_version_by_alias(MODEL, "champion").version == 1
+
+
+IN_MAIN = (
+    PIPELINE.replace("make_pipeline(", "make_pipeline(FunctionTransformer(doubled), ")
+    + """
+def doubled(rows):
+    return rows * 2
+
+
+configurations = {"weak": {}}
+trusted_types = ["__main__.doubled"]
+"""
+)
+
+
+def test_model_that_no_other_program_can_load_is_not_champion(tmp_path, kernel):
+    # given a model with a function of the notebook, which the user trusts
+    notebook = copy_project(tmp_path)
+    edit_cells(notebook, model=IN_MAIN)
+    # when
+    error = execute_in(kernel, notebook, tmp_path, REBUILD_ENVIRONMENT="on")
+    # then the new environment cannot load it, and it has no alias
+    assert "doubled" in error
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.get_model_version(MODEL, "1")
+    assert client.get_registered_model(MODEL).aliases == {}

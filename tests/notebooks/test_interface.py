@@ -95,7 +95,7 @@ def test_registered_model_has_two_versions_and_the_alias(page, links, pictures):
 def test_logged_model_shows_input_example_and_requirements(page, interface, pictures):
     # given the page of the model, reached from its version
     page.goto(f"{interface}/#/models/tracking_quick_start/versions/1?{MODE}")
-    model = page.get_by_role("link", name="classifier").get_attribute("href")
+    model = page.get_by_role("link", name="model", exact=True).get_attribute("href")
     # when its artifacts are opened
     page.goto(f"{interface}/{model}/artifacts?{MODE}")
     page.get_by_text("input_example.json", exact=True).click()

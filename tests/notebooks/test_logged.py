@@ -157,6 +157,56 @@ def test_versions_lead_back_to_run_and_data(client, runs, versions):
         assert {metric.dataset_name for metric in measured} == {"iris_test"}
 
 
+@pytest.mark.parametrize(
+    ("filter_string", "found"),
+    [
+        ("tags.dataset = 'iris'", {"lbfgs", "newton-cg, C=0.01"}),
+        ("tags.configuration = 'lbfgs'", {"lbfgs"}),
+        ("tags.mlflow.note.content LIKE 'newton-cg%Pipeline on iris'", {"newton-cg, C=0.01"}),
+        ("tags.dataset = 'wine'", set()),
+    ],
+)
+def test_runs_are_found_by_their_tags(client, filter_string, found):
+    experiment = client.get_experiment_by_name(MODEL)
+    runs = client.search_runs([experiment.experiment_id], filter_string)
+    assert {run.info.run_name for run in runs} == found
+
+
+def test_three_lines_load_the_champion_in_another_folder(folder, tmp_path):
+    # given the lines that the text shows, with the path of this store in place of the reader's
+    text = "\n".join(cell.source for cell in executed(folder).cells if cell.cell_type == "markdown")
+    (lines,) = re.findall("```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len([line for line in lines.splitlines() if line]) == 3
+    program = lines.replace("/home/you/mlflow-quickstart", folder.as_posix())
+    assert program != lines
+    # when a program in another folder runs them
+    row = "import pandas; row = pandas.read_json('row.json', orient='split')"
+    (tmp_path / "row.json").write_bytes(next((folder / "mlruns").rglob("input_example.json")).read_bytes())
+    command = [sys.executable, "-c", f"{program}\n{row}\nprint(champion.predict(row))"]
+    process = finished(command, tmp_path, environment(tmp_path), limit=120)
+    # then
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "['setosa' 'versicolor' 'versicolor']\n"
+
+
+def test_only_c_changes_the_scores(folder):
+    # given the second configuration with the C of the first
+    namespace = {"target_name": "species"}
+    for cell in executed(folder).cells:
+        if {"data", "model"} & set(cell.metadata.get("tags", [])):
+            exec(cell.source, namespace)
+    data, configurations = namespace["data"], namespace["configurations"]
+    first, second = configurations.values()
+    features, target = data.drop(columns="species"), data["species"]
+    # when both are trained
+    probabilities = [
+        namespace["make_model"](**parameters).fit(features, target).predict_proba(features)
+        for parameters in (first, second | {"C": first["C"]})
+    ]
+    # then they agree as closely as solvers do
+    assert abs(probabilities[0] - probabilities[1]).max() < 1e-3
+
+
 def test_champion_is_the_version_with_the_highest_accuracy(client, runs, versions):
     best = max(runs, key=lambda name: runs[name].data.metrics["accuracy"])
     assert client.get_model_version_by_alias(MODEL, "champion").version == versions[best].version
