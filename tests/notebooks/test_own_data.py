@@ -207,3 +207,17 @@ def test_outputs_are_written_anew_as_the_readme_says(tmp_path):
     assert process.returncode == 0, process.stderr
     outputs = "\n".join(text_outputs(nbformat.read(tmp_path / "project.ipynb", as_version=4)))
     assert "The new environment gives the same 36 predictions." in outputs
+
+
+def test_line_of_the_readme_removes_a_model_with_its_versions(tmp_path, empty_store):
+    # given a store with a version that a failed attempt left behind
+    shutil.copy(empty_store, tmp_path)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_registered_model("wine_quick_start")
+    client.create_model_version("wine_quick_start", tmp_path.as_uri())
+    # when
+    program = re.search(r'-c "(import mlflow;.*delete.*)"', (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    process = finished([sys.executable, "-c", program], tmp_path, environment(tmp_path), limit=60)
+    # then
+    assert process.returncode == 0, process.stderr
+    assert client.search_registered_models() == []
