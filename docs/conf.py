@@ -1,7 +1,7 @@
-"""The site, which `make site` builds from what is committed: no notebook is executed, and no store is needed.
+"""Settings of the site, which `make site` builds from the committed files without executing a notebook.
 
-Sphinx reads the project's own folder, so links between README, guides and notebooks lead to the site's pages. What
-these files cannot say themselves, such as the order of the pages, is added to their text when Sphinx reads it.
+Sphinx reads the project folder itself, so the links between README, guides and notebooks work on the site. The order
+of the pages, the reference of the library and the help of the commands are added when Sphinx reads a page.
 """
 
 import os
@@ -9,14 +9,14 @@ import pkgutil
 import re
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
+import mlflow  # noqa: F401 - before autodoc replaces pyspark, since MLflow cannot be imported afterwards
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the library is the one beside the pages
+sys.path.insert(0, str(ROOT))  # document the library in this folder
 
 import lifecycle  # noqa: E402
 from lifecycle.__main__ import main  # noqa: E402
@@ -30,23 +30,23 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "gfm"
 default_role = "code"
-highlight_language = "none"  # of what names no language: commands
+highlight_language = "none"  # for code blocks without a language, which hold commands
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
-autodoc_mock_imports = [name for name in ("pyspark",) if find_spec(name) is None]  # only guide 06 needs it
+autodoc_mock_imports = ["pyspark"]  # even if it is installed, so that the site is the same everywhere
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 add_module_names = False
-suppress_warnings = ["ref.python"]  # two modules may each have a class of that name
+suppress_warnings = ["ref.python"]  # two modules may define a class with the same name
 python_maximum_signature_line_length = 80
 
 html_theme = "pydata_sphinx_theme"
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
-html_use_index = html_domain_indices = False  # the search finds the same
-html_sidebars = {"[!g]**": []}  # only the guides have pages below them
-html_sourcelink_suffix = ""  # so that a notebook is offered under its own name
-html_context = {"default_mode": "auto"}  # light or dark as the reader's system says
+html_use_index = html_domain_indices = False  # the search covers both
+html_sidebars = {"[!g]**": []}  # only the guides have subpages
+html_sourcelink_suffix = ""  # offer a notebook for download under its own name
+html_context = {"default_mode": "auto"}  # light or dark, as set in the reader's system
 html_theme_options = {
     "header_links_before_dropdown": 4,
     "secondary_sidebar_items": ["page-toc", "sourcelink"],
@@ -58,19 +58,19 @@ if "GITHUB_REPOSITORY" in os.environ:
 
 
 def contents(*pages: str) -> str:
-    """Return the directive that says which pages follow, and in which order."""
+    """Return a table of contents that lists ``pages`` in this order."""
     return "\n\n```{toctree}\n:hidden:\n:glob:\n" + "\n".join(pages) + "\n```\n"
 
 
 def modules() -> str:
-    """Return a section for each module of the library, with its docstrings, but for those of the commands."""
+    """Return a section with the docstrings of each module, except the modules that define commands."""
     names = sorted(module.name for module in pkgutil.iter_modules(lifecycle.__path__))
     names = [name for name in names if name != "__main__" and not name.endswith("_commands")]
     return "".join(f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: lifecycle.{name}\n```\n" for name in names)
 
 
 def commands() -> str:
-    """Return a section for each command, with its own help."""
+    """Return a section with the help of each command."""
     text = ""
     for name, command in sorted(main.commands.items()):
         context = click.Context(command, info_name=f"lifecycle {name}", max_content_width=80, terminal_width=80)
@@ -79,7 +79,7 @@ def commands() -> str:
 
 
 def complete(app: Sphinx, page: str, text: list[str]) -> None:
-    """Add to the ``text`` of a page, just read, what its file cannot say itself."""
+    """Add the generated part to the ``text`` of a page that Sphinx has just read."""
     if page == "README":
         results = ["Results <benchmarks/RESULTS>"] if "benchmarks/RESULTS" in app.env.found_docs else []
         text[0] += contents(
@@ -101,25 +101,25 @@ def complete(app: Sphinx, page: str, text: list[str]) -> None:
 
 
 def link_issues(app: Sphinx, what: str, name: str, of, options, lines: list[str]) -> None:
-    """Make links of MLflow's issues in a docstring, such as mlflow#4886."""
+    """Turn references to MLflow issues in a docstring, such as mlflow#4886, into links."""
     link = r"`mlflow#\1 <https://github.com/mlflow/mlflow/issues/\1>`__"
     lines[:] = [re.sub(r"\bmlflow#(\d+)", link, line) for line in lines]
 
 
 def show_files(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
-    """Let links to the project's other files show them, such as a picture, and not download them."""
+    """Make links to other files of the project, such as a picture, open them instead of downloading them."""
     if "body" in context:
         context["body"] = context["body"].replace(' download=""', "")
 
 
 def open_at_home(app: Sphinx, failure: Exception | None) -> None:
-    """Make README what opens when no page is named."""
+    """Make the README the start page."""
     if failure is None:
         shutil.copy(Path(app.outdir, "README.html"), Path(app.outdir, "index.html"))
 
 
 def setup(app: Sphinx) -> None:
-    """Connect the functions above to Sphinx."""
+    """Connect the functions above to the events of Sphinx."""
     app.connect("source-read", complete)
     app.connect("autodoc-process-docstring", link_issues)
     app.connect("html-page-context", show_files)
