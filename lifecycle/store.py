@@ -315,17 +315,35 @@ def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
 def source_tags(source: str, folder: Path) -> dict[str, str]:
     """Return the tags that name the source of a run: the file, and in a git repository its path and commit there.
 
+    The settings of the repository start no program. A changed file counts as changed even if a filter that is defined
+    in the repository would hide the change. Filters in the user's own settings, such as Git LFS, are applied.
+
     Args:
         source: the path of the notebook or program in ``folder``.
         folder: a folder, in a repository or not.
     """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.strip()
-
     tags = {"mlflow.source.name": source}
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no repository, or nothing committed
-        tags["mlflow.source.git.commit"] = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-        tags["mlflow.source.name"] = git("rev-parse", "--show-prefix") + source
+        describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        tags["mlflow.source.git.commit"] = _git(folder, *_disable_filters(folder), *describe)
+        tags["mlflow.source.name"] = _git(folder, "rev-parse", "--show-prefix") + source
     return tags
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """Return what git prints, without its file system monitor, hooks and downloads, which can start programs."""
+    command = ["git", "--no-optional-locks", "-C", str(folder)]
+    command += ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    variables = os.environ | {"GIT_ALLOW_PROTOCOL": "none", "EMPTY": ""}
+    child = subprocess.run([*command, *arguments], env=variables, check=True, capture_output=True, encoding="utf-8")
+    return child.stdout.strip()
+
+
+def _disable_filters(folder: Path) -> list[str]:
+    """Return the options of git that clear the filters defined in the repository's own settings."""
+    words = _git(folder, "config", "--list", "--show-scope", "--name-only", "-z").split("\0")
+    options = []
+    for scope, name in zip(words[::2], words[1::2], strict=False):  # a last empty word has no name
+        if scope in ("local", "worktree") and name.startswith("filter."):
+            options.append(f"--config-env={name}=EMPTY")  # unlike -c, it allows a name with "="
+    return options

@@ -470,6 +470,78 @@ def test_source_outside_a_repository_has_its_name_alone(tmp_path, monkeypatch):
     assert source_tags("a.ipynb", ROOT) == {"mlflow.source.name": "a.ipynb"}
 
 
+def program(folder, name: str) -> str:
+    """Return the path of a program in ``folder`` that only leaves the file ``name``.ran beside it."""
+    path = folder / name
+    path.write_text('#!/bin/sh\ntouch "$0.ran"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the programs are shell scripts")
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("core.fsmonitor", "monitor"),
+        ("filter.a=b.clean", "filter"),
+        ("filter.a=b.process", "filter"),
+        ("core.hooksPath", "post-index-change"),
+    ],
+)
+def test_naming_the_source_starts_no_program_that_the_repository_names(setting, name, tmp_path):
+    # given a repository whose own settings name a program, and a file that git has to read again
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / ".gitattributes").write_text("* filter=a=b\n")
+    (repository / "a.ipynb").write_text("committed")
+    commit_all(repository)
+    commit = git(repository, "rev-parse", "HEAD")
+    path = program(tmp_path, name)
+    git(repository, "config", setting, str(tmp_path) if setting == "core.hooksPath" else path)
+    git(repository, "config", "filter.a=b.required", "true")
+    os.utime(repository / "a.ipynb", (0, 0))
+    # when
+    tags = source_tags("a.ipynb", repository)
+    # then
+    assert not (tmp_path / f"{name}.ran").exists()
+    assert tags == {"mlflow.source.name": "a.ipynb", "mlflow.source.git.commit": commit}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a shell script")
+def test_naming_the_source_downloads_nothing_from_where_the_repository_says(tmp_path):
+    # given a repository that lacks its objects, and names a program that is to fetch them
+    (tmp_path / "a.ipynb").touch()
+    commit_all(tmp_path)
+    for path in (tmp_path / ".git/objects").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    git(tmp_path, "config", "core.repositoryFormatVersion", "1")
+    git(tmp_path, "config", "extensions.partialClone", "origin")
+    git(tmp_path, "config", "remote.origin.url", str(tmp_path))
+    git(tmp_path, "config", "remote.origin.uploadpack", program(tmp_path, "fetch"))
+    # when
+    tags = source_tags("a.ipynb", tmp_path)
+    # then
+    assert not (tmp_path / "fetch.ran").exists()
+    assert tags == {"mlflow.source.name": "a.ipynb"}
+
+
+def test_filter_in_the_settings_of_the_user_is_applied(tmp_path, monkeypatch):
+    # given a file that a filter in the user's settings shortens in each commit, as Git LFS does
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "settings"))
+    git(tmp_path, "config", "--global", "filter.strip.clean", "sed /output/d")
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / ".gitattributes").write_text("*.ipynb filter=strip\n")
+    (repository / "a.ipynb").write_text("code\noutput\n")
+    commit_all(repository)
+    # when git has to read the file again
+    os.utime(repository / "a.ipynb", (0, 0))
+    # then it is as committed
+    commit = git(repository, "rev-parse", "HEAD")
+    assert source_tags("a.ipynb", repository)["mlflow.source.git.commit"] == commit
+
+
 def test_import_is_cheap():
     code = "import sys, lifecycle.store; print([m for m in ('mlflow', 'sqlalchemy', 'alembic') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
