@@ -1,18 +1,28 @@
-# make run     the quickstart, executed into build/project.html
-# make test    the fast tests, which need nothing more
-# `make help` lists the rest. Nothing needs an activated environment.
+# make run     execute the quickstart and write it to build/project.html
+# make test    run the fast tests
+# `make help` lists all commands. None of them needs an activated environment.
 
 PYTHON ?= python3
 EXPERIMENT ?= iris_classification
-NOTEBOOKS ?= $(shell git ls-files '*.ipynb' ':!benchmarks')
+COMMITTED = $(shell git ls-files '*.ipynb' ':!benchmarks')
 
 ifeq ($(OS),Windows_NT)
 BIN := .venv/Scripts
+NULL_DEVICE := nul
 else
 BIN := .venv/bin
+NULL_DEVICE := /dev/null
 endif
 
-# Guide 06 needs Spark and Java, which the basic set-up leaves out.
+# These settings are text. Make does not expand them, and recipes read them from the environment, so the shell does not
+# either. PYTHON is a command, and BIN, UV and the paths below are for tests.
+override EXPERIMENT := $(value EXPERIMENT)
+override NOTEBOOKS := $(value NOTEBOOKS)
+override ONLY := $(value ONLY)
+override PORT := $(value PORT)
+override UPGRADE := $(value UPGRADE)
+
+# Guide 06 needs Spark and Java, which are not part of the basic environment.
 OUT_OF_REACH = $(shell (command -v java && $(BIN)/python -c "import pyspark") >/dev/null 2>&1 || echo guides/06_scale_out.ipynb)
 TO_REACH_IT = It needs Java 17 or later (on Debian: apt-get install openjdk-17-jre-headless) and: make scale
 
@@ -21,80 +31,95 @@ DEVELOPMENT := .venv/development.txt
 SCALE := .venv/scale.txt
 UV := $(BIN)/uv
 
-# Python keeps its compiled files, which halves every later start, even where the machine's setting says not to.
+# Let Python write its compiled files, which halves the time of every later start.
 unexport PYTHONDONTWRITEBYTECODE
-# An environment of another project that is active must not be taken for ours.
+# Ignore an activated environment of another project.
 unexport VIRTUAL_ENV
 unexport PYTHONPATH
 
-.PHONY: run test coverage test-all guides report ui lab notebooks screenshots site bench reliability reproduce lock lint browser postgresql scale clean help
-.DELETE_ON_ERROR:
+# pip and uv read no settings file. From the environment they take only how to reach a package index and where to cache
+# downloads, which cannot change what is installed: the hashes verify that. Any other variable could add a package or
+# disable a check.
+PASSED_ON := PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_NO_INDEX PIP_FIND_LINKS PIP_KEYRING_PROVIDER PIP_TRUSTED_HOST PIP_CERT \
+	PIP_CLIENT_CERT PIP_PROXY PIP_TIMEOUT PIP_DEFAULT_TIMEOUT PIP_RETRIES PIP_CACHE_DIR PIP_NO_CACHE_DIR \
+	UV_INDEX UV_DEFAULT_INDEX UV_INDEX_URL UV_EXTRA_INDEX_URL UV_INDEX_%_USERNAME UV_INDEX_%_PASSWORD UV_FIND_LINKS \
+	UV_KEYRING_PROVIDER UV_INSECURE_HOST UV_SYSTEM_CERTS UV_NATIVE_TLS UV_OFFLINE UV_HTTP_TIMEOUT \
+	UV_HTTP_CONNECT_TIMEOUT UV_REQUEST_TIMEOUT UV_HTTP_RETRIES UV_CACHE_DIR UV_NO_CACHE
+unexport $(filter-out $(PASSED_ON),$(filter PIP_% UV_%,$(.VARIABLES)))
+export PIP_CONFIG_FILE := $(NULL_DEVICE)
 
-run: $(INSTALLED) ## execute project.ipynb into build/project.html
-	@$(BIN)/python tools/run.py --shutdown immediate project.ipynb || { $(BIN)/python -m lifecycle check; false; }
+.PHONY: run lab ui guides report test site scale clean help
+.PHONY: notebooks lint test-all coverage lock browser postgresql screenshots bench reliability reproduce
+.DELETE_ON_ERROR:
 
 # One process more than there are cores, because tests also wait: for servers, kernels and locks.
 PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)") \
 	--dist loadfile --no-loadscope-reorder
 
-test: $(INSTALLED) ## run the tests that need nothing but the basic set-up
-	$(PYTEST) -m "not extended"
+##@ Use the project
 
-coverage: $(INSTALLED) ## say how much of the library its fast tests reach, branches included
-	rm -f .coverage*
-	$(subst -m pytest,-m coverage run -m pytest,$(PYTEST)) tests/lifecycle -m "not extended"
-	$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage report --show-missing --skip-covered
+run: $(INSTALLED) ## execute project.ipynb into build/project.html
+	@$(BIN)/python tools/run.py --shutdown immediate project.ipynb || { $(BIN)/python -m lifecycle check; false; }
 
-test-all: $(INSTALLED) ## run all tests that this machine has the parts for
-	$(PYTEST)
+# Use the kernel of this environment, even if another kernel on the machine has the same name, "python3".
+lab: export JUPYTER_PREFER_ENV_PATH = 1
+lab: export JUPYTER_PATH =
+lab: export PORT := $(PORT)
+lab: $(DEVELOPMENT) ## open project.ipynb in JupyterLab (PORT=8889 for another port)
+	$(BIN)/python -m jupyterlab --allow-root --KernelManager.transport_encryption=auto $(if $(PORT),--port "$$PORT") project.ipynb
+
+ui: export PORT := $(PORT)
+ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
+	$(BIN)/python -m lifecycle ui $(if $(PORT),--port "$$PORT")
 
 guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's store
 	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
 	$(BIN)/python tools/run.py $(filter-out $(OUT_OF_REACH),$(sort $(wildcard guides/*.ipynb)))
 
-# By the environment, because a quote in the name would end one of the shell's.
 report: export EXPERIMENT := $(EXPERIMENT)
-report: $(INSTALLED) ## make the report of an experiment, from its runs, into build/ (EXPERIMENT=name for another one)
+report: $(INSTALLED) ## write a report on the runs of an experiment to build/ (EXPERIMENT=name for another one)
 	@$(BIN)/python -m lifecycle report "$$EXPERIMENT" --output "reports/$$EXPERIMENT"
 	@$(BIN)/python tools/report_page.py "reports/$$EXPERIMENT" build/experiment_report.html
 	@echo "As a page: build/experiment_report.html"
 
-ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
-	$(BIN)/python -m lifecycle ui $(if $(PORT),--port $(PORT))
+test: $(INSTALLED) ## run the fast tests, which need only the basic environment
+	$(PYTEST) -m "not extended"
 
-# JUPYTER_PREFER_ENV_PATH and no JUPYTER_PATH: a kernel "python3" from elsewhere on the machine must not be taken for ours.
-lab: export JUPYTER_PREFER_ENV_PATH = 1
-lab: export JUPYTER_PATH =
-lab: $(DEVELOPMENT) ## work in the notebook: JupyterLab with the right kernel
-	$(BIN)/python -m jupyterlab --allow-root --KernelManager.transport_encryption=auto project.ipynb
-
-notebooks: $(INSTALLED) ## execute the committed notebooks in a fresh store and write their outputs
-	$(BIN)/python tools/notebooks.py $(filter-out $(OUT_OF_REACH),$(NOTEBOOKS))
-	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
-
-screenshots: browser ## take the pictures in docs/images
-	$(BIN)/python -m pytest tests/notebooks/test_interface.py tests/notebooks/test_guides_interface.py \
-		tests/notebooks/test_release.py --pictures docs/images
-
-site: $(DEVELOPMENT) ## build the site into build/site, from what is stored in the notebooks
+site: $(DEVELOPMENT) ## build the website into build/site, without executing a notebook
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/site-doctrees . build/site
 	@echo "The site: build/site/index.html"
 
-reliability: $(INSTALLED) ## kill, crowd and damage everything, and write what survives to benchmarks/RESULTS.md; it takes long
-	$(BIN)/python benchmarks/results.py --only reliability damage
+scale: $(SCALE) ## install what guide 06 needs except Java: Spark, PostgreSQL and its driver
 
-bench: $(INSTALLED) ## measure everything against its named peers, and write benchmarks/RESULTS.md; it takes long
-	$(BIN)/python benchmarks/results.py $(if $(ONLY),--only $(ONLY))
+clean: ## remove the environment and all build files, and keep the store (mlflow.db, mlruns)
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# With NOTEBOOKS, for some of them, and nothing is written.
-reproduce: $(INSTALLED) ## execute fresh clones in unlike situations and with newer releases, compare, and write RESULTS.md
-	$(BIN)/python $(if $(filter command line environment,$(origin NOTEBOOKS)),tools/reproduce.py $(NOTEBOOKS),benchmarks/results.py --only reproduce upgrades)
+##@ Work on the project
 
-# One resolution: the whole first, then each part held to it.
-COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
-	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
-lock: $(INSTALLED) ## compile the locks from pyproject.toml (UPGRADE=1 to renew what is not pinned there)
+notebooks: export NOTEBOOKS := $(NOTEBOOKS)
+notebooks: $(INSTALLED) ## regenerate the outputs of the committed notebooks in a new store (NOTEBOOKS=path for some)
+	$(BIN)/python tools/notebooks.py $(if $(NOTEBOOKS),$$NOTEBOOKS,$(filter-out $(OUT_OF_REACH),$(COMMITTED)))
+	@$(if $(NOTEBOOKS),,$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)"))
+
+lint: $(DEVELOPMENT) ## check code and notebooks with ruff
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/ruff format --check --line-length 88 project.ipynb
+
+test-all: $(INSTALLED) ## run all tests, and skip those whose dependencies are missing
+	$(PYTEST)
+
+coverage: $(INSTALLED) ## measure the branch coverage of the library by its fast tests
+	rm -f .coverage*
+	$(subst -m pytest,-m coverage run -m pytest,$(PYTEST)) tests/lifecycle -m "not extended"
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --show-missing --skip-covered
+
+# The first lock has all packages. The others are constrained by a larger one, so that all have the same versions.
+COMPILE = $(UV) pip compile --config-file uv.toml --no-sources --quiet --universal --python-version 3.11 \
+	--fork-strategy fewest --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+lock: $(INSTALLED) ## compile the lock files from pyproject.toml (UPGRADE=1 to upgrade indirect dependencies)
 	$(COMPILE) --group scale --generate-hashes --output-file requirements-scale.txt
 	$(COMPILE) --group development --generate-hashes --constraint requirements-scale.txt --output-file requirements-dev.txt
 	$(COMPILE) --group server --generate-hashes --constraint requirements-scale.txt --output-file deploy/requirements.txt
@@ -102,40 +127,46 @@ lock: $(INSTALLED) ## compile the locks from pyproject.toml (UPGRADE=1 to renew 
 	$(COMPILE) --group model --constraint requirements.txt --output-file model_requirements.txt
 	$(COMPILE) --group audit --generate-hashes --output-file .github/requirements-audit.txt
 
-lint: $(DEVELOPMENT) ## check code and notebooks with ruff
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/ruff format --check --line-length 88 project.ipynb
-
 browser: $(DEVELOPMENT) ## install what the tests of the interface need: a browser and its driver
 	$(BIN)/python tests/helpers/browser.py
 
 postgresql: $(DEVELOPMENT) ## install what the tests of the shared server need: PostgreSQL and its driver
 
-scale: $(SCALE) ## install what guide 06 needs beyond the rest: Spark, PostgreSQL and its driver; Java is yours to install
+screenshots: browser ## update the pictures in docs/images
+	$(BIN)/python -m pytest tests/notebooks/test_interface.py tests/notebooks/test_guides_interface.py \
+		tests/notebooks/test_release.py --pictures docs/images
 
-clean: ## remove the environment and what was built; the store (mlflow.db, mlruns) stays
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+bench: export ONLY := $(ONLY)
+bench: $(INSTALLED) ## measure the speed against named peers, and update benchmarks/RESULTS.md (slow; ONLY=name for one)
+	$(BIN)/python benchmarks/results.py $(if $(ONLY),--only $$ONLY)
+
+reliability: $(INSTALLED) ## test with kills, load and damaged files, and update benchmarks/RESULTS.md (slow)
+	$(BIN)/python benchmarks/results.py --only reliability damage
+
+# With NOTEBOOKS, only these are compared, and RESULTS.md stays as it is.
+reproduce: export NOTEBOOKS := $(NOTEBOOKS)
+reproduce: $(INSTALLED) ## compare clones in different environments and with newer releases, and update RESULTS.md (slow)
+	$(BIN)/python $(if $(NOTEBOOKS),tools/reproduce.py $$NOTEBOOKS,benchmarks/results.py --only reproduce upgrades)
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
+	@awk -F ':.*## ' '/^##@/ {print substr($$0, 5) ":"} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-# `import lifecycle` and the command work from any folder, and follow what is edited here.
-INSTALL_LIFECYCLE = $(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+# Install lifecycle/ as an editable package, so that it can be imported from any folder.
+INSTALL_LIFECYCLE = $(UV) pip install --no-config --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 
-# Copies of the files in uv's cache and no links to them: else an edit in .venv would change the cache, and with it every
-# environment that is built from it afterwards. It takes 8 seconds in place of 2.
-# What has to be built (PySpark) is built by the setuptools of the lock, whose hash is verified, too.
-SYNC = $(UV) pip sync --quiet --link-mode copy --python $(BIN)/python --require-hashes --require-build-hashes \
+# Copy the files from uv's cache. With links, an edit in .venv would change the cache and every environment that is built
+# from it later. Copying takes 8 seconds instead of 2.
+# PySpark has to be built. It is built with the setuptools version of the lock file, which is verified, too.
+SYNC = $(UV) pip sync --no-config --quiet --link-mode copy --python $(BIN)/python --require-hashes --require-build-hashes \
 	--build-constraints requirements.txt
 
-# Whoever begins to install takes $(INSTALLED) away until all is there. So an environment that was left half made, maybe
-# without a working pip, is known, and made anew from nothing.
+# $(INSTALLED) is missing while packages are installed. After an interruption, the next make therefore starts with an
+# empty environment, since the interrupted one may lack a working pip.
 BEGIN = rm -f $(INSTALLED)
 
-# pip installs uv with its hash verified; uv installs the rest the same way, faster. It is the pip of $(PYTHON): one of
-# its own in .venv takes two seconds, and is made only where $(PYTHON) has none, as Debian's without python3-pip.
+# pip installs uv and verifies its hash. uv then installs the other packages the same way, but faster. The pip of
+# $(PYTHON) is used, because installing one in .venv takes two seconds. Some Pythons have none, such as Debian's without
+# python3-pip; only then .venv gets one.
 INSTALL_UV = install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
 
 $(INSTALLED): requirements.txt

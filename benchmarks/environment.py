@@ -21,6 +21,7 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).resolve().parents[1]
+UV = [sys.executable, "-m", "uv", "--no-config"]
 PREDICT = (
     "import sys, mlflow, pandas; print(mlflow.pyfunc.load_model(sys.argv[1]).predict(pandas.read_json(sys.argv[2])))"
 )
@@ -28,11 +29,10 @@ PREDICT = (
 
 def build(folder: Path, arguments: list[str]) -> Path:
     """Make an environment in ``folder`` with the packages in ``arguments``, and return its Python."""
-    uv = [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
+    subprocess.run([*UV, "venv", "--quiet", "--python", sys.executable, folder], check=True)
     python = folder / "bin/python"
     install = ["pip", "install", "--quiet", "--python", str(python)]
-    subprocess.run([*uv, *install, "-c", str(ROOT / "requirements.txt"), *arguments], check=True)
+    subprocess.run([*UV, *install, "-c", str(ROOT / "requirements.txt"), *arguments], check=True)
     return python
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         pythons = {name: build(scratch / name, wanted) for name, wanted in contents.items()}
         packages, size, taken = {}, {}, {name: [] for name in pythons}
         for name, python in pythons.items():
-            listed = [sys.executable, "-m", "uv", "pip", "list", "--quiet", "--format", "json", "--python", str(python)]
+            listed = [*UV, "pip", "list", "--quiet", "--format", "json", "--python", str(python)]
             packages[name] = len(json.loads(subprocess.run(listed, check=True, capture_output=True).stdout))
             size[name] = sum(path.stat().st_size for path in (scratch / name).rglob("*") if path.is_file()) / 1e6
         for _ in range(rounds + 1):

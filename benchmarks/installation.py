@@ -41,7 +41,7 @@ def seconds(way: str, folder: Path, cache: Path) -> float:
     tool = folder.parent / f"{folder.name}-tool.txt"  # what installs the rest, as the lock has it
     name = "uv" if way == "ours" else "pip"
     tool.write_text(re.search(rf"(?ms)^{name}==.*?(?=^    # via)", LOCK.read_text(encoding="utf-8"))[0])
-    sync = [folder / "bin/uv", "pip", "sync", "--quiet", "--link-mode", "copy", "--require-hashes"]
+    sync = [folder / "bin/uv", "pip", "sync", "--no-config", "--quiet", "--link-mode", "copy", "--require-hashes"]
     venv, first, rest = [sys.executable, "-m", "venv", folder], [*pip, tool], [*pip, LOCK]
     if way == "ours":
         without = [sys.executable, "-m", "pip", "--python", python, *pip[3:]]

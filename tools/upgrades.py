@@ -20,7 +20,7 @@ import nbformat
 from packaging.requirements import Requirement
 from reproduce import ROOT, differences, outputs
 
-UV = [sys.executable, "-m", "uv"]
+UV = [sys.executable, "-m", "uv", "--no-config"]
 PYTHON = ["--python", sys.executable]
 TOGETHER = {"mlflow": ["mlflow-skinny"]}  # what has to be of the same release
 
@@ -66,7 +66,19 @@ def lifted(name: str, folder: Path) -> str:
     ):
         shutil.copy(ROOT / lock, folder)
         hashes = ["--generate-hashes"] if group == "test" else []
-        command = [*UV, "pip", "compile", "--quiet", *PYTHON, "--group", group, *upgrade, *more, *hashes]
+        command = [
+            *UV,
+            "pip",
+            "compile",
+            "--quiet",
+            "--no-sources",
+            *PYTHON,
+            "--group",
+            group,
+            *upgrade,
+            *more,
+            *hashes,
+        ]
         done = subprocess.run([*command, "--output-file", lock], cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(" ".join(done.stderr.split())[:300])

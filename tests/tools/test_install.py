@@ -1,9 +1,11 @@
-"""The environment in .venv: when it is made, brought up to date, or made anew, as make says before it does it."""
+"""The environment that make installs in .venv, and the settings that make passes on to programs."""
 
+import hashlib
 import os
 import re
 import shutil
 import venv
+import zipfile
 
 import pytest
 from execution import ROOT, environment, finished
@@ -14,10 +16,11 @@ def project(tmp_path, lacking):
     """Give a folder with the Makefile, the locks, and an environment that is half made."""
     if shutil.which("make") is None:
         lacking("make", "apt-get install make (on Debian)")
+    project = tmp_path / "project"
+    (project / ".venv").mkdir(parents=True)
     for path in (ROOT / "Makefile", *ROOT.glob("requirements*.txt")):
-        shutil.copy(path, tmp_path)
-    (tmp_path / ".venv").mkdir()
-    return tmp_path
+        shutil.copy(path, project)
+    return project
 
 
 def steps(project, target: str) -> str:
@@ -35,23 +38,136 @@ def complete(project, *names: str, age: float = 0) -> None:
         os.utime(project / ".venv" / name, (written + age,) * 2)
 
 
+def small_lock(project, *names: str) -> set[str]:
+    """Replace the lock by the part of it with these packages, and return the metadata folders that they install."""
+    lock = (ROOT / "requirements.txt").read_text()
+    blocks = [re.search(rf"(?ms)^{name}==.*?(?=^    # via)", lock)[0] for name in names]
+    (project / "requirements.txt").write_text("    # via\n".join([*blocks, ""]))
+    for name in ("pyproject.toml", "uv.toml"):
+        shutil.copy(ROOT / name, project)
+    shutil.copytree(ROOT / "lifecycle", project / "lifecycle")
+    installed = {block.split()[0].replace("==", "-") + ".dist-info" for block in blocks}
+    return installed | {"mlflow_quickstart_lifecycle-1.dist-info"}
+
+
+def installed(project) -> set[str]:
+    """Return the names of the metadata folders in the environment."""
+    return {path.name for path in project.glob(".venv/lib/*/site-packages/*.dist-info")}
+
+
 @pytest.mark.parametrize("pip", [True, False], ids=["a Python with pip", "a Python without pip"])
 def test_environment_is_made_and_holds_just_the_lock(pip, project):
     # given a lock of what it takes to make an environment, and a Python
-    lock = (ROOT / "requirements.txt").read_text()
-    blocks = [re.search(rf"(?ms)^{name}==.*?(?=^    # via)", lock)[0] for name in ("pip", "setuptools", "uv")]
-    (project / "requirements.txt").write_text("    # via\n".join([*blocks, ""]))
-    shutil.copy(ROOT / "pyproject.toml", project)
-    shutil.copytree(ROOT / "lifecycle", project / "lifecycle")
+    wanted = small_lock(project, "pip", "setuptools", "uv")
     venv.create(project / "python", with_pip=pip)
     # when
     command = ["make", f"PYTHON={project / 'python/bin/python'}", ".venv/installed.txt"]
     process = finished(command, project, environment(project), limit=120)
     # then
     assert process.returncode == 0, process.stderr
-    found = {path.name for path in project.glob(".venv/lib/*/site-packages/*.dist-info")}
-    wanted = {block.split()[0].replace("==", "-") + ".dist-info" for block in blocks}
-    assert found == wanted | {"mlflow_quickstart_lifecycle-1.dist-info"}
+    assert installed(project) == wanted
+
+
+def foreign_requirement(folder, name: str, version: str) -> str:
+    """Write a wheel that leaves the file ``name``.ran when Python starts, and return its requirement with its hash."""
+    files = {
+        f"{name}.pth": f"import pathlib; pathlib.Path({str(folder / name)!r} + '.ran').touch()\n",
+        f"{name}-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{name}-{version}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = f"{name}-{version}.dist-info/RECORD"
+    files[record] = "".join(f"{path},,\n" for path in [*files, record])
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+    return f"{name} @ {wheel.as_uri()}#sha256={hashlib.sha256(wheel.read_bytes()).hexdigest()}"
+
+
+@pytest.mark.parametrize("place", ["variables", "the user's settings", "the folder"])
+def test_no_setting_changes_what_is_installed(place, tmp_path, project):
+    # given wheels that pip and uv install if a setting tells them to
+    wanted = small_lock(project, "packaging", "setuptools", "uv")
+    version = re.search("^packaging==([0-9.]+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)[1]
+    (tmp_path / "for pip.txt").write_text(foreign_requirement(tmp_path, "foreign", "1"))
+    (tmp_path / "for uv.txt").write_text(foreign_requirement(tmp_path, "packaging", version))
+    # and such a setting, or one with which uv installs elsewhere
+    elsewhere = '[pip]\ntarget = "elsewhere"\n'
+    for name in ("pip", "uv"):
+        (tmp_path / "settings" / name).mkdir(parents=True)
+    variables = environment(tmp_path, XDG_CONFIG_HOME=str(tmp_path / "settings"))
+    if place == "variables":
+        variables |= {"PIP_REQUIREMENT": str(tmp_path / "for pip.txt"), "UV_CONSTRAINT": str(tmp_path / "for uv.txt")}
+    elif place == "the user's settings":
+        (tmp_path / "settings/pip/pip.conf").write_text(f"[install]\nrequirement = {tmp_path / 'for pip.txt'}\n")
+        (tmp_path / "settings/uv/uv.toml").write_text(elsewhere)
+    else:
+        (project / "uv.toml").write_text(elsewhere)
+    # when
+    process = finished(["make", ".venv/installed.txt"], project, variables, limit=120)
+    # then
+    assert process.returncode == 0, process.stderr
+    assert installed(project) == wanted
+    assert list(tmp_path.glob("*.ran")) == []
+
+
+def test_only_settings_of_the_network_and_the_cache_reach_pip_and_uv(project):
+    # given settings of all kinds, and a target that prints those that programs get
+    passed_on = {"PIP_INDEX_URL": "https://a.example/simple", "PIP_CERT": "a.pem", "PIP_NO_INDEX": "1"}
+    passed_on |= {"UV_DEFAULT_INDEX": "https://a.example/simple", "UV_INDEX_A_PASSWORD": "b", "UV_OFFLINE": "1"}
+    passed_on |= {"UV_CACHE_DIR": "cache", "UV_HTTP_TIMEOUT": "9"}
+    others = {"PIP_TARGET": "a", "PIP_CONFIG_FILE": "a", "UV_OVERRIDE": "a", "UV_INDEX_STRATEGY": "unsafe-best-match"}
+    others |= {"UV_NO_VERIFY_HASHES": "1", "UV_CONFIG_FILE": "a"}
+    (project / "print.mk").write_text("print:\n\t@env\n")
+    inherited = {
+        name: value for name, value in environment(project).items() if name[:4] != "PIP_" and name[:3] != "UV_"
+    }
+    # when
+    command = ["make", "-f", "Makefile", "-f", "print.mk", "print"]
+    process = finished(command, project, inherited | passed_on | others, limit=30)
+    # then
+    lines = {line for line in process.stdout.splitlines() if re.match("PIP_|UV_", line)}
+    assert lines == {f"{name}={value}" for name, value in passed_on.items()} | {f"PIP_CONFIG_FILE={os.devnull}"}
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("report", "EXPERIMENT"),
+        ("ui", "PORT"),
+        ("lab", "PORT"),
+        ("notebooks", "NOTEBOOKS"),
+        ("reproduce", "NOTEBOOKS"),
+        ("bench", "ONLY"),
+        ("lock", "UPGRADE"),
+    ],
+)
+@pytest.mark.parametrize("given", ["as an argument", "as a variable"])
+def test_text_that_a_user_sets_is_not_executed(target, name, given, project):
+    # given a Python and a uv that do nothing, and a text that is a command for make and two for a shell
+    for program in ("python", "uv"):
+        (project / program).write_text("#!/bin/sh\n")
+        (project / program).chmod(0o755)
+    text = "a$(shell touch made)$$(touch made)`touch made`;touch made;"
+    # when
+    command = ["make", target, "INSTALLED=", "DEVELOPMENT=", "BIN=."]
+    variables = environment(project)
+    if given == "as an argument":
+        command.append(f"{name}={text}")
+    else:
+        variables[name] = text
+    process = finished(command, project, variables, limit=30)
+    # then
+    assert process.returncode == 0, process.stderr
+    assert not (project / "made").exists()
+
+
+def test_help_lists_the_commands_in_two_groups(project):
+    lines = finished(["make", "help"], project, environment(project), limit=30).stdout.splitlines()
+    names = [line.split()[1] if line.startswith("  make ") else line for line in lines]
+    mine, ours = names.index("Use the project:"), names.index("Work on the project:")
+    assert {"run", "lab", "ui"} <= set(names[mine:ours])
+    assert {"notebooks", "lock", "lint"} <= set(names[ours:])
 
 
 def test_half_made_environment_is_made_anew_from_nothing(project):

@@ -39,7 +39,7 @@ def lab(tmp_path_factory, lacking):
         kernel = places[place] / "kernels/python3/kernel.json"
         kernel.parent.mkdir(parents=True)
         kernel.write_text(json.dumps({"argv": ["not-ours"], "display_name": f"Not ours: {place}"}))
-    # when it is started, with a browser that just prints the address that it is to open
+    # when it is started, on a port of the user's choice, with a browser that just prints the address that it is to open
     address = f"http://127.0.0.1:{free_port()}"
     variables = environment(
         folder,
@@ -50,11 +50,11 @@ def lab(tmp_path_factory, lacking):
         JUPYTER_RUNTIME_DIR=str(places["runtime"]),
         JUPYTER_PREFER_ENV_PATH="0",
         JUPYTER_TOKEN=TOKEN,
-        JUPYTER_PORT=address.rpartition(":")[2],
         JUPYTER_PORT_RETRIES="0",
     )
     # UV and PYTHON, so that make can change nothing in this environment
     command = ["make", "lab", "INSTALLED=installed.txt", "DEVELOPMENT=development.txt", "UV=false", "PYTHON=false"]
+    command.append(f"PORT={address.rpartition(':')[2]}")
     log = folder / "lab.log"
     with running(command, f"{address}/api", log, cwd=project, env=variables):
         yield SimpleNamespace(address=address, project=project, runtime=places["runtime"], log=log)

@@ -1,6 +1,7 @@
 """The locks: what they promise, that they agree, and that what is installed and logged is what they say."""
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -108,33 +109,35 @@ def test_direct_versions_stand_only_in_pyproject():
 
 
 @pytest.fixture
-def compile_again(tmp_path, lacking):
+def make_lock(lacking):
+    """Return a function that runs `make lock` in a folder, with the uv of this environment."""
+
+    def make_lock(folder: Path, **variables: str) -> None:
+        uv = f"UV='{sys.executable}' -m uv"
+        command = ["make", "-C", folder, "-f", ROOT / "Makefile", "lock", "INSTALLED=", uv]
+        process = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+        if re.search("error sending request|dns error", process.stderr):
+            lacking("a package index", "connect this machine to one")
+        assert process.returncode == 0, process.stderr
+
+    return make_lock
+
+
+@pytest.fixture
+def compile_again(tmp_path, make_lock):
     """Return a function that compiles the locks again in a folder of its own and names those that differ.
 
     It takes a text to replace in pyproject.toml, and what by.
     """
 
     def compile_again(old: str = "", new: str = "") -> list[str]:
-        for name in ["pyproject.toml", *LOCKS]:
+        for name in ["pyproject.toml", "uv.toml", *LOCKS]:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
         text = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
         assert old in text
         (tmp_path / "pyproject.toml").write_text(text.replace(old, new), encoding="utf-8")
-        command = [
-            "make",
-            "-C",
-            tmp_path,
-            "-f",
-            ROOT / "Makefile",
-            "lock",
-            "INSTALLED=",
-            f"UV='{sys.executable}' -m uv",
-        ]
-        process = subprocess.run(command, capture_output=True, text=True)
-        if re.search("error sending request|dns error", process.stderr):
-            lacking("a package index", "connect this machine to one")
-        assert process.returncode == 0, process.stderr
+        make_lock(tmp_path)
         return [name for name in LOCKS if (tmp_path / name).read_bytes() != (ROOT / name).read_bytes()]
 
     return compile_again
@@ -148,6 +151,36 @@ def test_locks_are_what_pyproject_compiles_to(compile_again):
 def test_a_changed_pin_without_a_new_lock_is_noticed(compile_again):
     skops = f"skops=={versions(MODEL)['skops']}"
     assert compile_again(skops, "skops==0.15.0") == [lock for lock in LOCKS if lock != AUDIT]
+
+
+@pytest.mark.parametrize("place", ["the user's settings", "a workspace above", "a variable"])
+def test_settings_from_elsewhere_do_not_change_a_lock(place, tmp_path, make_lock):
+    # given a project with one dependency
+    project = tmp_path / "project"
+    for folder in ("deploy", ".github"):
+        (project / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "uv.toml", project)
+    lines = ["[project]", 'name = "below"', 'version = "1"', "[dependency-groups]"]
+    lines += [f'{group} = ["six==1.17.0"]' for group in ("scale", "development", "server", "test", "model", "audit")]
+    (project / "pyproject.toml").write_text("\n".join(lines))
+    # and settings from elsewhere that name another version or source of it
+    settings = tmp_path / "settings"
+    (settings / "uv").mkdir(parents=True)
+    variables = {"XDG_CONFIG_HOME": str(settings)}
+    if place == "the user's settings":
+        (settings / "uv/uv.toml").write_text('override-dependencies = ["six==1.16.0"]')
+    elif place == "a workspace above":
+        lines = ["[project]", 'name = "above"', 'version = "1"', "[tool.uv.workspace]", 'members = ["project"]']
+        lines += ["[tool.uv.sources]", 'six = { path = "other.whl" }']
+        (tmp_path / "pyproject.toml").write_text("\n".join(lines))
+    else:
+        (settings / "overrides.txt").write_text("six==1.16.0")
+        variables["UV_OVERRIDE"] = str(settings / "overrides.txt")
+    # when
+    make_lock(project, **variables)
+    # then
+    for lock in LOCKS:
+        assert "\nsix==1.17.0" in (project / lock).read_text(), lock
 
 
 def test_installed_environment_is_the_lock():
