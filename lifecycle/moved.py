@@ -6,12 +6,10 @@ changes them (mlflow#3144, mlflow#8226).
 
 import contextlib
 import itertools
-import re
 import sqlite3
 from pathlib import Path
-from urllib.parse import unquote
 
-from lifecycle.store import StoreUnusableError
+from lifecycle.store import StoreUnusableError, local_path, moved_from, split_location
 
 COLUMNS = [
     ("experiments", "artifact_location"),
@@ -23,29 +21,24 @@ COLUMNS = [
 
 
 def moved_folders(path: Path) -> dict[str, str]:
-    """Return each folder in which the store at ``path`` looks for its models in vain, and the one that they are in now.
-
-    A folder whose ``mlruns`` is there is none of them: a store that was copied goes on using the first one's models.
+    """Return the folders that the store at ``path`` was moved from, as it records them, each with the new one.
 
     Raises:
-        StoreUnusableError: what the store holds is not there, so it was not moved as a whole.
+        StoreUnusableError: the models were not moved along with the store.
     """
-    path, found = Path(path).resolve(), {}
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-        places = [row[0] for table, column in COLUMNS for row in database.execute(f'SELECT "{column}" FROM "{table}"')]
-    for old in sorted({written_root(place or "") for place in places} - {""}):
-        if not (Path(unquote(old.removeprefix("file://"))) / "mlruns").exists():
-            found[old] = path.parent.as_uri() if old.startswith("file:") else path.parent.as_posix()
-    if found and not (path.parent / "mlruns").is_dir():
-        remedy = f"Move {unquote(min(found).removeprefix('file://'))}/mlruns there, too."
+    path = Path(path).resolve()
+    old_folders = moved_from(path)
+    if old_folders and not (path.parent / "mlruns").is_dir():
+        remedy = f"Move {min(old_folders) / 'mlruns'} there, too."
         raise StoreUnusableError(f"There is no folder mlruns beside {path}.", remedy)
-    return found
-
-
-def written_root(location: str) -> str:
-    """Return what stands before the last folder ``mlruns`` in a path of this machine, as it is written, or nothing."""
-    found = re.fullmatch(r"((?:file://)?/.*)/mlruns(?:/.*)?", location)
-    return found[1] if found else ""
+    folders = {}
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+        for table, column in COLUMNS:
+            for (location,) in database.execute(f'SELECT "{column}" FROM "{table}"'):
+                root, _ = split_location(location or "")
+                if root and local_path(root) in old_folders:
+                    folders[root] = path.parent.as_uri() if root.startswith("file:") else path.parent.as_posix()
+    return folders
 
 
 def mend(path: Path, folders: dict[str, str]) -> Path:

@@ -247,14 +247,44 @@ def create_experiment(uri: str, name: str, description: str) -> "Experiment":
     raise failure or mlflow.MlflowException(f"the experiment {name!r} was created and cannot be read")
 
 
-def _refuse_moved(path: Path, experiment: "Experiment") -> None:
-    """Refuse a SQLite store whose ``experiment`` keeps its models in a folder elsewhere than beside the store."""
-    location = unquote(experiment.artifact_location.removeprefix("file://"))
-    if re.match(r"[a-z][a-z0-9+.-]+:", location):  # a server's or a cloud's: it does not move with the store
-        return
-    if not Path(location).is_relative_to(path.parent / "mlruns"):
-        cause = f"its models are in {experiment.artifact_location}, so it was moved from there"
-        raise _unusable(path, cause, f"Move it back, {ELSEWHERE}")
+def split_location(location: str) -> tuple[str, str]:
+    """Return a local path up to its last folder ``mlruns``, and the rest; empty texts for any other location."""
+    parts = re.fullmatch(r"((?:file://)?/.*)/(mlruns(?:/.*)?)", location)
+    return (parts[1], parts[2]) if parts else ("", "")
+
+
+def local_path(location: str) -> Path:
+    """Return the path of a local location, which MLflow writes as a path or as a ``file:`` address."""
+    return Path(unquote(location.removeprefix("file://")) if location.startswith("file:") else location)
+
+
+def moved_from(path: Path) -> set[Path]:
+    """Return the folders that the SQLite store at ``path`` was moved from.
+
+    The folder ``mlruns`` in them no longer exists, but something was logged there: a model, or files that are now
+    beside the store. Nothing is lost in an experiment without models and files, so it does not count.
+    """
+    columns = ("logged_models.artifact_location", "runs.artifact_uri")
+    folders = set()
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)) as database:
+        for column in columns:
+            table = column.partition(".")[0]
+            query = f"SELECT {column} FROM {table} JOIN experiments USING (experiment_id)"
+            for (location,) in database.execute(f"{query} WHERE experiments.lifecycle_stage = 'active'"):
+                root, rest = split_location(location or "")
+                folder = local_path(root)
+                if not root or folder == path.parent or (folder / "mlruns").exists():
+                    continue
+                if table == "logged_models" or (path.parent / rest).exists():
+                    folders.add(folder)
+    return folders
+
+
+def _refuse_moved(path: Path, folders: set[Path]) -> None:
+    """Refuse the SQLite store at ``path`` if it was moved from any of ``folders``."""
+    if folders:
+        cause = f"its models were in {min(folders) / 'mlruns'}, which no longer exists, so it was moved from there"
+        raise _unusable(path, cause, f"Run lifecycle check --mend, move it back, {ELSEWHERE}")
 
 
 def check_store(folder: Path) -> None:
@@ -263,7 +293,7 @@ def check_store(folder: Path) -> None:
     Raises:
         StoreUnusableError: with what is wrong, and the remedy.
     """
-    import mlflow
+    import mlflow  # noqa: F401 - if it is not installed, the store is not at fault
 
     uri = tracking_uri(folder)
     path = _sqlite_path(uri)
@@ -275,9 +305,8 @@ def check_store(folder: Path) -> None:
         if path:
             _refuse_at_once(path)
         _ask(uri)
-        for experiment in mlflow.MlflowClient(uri).search_experiments() if path else []:
-            if experiment.experiment_id != "0":  # Default, which MLflow makes wherever it is first started
-                _refuse_moved(path, experiment)
+        if path:
+            _refuse_moved(path, moved_from(path))
 
 
 def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
@@ -301,7 +330,8 @@ def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
             _refuse_at_once(path)
         experiment = _ask(uri, name) or create_experiment(uri, name, description)
         if path:
-            _refuse_moved(path, experiment)
+            root, _ = split_location(experiment.artifact_location)
+            _refuse_moved(path, moved_from(path) & {local_path(root)})
         if path and experiment.artifact_location.startswith("mlflow-artifacts:"):
             remedy = "Set MLFLOW_TRACKING_URI to the address of that server, or rename the experiment there."
             raise _unusable(path, f"the experiment {name!r} was made by a server, which keeps its files", remedy)

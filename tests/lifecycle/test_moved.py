@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import sqlite3
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -11,6 +12,8 @@ from execution import snapshot
 from mlflow.pyfunc import PythonModel
 
 from lifecycle.__main__ import main
+from lifecycle.check import store_problems
+from lifecycle.interface import labelled_links
 from lifecycle.moved import mend, moved_folders
 from lifecycle.store import StoreUnusableError, check_store, open_experiment, tracking_uri
 
@@ -21,6 +24,13 @@ class Echo(PythonModel):
     def predict(self, context, model_input: list[str]) -> list[str]:
         """Return what comes in."""
         return model_input
+
+
+def log_everything() -> None:
+    """Log a run with a text and a model, and register the model, in the active experiment."""
+    with mlflow.start_run():
+        mlflow.log_text("a text", "notes.txt")
+        mlflow.pyfunc.log_model(name="echo", python_model=Echo(), pip_requirements=[], registered_model_name="echo")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +47,7 @@ def first_place(tmp_path_factory):
         open_experiment("ours", "What it is for.", here)
         for name in ("ours", "MLflow's own"):
             mlflow.set_experiment(name)
-            with mlflow.start_run():
-                mlflow.log_text("a text", "notes.txt")
-                options = {"python_model": Echo(), "pip_requirements": [], "registered_model_name": "echo"}
-                mlflow.pyfunc.log_model(name="echo", **options)
+            log_everything()
         mlflow.set_tracking_uri(None)
     here.rename(here.parent / "there")
     return here
@@ -114,6 +121,41 @@ def test_store_that_was_copied_keeps_the_first_ones_models(moved, first_place):
     found = moved_folders(moved)
     shutil.rmtree(first_place)
     assert found == {}
+
+
+@pytest.fixture
+def elsewhere(tmp_path, empty_store, monkeypatch):
+    """Give the path of a store with a model that MLflow keeps in the working directory, which is another folder."""
+    store = Path(shutil.copy(empty_store, tmp_path / "store.db"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
+    mlflow.set_experiment("an experiment")
+    log_everything()
+    return store
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_store_elsewhere_than_its_models_was_not_moved(elsewhere):
+    assert moved_folders(elsewhere) == {}
+    assert store_problems(Path.cwd()) == []
+    assert "The registered model:\n  http://server/#/models/echo?" in labelled_links(tracking_uri("."), "http://server")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_store_whose_models_were_moved_is_refused_until_they_are_beside_it(elsewhere):
+    # given models that were moved
+    Path("mlruns").rename("other")
+    (problem,) = store_problems(Path.cwd())
+    assert "so it was moved" in problem.what
+    with pytest.raises(StoreUnusableError, match=r"Move .*/work/mlruns there, too"):
+        moved_folders(elsewhere)
+    # when they are put beside the store, and it is mended
+    Path("other").rename(elsewhere.parent / "mlruns")
+    mend(elsewhere, moved_folders(elsewhere))
+    # then
+    assert store_problems(Path.cwd()) == []
+    assert mlflow.pyfunc.load_model("models:/echo/1").predict(["again"]) == ["again"]
 
 
 def mended(folder, answer="", **variables):

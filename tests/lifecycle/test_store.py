@@ -252,18 +252,56 @@ def test_server_decides_where_its_models_are(tmp_path, monkeypatch):
     assert experiment.artifact_location.startswith("mlflow-artifacts:/")
 
 
-def test_moved_store_is_refused_and_unchanged(store, tmp_path):
-    # given a folder that was moved after an experiment was opened there
-    here = tmp_path / "here"
+def open_and_move(store: Path, artifact: str = "") -> tuple[Path, Path]:
+    """Open an experiment in a folder with the store, log a run, move the folder, and return the old and new one."""
+    here = store.parent / "here"
     here.mkdir()
     store.rename(here / "mlflow.db")
     open_experiment("an experiment", "What it is for.", here)
+    with mlflow.start_run():
+        mlflow.log_metric("a metric", 1)
+        if artifact:
+            mlflow.log_text("text", artifact)
     mlflow.set_tracking_uri(None)  # which also takes it out of the environment, where MLflow puts it
-    there = here.rename(tmp_path / "there")
+    return here, here.rename(store.parent / "there")
+
+
+def test_moved_store_is_refused_and_unchanged(store, tmp_path):
+    # given a folder that was moved after a file was logged there
+    here, there = open_and_move(store, "notes.txt")
     before = snapshot(tmp_path)
     # when, then
-    assert f"its models are in {here.as_uri()}/mlruns, so it was moved from there. Move it back" in refused(there)
+    message = refused(there)
+    assert f"its models were in {here}/mlruns, which no longer exists, so it was moved from there." in message
+    assert message.endswith("Run lifecycle check --mend, move it back, or name another store in MLFLOW_TRACKING_URI.")
     assert snapshot(tmp_path) == before
+
+
+def test_moved_store_without_models_and_files_is_used(store):
+    # given a folder that was moved after a run without files
+    _, there = open_and_move(store)
+    # then
+    check_store(there)
+    assert open_experiment("an experiment", "What it is for.", there).experiment_id == "1"
+
+
+@pytest.mark.parametrize("artifact", ["notes.txt", ""])
+def test_store_elsewhere_than_the_working_directory_is_used(artifact, store, tmp_path, monkeypatch):
+    # given a run logged as in the quickstart: MLflow keeps its files in the working directory
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(tmp_path))
+    mlflow.set_experiment("an experiment")
+    with mlflow.start_run() as run:
+        mlflow.log_metric("a metric", 1)
+        if artifact:
+            mlflow.log_text("text", artifact)
+    assert run.info.artifact_uri.startswith(f"{work}/mlruns/")
+    # then
+    check_store(work)
+    for name in ("an experiment", "a new experiment"):
+        assert open_experiment(name, "What it is for.", work).name == name
 
 
 def test_experiment_that_a_server_made_is_no_sign_of_a_moved_store(store, tmp_path):
@@ -569,13 +607,11 @@ def test_check_finds_nothing_wrong_with_a_store_that_mlflow_filled_by_itself(sto
     open_experiment("an experiment", "What it is for.", tmp_path)
 
 
-def test_check_says_that_a_store_was_moved(store, tmp_path):
-    # given an experiment of another folder
-    mlflow.MlflowClient(tracking_uri(tmp_path)).create_experiment("an experiment", "/elsewhere/mlruns/1")
-    # then
-    with pytest.raises(StoreUnusableError, match=r"its models are in /elsewhere/mlruns/1, so it was moved") as error:
-        check_store(tmp_path)
-    assert error.value.remedy.startswith("Move it back, or name another store")
+def test_check_says_that_a_store_was_moved(store):
+    here, there = open_and_move(store, "notes.txt")
+    with pytest.raises(StoreUnusableError, match=f"its models were in {here}/mlruns") as error:
+        check_store(there)
+    assert error.value.remedy.startswith("Run lifecycle check --mend")
 
 
 def test_check_says_that_a_store_was_left_half_made(tmp_path):
