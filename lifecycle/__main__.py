@@ -29,8 +29,9 @@ def main() -> None:
 @JSON
 @click.option("--mend", is_flag=True, help="Mend a SQLite store that was moved as a whole, after a copy.")
 @click.option("--yes", is_flag=True, help="Mend without asking.")
-def check(as_json: bool, mend: bool, yes: bool) -> None:
-    """Say what is wrong in this folder, and what to do about it; exit status 1 if anything is."""
+@click.option("--quiet", is_flag=True, help="Print nothing if no problem is found.")
+def check(as_json: bool, mend: bool, yes: bool, quiet: bool) -> None:
+    """Print what is wrong in this folder, and how to fix it. The exit status is 1 if there is a problem."""
     from lifecycle.check import problems
 
     if mend:
@@ -41,13 +42,13 @@ def check(as_json: bool, mend: bool, yes: bool) -> None:
         click.echo(json.dumps([asdict(problem) for problem in found], indent=2))
     elif found:
         click.echo("\n".join(map(str, found)))
-    else:
-        click.echo("Nothing is wrong with Python, packages, pins, store, disk and port.")
+    elif not quiet:
+        click.echo("Nothing is wrong with Python, packages, pins, store and disk.")
     raise SystemExit(bool(found))
 
 
 def mend_store(yes: bool) -> None:
-    """Show what has to change in a store that was moved, and change it once somebody says yes."""
+    """Show the paths to change in a store that was moved, and change them after confirmation."""
     from lifecycle.moved import mend, moved_folders
     from lifecycle.store import tracking_uri
 
@@ -55,9 +56,7 @@ def mend_store(yes: bool) -> None:
     with in_one_line():
         folders = moved_folders(path) if path.is_file() else {}
     if not folders:
-        click.echo(
-            "There is nothing to mend: the paths in the store lead to folders that are there, or there is no store."
-        )
+        click.echo("There is nothing to mend: there is no store, or the folders that it names exist.")
         return
     click.echo("\n".join(f"{old} -> {new}" for old, new in folders.items()))
     if not yes:

@@ -1,6 +1,6 @@
-"""What is wrong here, each with its remedy: Python, packages, uv, pins, store, disk and port.
+"""Find problems of the set-up, each with its remedy: Python, packages, uv, pins, store and disk.
 
-MLflow reports such things in the middle of a run, in the words of whichever library met them first, or not at all.
+MLflow reports them in the middle of a run, in the words of the library that fails first, or not at all.
 """
 
 import csv
@@ -11,7 +11,6 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-from lifecycle.interface import is_free
 from lifecycle.pins import read_pins
 from lifecycle.store import StoreUnusableError, check_store
 
@@ -104,14 +103,6 @@ def disk_problems(folder: Path, needed_bytes: int = FREE_BYTES) -> list[Problem]
     return [Problem(what, "Make room: uv cache prune, and old runs: mlflow gc")]
 
 
-def port_problems(port: int = 5000) -> list[Problem]:
-    """Return a problem where something listens on ``port`` of this machine already."""
-    if is_free(port):
-        return []
-    what = f"Port {port} is taken (5000 on macOS: by AirPlay)."
-    return [Problem(what, "None needed: make ui takes the next free port by itself.")]
-
-
 def store_problems(folder: Path) -> list[Problem]:
     """Return what is wrong with the store of ``folder``, or with the one that MLFLOW_TRACKING_URI names."""
     try:
@@ -124,9 +115,9 @@ def store_problems(folder: Path) -> list[Problem]:
 
 
 def problems(folder: Path) -> list[Problem]:
-    """Return all that is wrong in the project's ``folder``, the port of the interface included."""
+    """Return all problems of the project in ``folder``."""
     lock = folder / "requirements.txt"
     found = python_problems() + uv_problems() + pins_problems(folder / "model_requirements.txt")
     missing = Problem(f"There is no {lock}.", "git checkout requirements.txt")
     found += package_problems(lock) if lock.exists() else [missing]
-    return found + store_problems(folder) + disk_problems(folder) + port_problems()
+    return found + store_problems(folder) + disk_problems(folder)

@@ -24,7 +24,7 @@ ALLOWED = {
     "challenger": {"comparison", "gate", "monitoring", "pins", "signing", "tables", "verification"},
     "environment": {"pins", "store", "tables", "comparison"},
     "interface": {"store"},
-    "check": {"interface", "pins", "store"},
+    "check": {"pins", "store"},
     "moved": {"store"},
     "ranking": {"pins", "store", "tables", "comparison"},
     "report": {"pins", "store", "tables", "comparison", "ranking"},
