@@ -1,10 +1,12 @@
-"""Execute notebooks into HTML pages, and show how long each section takes.
+"""Execute notebooks into HTML pages, and print how long each section takes.
 
 Usage: python tools/run.py [--output-dir FOLDER] [--shutdown immediate] NOTEBOOK [NOTEBOOK ...]
 
-Each notebook runs in a new kernel, which starts in the notebook's folder. The notebook's file stays as it is. One
-notebook prints a line per section, several print a line each. If a cell fails, the page shows what ran and the error.
-Libraries are imported where they are used, so that Ctrl+C ends the program quietly while they load, too.
+Each notebook runs in a new kernel, in the notebook's folder. Its file does not change. One notebook prints a line per
+section, several print a line each. If a cell fails, the page shows the outputs so far and the error. The notebooks that
+a page links to get a page, too, with their stored outputs.
+
+Libraries are imported inside functions, so that Ctrl+C also ends the program quietly while they load.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
@@ -31,27 +33,30 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parent.parent
-# Make the store whole, before the notebook opens it, or leave it to the notebook to say why not. Nothing of it is seen.
+# MLflow by itself waits minutes for a tracking server that is down or silent.
+TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+# Creates the tables of a new SQLite store, all or none. If that fails, the notebook's own cell shows the error.
 PREPARE = '__import__("lifecycle.store").store.prepare_store(".")'
+MESSAGE_LENGTH = 3000
 
 
 class NotebookFailedError(Exception):
-    """A notebook did not run to its end."""
+    """A notebook could not be read or executed."""
 
     def __init__(self, reason: str, section: str = "", cell: str = "") -> None:
-        """Keep the reason, the title of the section, and the id of the cell that has the traceback, if any."""
+        """Keep the reason, the section's title, and the id of the cell that failed, if any."""
         super().__init__(reason, section, cell)
         self.reason, self.section, self.cell = reason, section, cell
 
     def __str__(self) -> str:
-        """Return what to print behind the notebook's name."""
+        """Return the text that follows the notebook's name."""
         return f' failed in section "{self.section}": {self.reason}' if self.section else f": {self.reason}"
 
 
 @contextlib.contextmanager
 def timed(label: str) -> Iterator[None]:
-    """Print ``label`` when the block begins, and the seconds that it took, in the same line, when it ends."""
-    print(label, end="", flush=True)
+    """Print ``label`` when the block starts, and on the same line its seconds when it ends."""
+    print(f"{label:<36}", end="", flush=True)
     start, outcome = time.perf_counter(), ""
     try:
         yield
@@ -63,7 +68,7 @@ def timed(label: str) -> Iterator[None]:
 
 
 def sections(notebook: NotebookNode) -> list[tuple[str, list[int]]]:
-    """Return each heading, H1 or H2, that has code below it, with the indices of its code cells."""
+    """Return the title of each H1 or H2 that has code below it, with the indices of its code cells."""
     found = [("Start", [])]
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
@@ -75,33 +80,35 @@ def sections(notebook: NotebookNode) -> list[tuple[str, list[int]]]:
 
 
 def summary(name: str, message: str) -> str:
-    """Return an error's name and message; of a message with many lines, the first and the last."""
+    """Return an error's name and message, at most MESSAGE_LENGTH characters; of more than three lines, two."""
     text = printable(f"{name}: {message}").rstrip(": \n")
-    lines = [line.rstrip()[:300] for line in text.splitlines() if line.strip()]
-    return "\n  ".join(lines if len(lines) <= 3 else [lines[0], "...", lines[-1]])
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 3:
+        lines = [lines[0], "...", lines[-1]]
+    text = "\n  ".join(lines)
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}..."
 
 
 def kernel_environment(path: Path) -> dict[str, str]:
-    """Return the environment variables for the kernel of the notebook at ``path``.
+    """Return the environment variables for the kernel of the notebook at ``path``. The user's own settings win.
 
-    MLflow takes run tags from MLFLOW_RUN_CONTEXT. It cannot find out a notebook's name and commit itself, so they are
-    added there, unless the user has set them.
+    MLflow takes run tags from MLFLOW_RUN_CONTEXT. In a kernel it cannot find the notebook's name and commit itself.
     """
-    inside = path.is_relative_to(ROOT)
-    tags = source_tags(path.relative_to(ROOT).as_posix(), ROOT) if inside else source_tags(path.name, path.parent)
-    with contextlib.suppress(ValueError, TypeError):  # what is no JSON object stays as it is: MLflow reports it
-        tags |= json.loads(os.environ.get("MLFLOW_RUN_CONTEXT") or "{}")
-        return os.environ | {"MLFLOW_RUN_CONTEXT": json.dumps(tags)}
-    return dict(os.environ)
+    tags = source_tags(path.name, path.parent)
+    variables = TIMEOUTS | os.environ
+    with contextlib.suppress(ValueError, TypeError):  # MLflow reports a value that is not a JSON object
+        tags |= json.loads(variables.get("MLFLOW_RUN_CONTEXT") or "{}")
+        variables["MLFLOW_RUN_CONTEXT"] = json.dumps(tags)
+    return variables
 
 
-def execute(notebook: NotebookNode, path: Path, *, shutdown: str = "graceful", show: bool = False) -> None:
+def execute(notebook: NotebookNode, path: Path, *, shutdown: str, show: bool) -> None:
     """Execute ``notebook`` in place.
 
     Args:
-        notebook: what to execute; the outputs that it has are cleared.
+        notebook: what to execute; its stored outputs are cleared.
         path: its file; the kernel starts in that folder.
-        shutdown: how the kernel ends once all has run, "graceful" or "immediate"; after a failure always the former.
+        shutdown: how the kernel ends after the last cell, "graceful" or "immediate"; after a failure always "graceful".
         show: print each section and its seconds.
 
     Raises:
@@ -115,31 +122,24 @@ def execute(notebook: NotebookNode, path: Path, *, shutdown: str = "graceful", s
     from nbclient.exceptions import CellExecutionError, DeadKernelError
     from traitlets.config import Config
 
+    def prepare_store(cell: NotebookNode, **_) -> None:
+        if "mlflow.set_experiment(" in cell.source:
+            client.kc.execute(PREPARE, silent=True, store_history=False, stop_on_error=False)
+
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    parts = sections(notebook)
-    width = max((len(title) for title, _ in parts), default=0)
     title, cell = "", {}
     config = Config(KernelManager={"transport_encryption": "auto"})
-    # What the imports bring into memory stays there, so it pays to look for garbage less often.
-    options = ["--IPKernelApp.exec_lines=import gc; gc.set_threshold(100_000, 50, 100); del gc"]
-    client = NotebookClient(notebook, config=config, store_widget_state=False, extra_arguments=options)
-    client.create_kernel_manager()
-    # What cells print goes into the notebook. The log has the rest, such as why the kernel did not start.
+    client = NotebookClient(notebook, config=config, store_widget_state=False, on_cell_execute=prepare_store)
+    # The notebook has what its cells print. The log has the rest, such as why the kernel did not start.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        # The quickstart's store is made in its kernel, once that has imported MLflow. A guide makes its store itself.
-        prepare = parts[0][1][-1] if parts and (path.parent / "model_requirements.txt").exists() else None
         try:
-            client.start_new_kernel(cwd=str(path.parent), env=kernel_environment(path), stderr=log)
-            import_module("nbconvert.exporters")  # for the page, while the kernel starts, which takes longer
-            with client.setup_kernel():
-                for title, indices in parts:
-                    with timed(f"  {title:<{width}}") if show else contextlib.nullcontext():
+            with client.setup_kernel(cwd=str(path.parent), env=kernel_environment(path), stderr=log):
+                for title, indices in sections(notebook):
+                    with timed(f"  {title}") if show else contextlib.nullcontext():
                         for index in indices:
                             cell = notebook.cells[index]
-                            if index == prepare:
-                                client.kc.execute(PREPARE, silent=True, store_history=False, stop_on_error=False)
                             client.execute_cell(cell, index)
                 client.shutdown_kernel = shutdown
         except CellExecutionError as error:
@@ -152,12 +152,12 @@ def execute(notebook: NotebookNode, path: Path, *, shutdown: str = "graceful", s
             raise NotebookFailedError(f"the kernel did not start: {reason}") from error
         finally:
             if client.km is not None and client.km.has_kernel:  # interrupted while it started or ended
-                with contextlib.suppress(InvalidStateError):  # because that is not finished
+                with contextlib.suppress(InvalidStateError):
                     run_sync(client.km.shutdown_kernel)(now=True)
 
 
 def page(notebook: NotebookNode, title: str, failure: NotebookFailedError | None = None) -> str:
-    """Return ``notebook`` with its outputs as an HTML page; a ``failure`` is shown at its top."""
+    """Return ``notebook`` with its outputs as an HTML page, with the ``failure`` at its top."""
     from nbconvert.exporters import HTMLExporter
 
     options = {"exclude_input_prompt": True, "exclude_output_prompt": True}
@@ -165,30 +165,53 @@ def page(notebook: NotebookNode, title: str, failure: NotebookFailedError | None
     return exporter.from_notebook_node(notebook, {"metadata": {"name": title}, "failure": failure})[0]
 
 
-def relinked(text: str, folder: Path, output_dir: Path, names: set[str]) -> str:
-    """Return the page ``text`` with its links to files below ``folder`` written for a page in ``output_dir``.
-
-    A link to a notebook leads to its page, if that is there or its name is among ``names``, which are made now.
-    """
+def relink(text: str, folder: Path, output_dir: Path) -> str:
+    """Return a page with its links to files below ``folder`` written for ``output_dir``; notebooks become pages."""
 
     def link(match: re.Match) -> str:
         target = (folder / unquote(match[1])).resolve()
-        page_of_it = output_dir / f"{target.stem}.html"
-        if target.suffix == ".ipynb" and (page_of_it.name in names or page_of_it.exists()):
-            return f'href="{quote(page_of_it.name)}"'
-        return f'href="{quote(Path(os.path.relpath(target, output_dir)).as_posix())}"' if target.exists() else match[0]
+        if not target.exists():
+            return match[0]
+        if target.suffix == ".ipynb":
+            target = output_dir / f"{target.stem}.html"
+        return f'href="{quote(Path(os.path.relpath(target, output_dir)).as_posix())}"'
 
     return re.sub(r'href="(?![a-z]+:|[#/])([^"#?]+)"', link, text)
 
 
-def run(path: Path, target: Path, names: set[str], **options) -> None:
-    """Execute the notebook at ``path`` into the HTML page ``target``, with the ``options`` of ``execute``.
+def write_page(notebook: NotebookNode, path: Path, target: Path, failure: NotebookFailedError | None = None) -> None:
+    """Write ``notebook``, whose file is ``path``, as the page ``target``."""
+    text = relink(page(notebook, path.stem, failure), path.parent, target.parent)
+    target.write_text(printable(text), encoding="utf-8")
 
-    ``names`` are those of all pages that are made now.
+
+def write_linked_pages(path: Path, output_dir: Path) -> None:
+    """Write a page for each notebook that ``path`` links to, directly or through others, from its stored outputs.
+
+    A page that is newer than its notebook is kept.
+    """
+    import nbconvert.exporters  # noqa: F401 - the page of the notebook at ``path`` needs it in any case
+    import nbformat
+
+    notebooks = [path]
+    for notebook in notebooks:
+        for link in re.findall(r"\]\(([^()]+\.ipynb)\)", notebook.read_text(encoding="utf-8")):
+            linked = (notebook.parent / unquote(link)).resolve()
+            if linked.exists() and linked not in notebooks:
+                notebooks.append(linked)
+    for notebook in notebooks[1:]:
+        target = output_dir / f"{notebook.stem}.html"
+        if not target.exists() or target.stat().st_mtime < notebook.stat().st_mtime:
+            write_page(nbformat.read(notebook, as_version=4), notebook, target)
+
+
+def run(path: Path, target: Path, *, shutdown: str, show: bool) -> None:
+    """Execute the notebook at ``path`` into the HTML page ``target``.
 
     Raises:
-        NotebookFailedError: it cannot be read, or did not run to its end; the page then shows how far it got.
+        NotebookFailedError: it cannot be read, or a cell failed; in the latter case the page shows the outputs so far.
     """
+    import nbclient  # noqa: F401 - before the thread imports it
     import nbformat
 
     try:
@@ -198,13 +221,15 @@ def run(path: Path, target: Path, names: set[str], **options) -> None:
         raise NotebookFailedError("there is no such file") from None
     except (OSError, ValueError, nbformat.ValidationError) as error:
         raise NotebookFailedError(f"this is not a notebook: {str(error).splitlines()[0][:80]}") from error
-    failure = None
+    path, target, failure = path.resolve(), target.resolve(), None
+    thread = threading.Thread(target=write_linked_pages, args=(path, target.parent), daemon=True)
+    thread.start()  # most of the time this process waits for the kernel
     try:
-        execute(notebook, path.resolve(), **options)
+        execute(notebook, path, shutdown=shutdown, show=show)
     except NotebookFailedError as error:
         failure = error
-    text = relinked(page(notebook, path.stem, failure), path.resolve().parent, target.resolve().parent, names)
-    target.write_text(printable(text), encoding="utf-8")
+    thread.join()
+    write_page(notebook, path, target, failure)
     if failure:
         raise failure
 
@@ -214,17 +239,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
     parser.add_argument("--output-dir", type=Path, default=Path("build"), metavar="FOLDER", help="default: build")
-    parser.add_argument("--shutdown", choices=["graceful", "immediate"], default="graceful", help="of the kernel")
+    parser.add_argument("--shutdown", choices=["graceful", "immediate"], default="graceful", help="how the kernel ends")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     several = len(arguments.notebooks) > 1
-    width = max(len(str(path)) for path in arguments.notebooks)
-    failures, names = [], {f"{path.stem}.html" for path in arguments.notebooks}
+    failures = []
     for path in arguments.notebooks:
         target = arguments.output_dir / f"{path.stem}.html"
         try:
-            with timed(f"{path!s:<{width}}") if several else contextlib.nullcontext():
-                run(path, target, names, shutdown=arguments.shutdown, show=not several)
+            with timed(str(path)) if several else contextlib.nullcontext():
+                run(path, target, shutdown=arguments.shutdown, show=not several)
         except NotebookFailedError as failure:
             where = f"\nThe full traceback is in {target.as_posix()}" if failure.cell else ""
             failures.append(f"{path.as_posix()}{failure}{where}")
@@ -239,7 +263,7 @@ def main() -> None:
 
 
 def interrupt(*_) -> None:
-    """End the program as Ctrl+C does, without what asyncio would say about tasks that are cut off."""
+    """End the program as Ctrl+C does, without asyncio's messages about cancelled tasks."""
     logging.getLogger("asyncio").disabled = True
     raise KeyboardInterrupt
 

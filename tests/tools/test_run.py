@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -71,9 +73,9 @@ LINKS = "[a](b.ipynb) [b](a.ipynb) [c](../c.ipynb) [n](../notes%20(1).md) [w](ht
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Give the folder where two of three notebooks were executed into ``some/pages``, what was said, and their files.
+    """Give the folder where two of three notebooks were executed into ``some/pages``, the output, and their files.
 
-    Each has links to the other two, to a file, to a page of the web, and to nothing; and an output from before.
+    Each links to the other two, to a file, to a web page, and to a missing file. Each has a stored output.
     """
     folder = tmp_path_factory.mktemp("pages")
     (folder / "guides").mkdir()
@@ -97,18 +99,37 @@ def test_page_has_the_outputs_and_the_notebook_stays_as_it_is(pages):
     assert snapshot(folder / "guides") == before
 
 
-def test_links_of_a_page_lead_to_files_that_are_there(pages):
-    # then links lead to the pages that were made, to the files of the others, and are else as they were
+def test_links_of_a_page_lead_to_pages_and_files_that_exist(pages):
+    # then links to notebooks lead to their pages, links to files to the files, and other links are unchanged
     text = (pages[0] / "some/pages/a.html").read_text(encoding="utf-8")
     found = {label: target for target, label in re.findall(r'<a href="([^"]+)">([a-z]+)</a>', text)[-6:]}
     assert found == {
         "a": "b.html",
         "b": "a.html",
-        "c": "../../c.ipynb",
+        "c": "c.html",
         "n": "../../notes%20%281%29.md",
         "w": "https://example.org/x",
         "no": "no.md",
     }
+
+
+def test_linked_notebook_that_is_not_executed_gets_a_page_with_its_stored_outputs(pages):
+    assert "from before" in (pages[0] / "some/pages/c.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("page_time", "is_kept"), [(200, True), (50, False)])
+def test_page_of_a_linked_notebook_is_kept_if_it_is_newer(tool, tmp_path, page_time, is_kept):
+    # given a chain of notebooks, and a page of the last one
+    for name, link in {"a": "[b](b.ipynb)", "b": "[c](c.ipynb)", "c": "[a](a.ipynb)"}.items():
+        nbformat.write(new_notebook(cells=[new_markdown_cell(link)]), tmp_path / f"{name}.ipynb")
+        os.utime(tmp_path / f"{name}.ipynb", (100, 100))
+    (tmp_path / "c.html").write_text("old page")
+    os.utime(tmp_path / "c.html", (page_time, page_time))
+    # when the pages are written that the first one leads to
+    tool.write_linked_pages(tmp_path / "a.ipynb", tmp_path)
+    # then there is a page of each, and the one that was there is kept if it is newer than its notebook
+    assert {path.name for path in tmp_path.glob("*.html")} == {"b.html", "c.html"}
+    assert ((tmp_path / "c.html").read_text(encoding="utf-8") == "old page") == is_kept
 
 
 def test_several_notebooks_end_with_where_their_pages_are(pages):
@@ -116,22 +137,82 @@ def test_several_notebooks_end_with_where_their_pages_are(pages):
     assert pages[1].splitlines()[2:] == [end]
 
 
-def test_store_of_the_quickstart_is_whole_before_its_second_section(tmp_path):
-    # given a notebook beside its pins, which looks at the store without MLflow, and a store that a kill left half made
-    (tmp_path / "model_requirements.txt").write_text("")
-    look = "import sqlite3; print(sqlite3.connect('mlflow.db').execute('SELECT name FROM experiments').fetchall())"
-    write(tmp_path / "small.ipynb", Title="1", Second=look)
+def test_half_made_store_is_replaced_before_mlflow_opens_it(tmp_path):
+    # given a store that a killed process left half made, in which MLflow cannot create its tables
+    write(tmp_path / "small.ipynb", Title="import mlflow", Second="mlflow.set_experiment('an experiment').name")
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         database.execute("CREATE TABLE experiments (name TEXT)")
-    os.utime(tmp_path / "mlflow.db", (0, 0))  # long ago: nobody is making it now
-    # when it is executed
+    os.utime(tmp_path / "mlflow.db", (0, 0))  # no process is creating it now
+    # when a notebook opens it
     process = run("small.ipynb", folder=tmp_path)
-    # then the store is whole, the half-made one is aside, and there is nothing else
+    # then the experiment is there, and the half-made file is kept under another name
     assert process.returncode == 0, process.stderr
-    assert "Default" in (tmp_path / "build/small.html").read_text(encoding="utf-8")
-    given = {"model_requirements.txt", "small.ipynb"}
+    assert "an experiment" in (tmp_path / "build/small.html").read_text(encoding="utf-8")
     made = {"build", "mlflow.db", "mlflow.db.incomplete-1", "tmp"}
-    assert {path.name for path in tmp_path.iterdir()} == given | made
+    assert {path.name for path in tmp_path.iterdir()} == {"small.ipynb"} | made
+
+
+@pytest.fixture
+def silent_server():
+    """Give the address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.extended  # it takes long
+@pytest.mark.parametrize(("server", "message"), [("dead", "Connection refused"), ("silent", "Read timed out")])
+def test_server_that_does_not_answer_is_reported_within_a_minute(tmp_path, server, message, silent_server):
+    # given a port on which nothing listens, or a server that does not answer
+    address = "http://127.0.0.1:9" if server == "dead" else silent_server
+    write(tmp_path / "small.ipynb", Title="import mlflow\n\nmlflow.set_experiment('an experiment')")
+    # when
+    start = time.monotonic()
+    process = run("small.ipynb", folder=tmp_path, MLFLOW_TRACKING_URI=address)
+    # then the error names the server; MLflow by itself would retry for minutes
+    assert process.returncode == 1
+    assert message in process.stderr
+    assert address.removeprefix("http://127.0.0.1:") in process.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_timeouts_of_the_user_are_kept(tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    variables = tool.kernel_environment(tmp_path / "small.ipynb")
+    assert variables["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "30"
+    assert variables["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+
+
+FAILS = "raise ValueError('wrong')"
+IS_INTERRUPTED = "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(100)"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals as terminals send them")
+@pytest.mark.parametrize(
+    ("code", "pins", "status", "expected"),
+    [
+        (FAILS, "numpy==2", 1, ""),
+        (FAILS, "numpy", 1, "model_requirements.txt, line 1, leaves the version open: 'numpy'."),
+        (IS_INTERRUPTED, "numpy", 130, ""),
+    ],
+)
+def test_make_run_ends_with_the_problems_found_after_a_failure(tmp_path, lacking, code, pins, status, expected):
+    # given a notebook that fails or is interrupted, in a project with or without a problem
+    if shutil.which("make") is None:
+        lacking("make", "apt-get install make (on Debian)")
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "model_requirements.txt").write_text(pins)
+    (tmp_path / "installed.txt").touch()
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    write(tmp_path / "project.ipynb", Title=code)
+    # when
+    command = ["make", "run", "INSTALLED=installed.txt", f"BIN={Path(sys.executable).parent}"]
+    process = finished(command, tmp_path, environment(tmp_path), limit=100)
+    # then the problem is printed, if there is one and the user did not interrupt, and nothing else
+    _, _, after = process.stdout.partition("\n")
+    assert after.partition("\n")[0].endswith(expected) if expected else after == ""
+    assert f"Error {status}\n" in process.stderr
 
 
 def test_headings_in_code_blocks_and_without_code_are_no_sections(tool):
@@ -187,11 +268,12 @@ def test_failed_notebook_can_clean_up_before_its_kernel_ends(failed):
         ("", "KeyError"),
         ("a cause\nand a remedy\n", "KeyError: a cause\n  and a remedy"),
         ("first\n\nsecond\nthird\nlast\n", "KeyError: first\n  ...\n  last"),
-        ("x" * 5000, "KeyError: " + "x" * 290),
+        ("x" * 2900, "KeyError: " + "x" * 2900),
+        ("x" * 5000, "KeyError: " + "x" * 2990 + "..."),
     ],
 )
 def test_reason_is_short_however_long_the_message(tool, message, expected):
-    # given an error with that message, when it is summed up, then the result has few lines, and these are not long
+    # given an error with that message, when it is summed up, then the result has few lines and is not too long
     assert tool.summary("KeyError", message) == expected
 
 
