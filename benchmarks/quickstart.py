@@ -1,23 +1,24 @@
-"""Measure the quickstart against named peers and print each as a ratio, taken in one run.
+"""Compare the quickstart with named peers. Each figure is a ratio, measured in one run.
 
 Usage: python benchmarks/quickstart.py [--rounds 5] [--bytecode cold|warm|both]
 
 The peers:
 
 - official: the steps of MLflow's own tracking quickstart (https://mlflow.org/docs/latest/ml/tracking/quickstart) as a
-  notebook, `official_quickstart.ipynb`: one model, registered and reloaded, whose requirements MLflow infers.
-- plain script: the MLflow calls of project.ipynb and nothing else, run by Python: `plain_script.py`.
+  notebook, `official_quickstart.ipynb`: one model, registered and loaded again, whose requirements MLflow infers.
+- plain script: the MLflow calls of project.ipynb and nothing else, as a Python program: `plain_script.py`.
 
-Every run is headless, a whole process, in an empty folder with an empty store. The quickstart runs as by `make run`,
-MLflow's own by plain nbconvert. A round runs each candidate once, in turn, so that all meet the same noise; the ratio
-is formed within a round, and its median over the rounds is the figure. The first round is not counted.
+Both notebooks are executed the same way, by `tools/run.py` as in `make run`: a new kernel, the same shutdown, a page at
+the end. Each candidate runs as a whole process in an empty folder with an empty store. A round runs each candidate
+once, one after the other, so that all are slowed down alike by other work on the machine. The ratio is formed within a
+round, and the figure is the median over the rounds. The first round is not counted.
 
-Bytecode matters: Python compiles each module that it has no compiled file for. `cold` never keeps compiled files, as in
-a container that sets PYTHONDONTWRITEBYTECODE; `warm` keeps them, as from the second run on a laptop. Both are set by
-environment variables for every candidate alike, so what is in .venv does not count. The environment that the last step
-of the quickstart builds comes from uv's cache after the first round, as on a laptop from the second run on.
+Python compiles each module that has no compiled file yet, which takes long. `cold` never keeps compiled files, as in
+a container that sets PYTHONDONTWRITEBYTECODE; `warm` keeps them, as from the second run on a laptop. Environment
+variables set this for all candidates alike, so compiled files in .venv are not used. After the first round, the
+environment that the quickstart builds comes from uv's cache, as on a laptop from the second run on.
 
-At the end, a bar for each section of the notebook: where the time of a run with the environment rebuilt goes.
+At the end, a bar per section of the quickstart shows what takes the time when the environment is built.
 """
 
 import argparse
@@ -35,26 +36,25 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFICIAL = ROOT / "benchmarks" / "official_quickstart.ipynb"
 PLAIN = ROOT / "benchmarks" / "plain_script.py"
 PROJECT = ROOT / "project.ipynb"
-RUN = [str(ROOT / "tools" / "run.py"), "--shutdown", "immediate", "project.ipynb"]
-NBCONVERT = ["-m", "nbconvert", "--execute", "--to", "html", "--log-level", "ERROR"]
+RUN = [str(ROOT / "tools" / "run.py"), "--shutdown", "immediate"]
 CANDIDATES = {
-    "official": (OFFICIAL, [*NBCONVERT, "official_quickstart.ipynb"], "off"),
-    "project": (PROJECT, RUN, "off"),
-    "project, environment rebuilt": (PROJECT, RUN, "on"),
-    "plain script": (PLAIN, ["plain_script.py"], "off"),
+    "official": (OFFICIAL, [*RUN, OFFICIAL.name], "off"),
+    "project": (PROJECT, [*RUN, PROJECT.name], "off"),
+    "project, environment rebuilt": (PROJECT, [*RUN, PROJECT.name], "on"),
+    "plain script": (PLAIN, [PLAIN.name], "off"),
 }
 RATIOS = [
     ("project", "official", 0.70),
-    ("project, environment rebuilt", "official", 0.95),
+    ("project, environment rebuilt", "official", 0.98),
     ("project", "plain script", 1.15),
 ]
 
 
 def run(candidate: str, bytecode: dict[str, str]) -> tuple[float, str]:
-    """Return the wall-clock seconds that one run of ``candidate`` takes, in a folder of its own, and what it printed.
+    """Run ``candidate`` in a new folder, and return its wall-clock seconds and its output.
 
     Raises:
-        RuntimeError: the run failed; with what it printed.
+        RuntimeError: the run failed; the message has its output.
     """
     source, arguments, rebuild = CANDIDATES[candidate]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
@@ -73,7 +73,7 @@ def run(candidate: str, bytecode: dict[str, str]) -> tuple[float, str]:
 
 
 def measure(rounds: int, bytecode: dict[str, str]) -> None:
-    """Run all candidates in ``rounds`` counted rounds and print the seconds and the ratios."""
+    """Run all candidates in ``rounds`` rounds and one that is not counted, and print the seconds and the ratios."""
     taken = [{name: run(name, bytecode)[0] for name in CANDIDATES} for _ in range(rounds + 1)][1:]
     for name in CANDIDATES:
         values = [one[name] for one in taken]
@@ -87,7 +87,7 @@ def measure(rounds: int, bytecode: dict[str, str]) -> None:
 
 
 def show_sections(rounds: int, bytecode: dict[str, str]) -> None:
-    """Print the median seconds of each section over ``rounds`` runs, as `make run` measures them, each with its bar."""
+    """Print the median seconds of each section over ``rounds`` runs, as `make run` measures them, as bars."""
     taken = {}
     for _ in range(rounds):
         elapsed, printed = run("project, environment rebuilt", bytecode)
@@ -100,7 +100,7 @@ def show_sections(rounds: int, bytecode: dict[str, str]) -> None:
 
 
 def main() -> None:
-    """Measure in the states of bytecode that are asked for."""
+    """Measure with the bytecode states that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bytecode", choices=["cold", "warm", "both"], default="both")
