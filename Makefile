@@ -171,8 +171,8 @@ BEGIN = rm -f $(INSTALLED)
 INSTALL_UV = install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
 
 $(INSTALLED): requirements.txt
-	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and \
-		f'This project needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12')"
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 15) and \
+		f'This project needs Python 3.11 to 3.14, and $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12')"
 	$(PYTHON) -m venv --without-pip $(if $(wildcard $@),,--clear) .venv
 	@$(BEGIN)
 	@sed -n '/^uv==/,/^    # via/p' requirements.txt > .venv/uv.txt

@@ -14,7 +14,7 @@ from pathlib import Path
 from lifecycle.pins import read_pins
 from lifecycle.store import StoreUnusableError, check_store
 
-PYTHONS = ((3, 11), (3, 14))  # from, and up to but without
+PYTHONS = ((3, 11), (3, 15))  # from, and up to but without
 FREE_BYTES = 200_000_000  # a first run writes about 5 MB, and the environment that it builds 330 MB in uv's cache
 
 
@@ -35,7 +35,7 @@ def python_problems(version: tuple[int, ...] = sys.version_info[:2]) -> list[Pro
     if PYTHONS[0] <= version < PYTHONS[1]:
         return []
     found = ".".join(map(str, version))
-    what = f"This is Python {found}; the packages are pinned for 3.11 to 3.13."
+    what = f"This is Python {found}; the packages are pinned for 3.11 to 3.14."
     return [Problem(what, "make clean run PYTHON=python3.12")]
 
 

@@ -285,7 +285,7 @@ def situations() -> Iterator[Situation]:
     else:
         print("This machine makes no network namespace, so all have the network.")
         yield replace(ELSEWHERE, network=True)
-    for version in ("3.11", "3.12", "3.13"):
+    for version in ("3.11", "3.12", "3.13", "3.14"):
         if version == FIRST.python:
             continue
         if executable(version):

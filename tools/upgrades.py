@@ -41,7 +41,7 @@ def pins() -> dict[str, str]:
 
 def newest(name: str) -> str:
     """Return the newest release of a package, whatever else it needs, for the newest Python that this project takes."""
-    alone = ["--no-deps", "--no-header", "--no-annotate", "--python-version", "3.13"]
+    alone = ["--no-deps", "--no-header", "--no-annotate", "--python-version", "3.14"]
     command = [*UV, "pip", "compile", "--quiet", *alone, "-"]
     done = subprocess.run(command, input=name, capture_output=True, text=True, check=True)
     return done.stdout.strip().partition("==")[2]

@@ -21,7 +21,7 @@ def test_this_environment_has_no_problem():
     assert check.pins_problems(ROOT / "model_requirements.txt") == []
 
 
-@pytest.mark.parametrize("python", [(3, 10), (3, 14), (2, 7)])
+@pytest.mark.parametrize("python", [(3, 10), (3, 15), (2, 7)])
 def test_other_python_is_said(python):
     (problem,) = check.python_problems(python)
     assert problem.what.startswith(f"This is Python {python[0]}.{python[1]};")
