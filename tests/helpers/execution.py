@@ -30,7 +30,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     """
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "JPY_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "JPY_", "MAKE"))}
     isolated = {
         "TMPDIR": str(temporary),
         "TEMP": str(temporary),

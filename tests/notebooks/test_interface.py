@@ -74,7 +74,7 @@ def test_runs_are_listed_with_names_metrics_and_versions(page, interface, pictur
     # then both runs show theirs
     page.get_by_text("0.7916666666666666").wait_for()
     text = page.inner_text("body")
-    for expected in ["lbfgs", "newton-cg, C=0.01", "0.9333333333333333", "v1", "v2", "each with its exact"]:
+    for expected in ["lbfgs", "newton-cg, C=0.01", "0.9333333333333333", "v1", "v2", "with exact requirements"]:
         assert expected in text
     page.set_viewport_size({"width": 1500, "height": 460})
     picture(page, pictures, "runs.png")
