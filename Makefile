@@ -60,7 +60,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(BIN)/python -c "import
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
 	@$(BIN)/python tools/run.py --shutdown immediate project.ipynb || { status=$$?; \
-		[ $$status -eq 130 ] || $(BIN)/python -m lifecycle check --quiet; exit $$status; }
+		[ $$status -eq 130 ] || $(BIN)/python -m mlflow_lifecycle check --quiet; exit $$status; }
 
 # Use the kernel of this environment, even if another kernel on the machine has the same name, "python3".
 lab: export JUPYTER_PREFER_ENV_PATH = 1
@@ -71,7 +71,7 @@ lab: $(DEVELOPMENT) ## open project.ipynb in JupyterLab (PORT=8889 for another p
 
 ui: export PORT := $(PORT)
 ui: $(INSTALLED) ## start the MLflow interface on the quickstart's store (PORT=5001 for another port)
-	$(BIN)/python -m lifecycle ui $(if $(PORT),--port "$$PORT")
+	$(BIN)/python -m mlflow_lifecycle ui $(if $(PORT),--port "$$PORT")
 
 guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's store
 	@$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)")
@@ -79,7 +79,7 @@ guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's stor
 
 report: export EXPERIMENT := $(EXPERIMENT)
 report: $(INSTALLED) ## write a report on the runs of an experiment to build/ (EXPERIMENT=name for another one)
-	@$(BIN)/python -m lifecycle report "$$EXPERIMENT" --output "reports/$$EXPERIMENT"
+	@$(BIN)/python -m mlflow_lifecycle report "$$EXPERIMENT" --output "reports/$$EXPERIMENT"
 	@$(BIN)/python tools/report_page.py "reports/$$EXPERIMENT" build/experiment_report.html
 	@echo "As a page: build/experiment_report.html"
 
@@ -152,7 +152,7 @@ reproduce: $(INSTALLED) ## compare clones in different environments and with new
 help:
 	@awk -F ':.*## ' '/^##@/ {print substr($$0, 5) ":"} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-# Install lifecycle/ as an editable package, so that it can be imported from any folder.
+# Install mlflow_lifecycle/ as an editable package, so that it can be imported from any folder.
 INSTALL_LIFECYCLE = $(UV) pip install --no-config --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 
 # Copy the files from uv's cache. With links, an edit in .venv would change the cache and every environment that is built
@@ -170,7 +170,7 @@ BEGIN = rm -f $(INSTALLED)
 # python3-pip; only then .venv gets one.
 INSTALL_UV = install --quiet --disable-pip-version-check --require-hashes --requirement .venv/uv.txt
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt $(wildcard pyproject.toml)
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 15) and \
 		f'This project needs Python 3.11 to 3.14, and $(PYTHON) is {v.major}.{v.minor}. Try: make PYTHON=python3.12')"
 	$(PYTHON) -m venv --without-pip $(if $(wildcard $@),,--clear) .venv

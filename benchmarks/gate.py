@@ -35,9 +35,9 @@ sys.path.append(str(ROOT / "tests/helpers"))
 
 from releases import ROWS_TEST, make_store  # noqa: E402
 
-from lifecycle.gate import check_version  # noqa: E402
-from lifecycle.keys import own_public_key  # noqa: E402
-from lifecycle.verification import Verified, verified  # noqa: E402
+from mlflow_lifecycle.gate import check_version  # noqa: E402
+from mlflow_lifecycle.keys import own_public_key  # noqa: E402
+from mlflow_lifecycle.verification import Verified, verified  # noqa: E402
 
 FLOOR = 0.5
 

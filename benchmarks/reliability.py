@@ -51,13 +51,13 @@ sys.path.append(str(ROOT / "tests/helpers"))
 from releases import make_store  # noqa: E402
 from versions import iris_rows  # noqa: E402
 
-from lifecycle.keys import own_public_key  # noqa: E402
-from lifecycle.verification import NotVerifiedError, verified  # noqa: E402
+from mlflow_lifecycle.keys import own_public_key  # noqa: E402
+from mlflow_lifecycle.verification import NotVerifiedError, verified  # noqa: E402
 
 LOST = 3  # exit status
 RELEASE = "import sys; from pathlib import Path; from releases import released; released(Path(sys.argv[1]))"
 OPEN = {
-    "ours": "import sys; from lifecycle.store import make_sqlite_store as make; make(sys.argv[1])",
+    "ours": "import sys; from mlflow_lifecycle.store import make_sqlite_store as make; make(sys.argv[1])",
     "mlflow": "import sys, mlflow; mlflow.MlflowClient(f'sqlite:///{sys.argv[1]}').search_experiments()",
 }
 ANSWERS = """

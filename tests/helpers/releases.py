@@ -7,8 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from versions import iris_rows, register, store_in
 
-from lifecycle.keys import own_key
-from lifecycle.release import Release, release
+from mlflow_lifecycle.keys import own_key
+from mlflow_lifecycle.release import Release, release
 
 ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
 SENTENCES = {"intended_use": "To learn with.", "limits": "Three species only."}

@@ -16,9 +16,9 @@ from mlflow.models import infer_signature
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 
-from lifecycle.keys import own_key
-from lifecycle.signing import register_candidate
-from lifecycle.store import make_sqlite_store, open_experiment
+from mlflow_lifecycle.keys import own_key
+from mlflow_lifecycle.signing import register_candidate
+from mlflow_lifecycle.store import make_sqlite_store, open_experiment
 
 LOCK = ROOT / "requirements.txt"
 NAME = "iris"

@@ -8,9 +8,9 @@ import pytest
 from releases import make_store
 from versions import NAME, iris_rows, register, restored, store_in
 
-from lifecycle.keys import own_public_key
-from lifecycle.monitoring import baseline
-from lifecycle.verification import verified
+from mlflow_lifecycle.keys import own_public_key
+from mlflow_lifecycle.monitoring import baseline
+from mlflow_lifecycle.verification import verified
 
 DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABAQAAAAA3bvkkAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 

@@ -1,4 +1,4 @@
-"""lifecycle.batches: rows from the record of a served version, and what a batch leaves in the store."""
+"""batches: rows from the record of a served version, and what a batch leaves in the store."""
 
 import json
 
@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from sklearn.dummy import DummyClassifier
 from versions import NAME, iris_rows, save
 
-from lifecycle.batches import log_batch, plot_drift, recorded
-from lifecycle.drift import drift
-from lifecycle.monitoring import Judgement, Verdict, judge
+from mlflow_lifecycle.batches import log_batch, plot_drift, recorded
+from mlflow_lifecycle.drift import drift
+from mlflow_lifecycle.monitoring import Judgement, Verdict, judge
 
 ROWS = iris_rows()
 FEATURES = ROWS.columns[:-1].tolist()

@@ -1,4 +1,4 @@
-"""lifecycle.challenger: from which rows a challenger may learn, and when it takes the champion's place."""
+"""challenger: from which rows a challenger may learn, and when it takes the champion's place."""
 
 import dataclasses
 
@@ -10,9 +10,9 @@ from sklearn.base import clone
 from sklearn.metrics import log_loss
 from versions import LOCK, NAME, iris_rows
 
-from lifecycle.challenger import NoChallengeError, challenge, contest
-from lifecycle.keys import own_key, own_public_key
-from lifecycle.verification import verified
+from mlflow_lifecycle.challenger import NoChallengeError, challenge, contest
+from mlflow_lifecycle.keys import own_key, own_public_key
+from mlflow_lifecycle.verification import verified
 
 ROWS = iris_rows()
 FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"

@@ -1,4 +1,4 @@
-"""lifecycle.check: each thing that can be wrong here is said with its remedy."""
+"""check: each thing that can be wrong here is said with its remedy."""
 
 import json
 import shutil
@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from execution import ROOT, environment, finished
 
-from lifecycle import check
-from lifecycle.__main__ import main
+from mlflow_lifecycle import check
+from mlflow_lifecycle.__main__ import main
 
 
 def test_this_environment_has_no_problem():
@@ -142,11 +142,14 @@ def test_command_says_so_where_nothing_is_wrong_unless_it_is_quiet(tmp_path, lif
 
 
 def test_command_finds_nothing_wrong_with_the_project(tmp_path):
-    process = finished([sys.executable, "-m", "lifecycle", "check", "--json"], ROOT, environment(tmp_path), limit=60)
+    process = finished(
+        [sys.executable, "-m", "mlflow_lifecycle", "check", "--json"], ROOT, environment(tmp_path), limit=60
+    )
     assert json.loads(process.stdout) == []
 
 
 def test_help_imports_no_heavy_library():
-    code = "import sys, lifecycle.__main__; print(sorted({'mlflow', 'pandas', 'sklearn', 'numpy'} & set(sys.modules)))"
+    heavy = {"mlflow", "pandas", "sklearn", "numpy"}
+    code = f"import sys, mlflow_lifecycle.__main__; print(sorted({heavy} & set(sys.modules)))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout == "[]\n"

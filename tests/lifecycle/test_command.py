@@ -1,4 +1,4 @@
-"""lifecycle.__main__: what commands share: errors in one line without a secret; reading a store makes none."""
+"""__main__: what commands share: errors in one line without a secret; reading a store makes none."""
 
 import sqlite3
 from pathlib import Path
@@ -8,8 +8,8 @@ import mlflow
 import pytest
 from click.testing import CliRunner
 
-from lifecycle.__main__ import in_one_line, main
-from lifecycle.store import StoreUnusableError
+from mlflow_lifecycle.__main__ import in_one_line, main
+from mlflow_lifecycle.store import StoreUnusableError
 
 SECRET = "cannot reach\nhttp://user:hunter2@host:5000\n"
 

@@ -1,4 +1,4 @@
-"""lifecycle.comparison: the interval of a difference, against computations of others, and the decision rule."""
+"""comparison: the interval of a difference, against computations of others, and the decision rule."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
 from sklearn.tree import DecisionTreeClassifier
 
-from lifecycle.comparison import Interval, choose, folds_interval, rows_interval
+from mlflow_lifecycle.comparison import Interval, choose, folds_interval, rows_interval
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""lifecycle.drift: the statistics against computations of their own, what is an alarm, and how often it is false."""
+"""drift: the statistics against computations of their own, what is an alarm, and how often it is false."""
 
 import numpy as np
 import pandas as pd
@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from sklearn.datasets import load_iris
 
-from lifecycle.drift import ColumnsDifferError, Limits, drift, false_alarms, out_of_range, share
+from mlflow_lifecycle.drift import ColumnsDifferError, Limits, drift, false_alarms, out_of_range, share
 
 FLOWERS = load_iris(as_frame=True).data
 

@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from versions import LOCK, iris_rows, save, store_in
 
-from lifecycle.gate import (
+from mlflow_lifecycle.gate import (
     Check,
     GateClosedError,
     Verdict,
@@ -32,9 +32,9 @@ from lifecycle.gate import (
     check_version,
     difference_of,
 )
-from lifecycle.pins import locked, read_pins
-from lifecycle.tables import fingerprint, read_table
-from lifecycle.verification import Statement, Verified
+from mlflow_lifecycle.pins import locked, read_pins
+from mlflow_lifecycle.tables import fingerprint, read_table
+from mlflow_lifecycle.verification import Statement, Verified
 
 ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
 FLOORS = {"accuracy_score": 0.8}
@@ -349,7 +349,7 @@ def test_notebook_still_shows_its_figures_after_an_evaluation(tmp_path, good):
     sources = f"""
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, mlflow, pandas as pd
-from lifecycle.gate import evaluate
+from mlflow_lifecycle.gate import evaluate
 mlflow.set_tracking_uri("sqlite:///{(tmp_path / "mlflow.db").as_posix()}")
 rows = pd.read_parquet({str(tmp_path / "rows.parquet")!r})
 with mlflow.start_run():

@@ -9,8 +9,8 @@ import pytest
 from execution import snapshot
 from versions import iris_rows, register, store_in
 
-from lifecycle.git_tag import TagRefusedError, check_tag, make_tag
-from lifecycle.store import source_tags
+from mlflow_lifecycle.git_tag import TagRefusedError, check_tag, make_tag
+from mlflow_lifecycle.store import source_tags
 
 
 def git(folder: Path, *arguments: str) -> str:

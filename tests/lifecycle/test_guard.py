@@ -38,9 +38,9 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
 from versions import iris_rows, save
 
-from lifecycle.guard import Columns, Guard, Record, RefusedError, Settings
-from lifecycle.pins import read_pins
-from lifecycle.serving import read_record, serve_verified
+from mlflow_lifecycle.guard import Columns, Guard, Record, RefusedError, Settings
+from mlflow_lifecycle.pins import read_pins
+from mlflow_lifecycle.serving import read_record, serve_verified
 
 FEATURES = iris_rows().drop(columns="species")
 NAMES = [*FEATURES]
@@ -916,7 +916,7 @@ def test_fifty_clients_for_a_minute_lose_nothing_and_memory_stays_flat(iris, mod
 
 def test_guard_imports_only_what_is_in_a_models_own_closure():
     # given what the guard imports, and the packages that bring it
-    tree = ast.parse((ROOT / "lifecycle/guard.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "mlflow_lifecycle/guard.py").read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from lifecycle.keys import KeyRefusedError, fingerprint_of, load_private, new_key, own_key, own_public_key
+from mlflow_lifecycle.keys import KeyRefusedError, fingerprint_of, load_private, new_key, own_key, own_public_key
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from execution import ROOT, finished
 
-MODULES = {path.stem: path for path in (ROOT / "lifecycle").glob("*.py")}
+MODULES = {path.stem: path for path in (ROOT / "mlflow_lifecycle").glob("*.py")}
 # Each module, and what it may import of ours.
 ALLOWED = {
     "__init__": set(),
@@ -69,7 +69,7 @@ def imported(module: str) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
-    ours = {name.split(".")[1] for name in imported(module) if name.startswith("lifecycle.")}
+    ours = {name.split(".")[1] for name in imported(module) if name.startswith("mlflow_lifecycle.")}
     assert ours <= ALLOWED[module]
 
 
@@ -87,7 +87,9 @@ def test_nothing_private_of_another_library_is_imported(module):
 def test_package_can_be_installed_elsewhere_and_has_its_command(tmp_path):
     # given the sources, and an environment that has what the command needs to answer
     source, bare = tmp_path / "a source", tmp_path / "bare"
-    shutil.copytree(ROOT / "lifecycle", source / "lifecycle", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "mlflow_lifecycle", source / "mlflow_lifecycle", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(ROOT / "pyproject.toml", source)
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, bare], check=True)

@@ -1,4 +1,4 @@
-"""lifecycle.monitoring: the verdict on a batch, for each thing that can go wrong with rows, labels and answers."""
+"""monitoring: the verdict on a batch, for each thing that can go wrong with rows, labels and answers."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from versions import iris_rows, save
 
-from lifecycle.drift import Limits, false_alarms, share
-from lifecycle.monitoring import Verdict, answered, baseline, judge
-from lifecycle.signing import Statement
-from lifecycle.verification import Verified
+from mlflow_lifecycle.drift import Limits, false_alarms, share
+from mlflow_lifecycle.monitoring import Verdict, answered, baseline, judge
+from mlflow_lifecycle.signing import Statement
+from mlflow_lifecycle.verification import Verified
 
 ROWS = iris_rows()
 FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"

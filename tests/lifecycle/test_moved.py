@@ -1,4 +1,4 @@
-"""lifecycle.moved: a store that was moved as a whole is mended, all or nothing, after a copy."""
+"""moved: a store that was moved as a whole is mended, all or nothing, after a copy."""
 
 import contextlib
 import shutil
@@ -11,11 +11,11 @@ from click.testing import CliRunner
 from execution import snapshot
 from mlflow.pyfunc import PythonModel
 
-from lifecycle.__main__ import main
-from lifecycle.check import store_problems
-from lifecycle.interface import labelled_links
-from lifecycle.moved import mend, moved_folders
-from lifecycle.store import StoreUnusableError, check_store, open_experiment, tracking_uri
+from mlflow_lifecycle.__main__ import main
+from mlflow_lifecycle.check import store_problems
+from mlflow_lifecycle.interface import labelled_links
+from mlflow_lifecycle.moved import mend, moved_folders
+from mlflow_lifecycle.store import StoreUnusableError, check_store, open_experiment, tracking_uri
 
 
 class Echo(PythonModel):

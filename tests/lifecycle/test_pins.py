@@ -1,4 +1,4 @@
-"""lifecycle.pins: which lists count as exact pins, and what a model recorded."""
+"""pins: which lists count as exact pins, and what a model recorded."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from execution import ROOT
 from sklearn.linear_model import LogisticRegression
 
-from lifecycle.pins import find_model_requirements, locked, parse_pins, read_pins
+from mlflow_lifecycle.pins import find_model_requirements, locked, parse_pins, read_pins
 
 LOOSE = {
     "no version": "scikit-learn",

@@ -7,12 +7,12 @@ from releases import OPTIONS, ROWS_TEST, ROWS_TRAIN, released
 from sklearn.linear_model import LogisticRegression
 from versions import register
 
-import lifecycle.promotion
-from lifecycle.gate import GateClosedError
-from lifecycle.keys import own_key, own_public_key
-from lifecycle.promotion import promote
-from lifecycle.signing import register_candidate
-from lifecycle.verification import NotVerifiedError, release_tag, verified
+import mlflow_lifecycle.promotion
+from mlflow_lifecycle.gate import GateClosedError
+from mlflow_lifecycle.keys import own_key, own_public_key
+from mlflow_lifecycle.promotion import promote
+from mlflow_lifecycle.signing import register_candidate
+from mlflow_lifecycle.verification import NotVerifiedError, release_tag, verified
 
 
 def test_promotion_to_another_file_leaves_nothing_if_the_gate_refuses(folder, tmp_path):
@@ -42,7 +42,7 @@ def test_promotion_that_fails_deletes_no_version_that_somebody_else_registered_m
         there.set_registered_model_alias("iris", "theirs", theirs.version)
         return version
 
-    monkeypatch.setattr(lifecycle.promotion, "register_candidate", meanwhile)
+    monkeypatch.setattr(mlflow_lifecycle.promotion, "register_candidate", meanwhile)
     # when the gate refuses the promoted one
     refusing = OPTIONS | {"floors": {"accuracy_score": 0.999}}
     with pytest.raises(GateClosedError, match="floor failed"):

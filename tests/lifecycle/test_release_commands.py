@@ -11,8 +11,8 @@ from releases import ROWS_TEST
 from sklearn.ensemble import RandomForestClassifier
 from versions import register
 
-from lifecycle.__main__ import main
-from lifecycle.keys import own_public_key
+from mlflow_lifecycle.__main__ import main
+from mlflow_lifecycle.keys import own_public_key
 
 GATE = ["--rows", "rows.csv", "--target", "species", "--floor", "accuracy_score=0.5", "--no-environment"]
 TREE = "sklearn.tree._tree.Tree"

@@ -15,12 +15,12 @@ from execution import ROOT, environment
 from releases import ROWS_TEST, released
 from versions import store_in
 
-import lifecycle.release
-from lifecycle.card import make_card
-from lifecycle.gate import GateClosedError, check_version
-from lifecycle.keys import KeyRefusedError, own_key, own_public_key
-from lifecycle.release import history, rollback, sign_anew, try_gate
-from lifecycle.verification import NotVerifiedError, release_tag, verified
+import mlflow_lifecycle.release
+from mlflow_lifecycle.card import make_card
+from mlflow_lifecycle.gate import GateClosedError, check_version
+from mlflow_lifecycle.keys import KeyRefusedError, own_key, own_public_key
+from mlflow_lifecycle.release import history, rollback, sign_anew, try_gate
+from mlflow_lifecycle.verification import NotVerifiedError, release_tag, verified
 
 
 def production(folder: Path) -> str:
@@ -154,7 +154,7 @@ def test_release_of_the_holder_changes_nothing(folder):
 @pytest.mark.parametrize("step", ["check_version", "sign"])
 def test_release_does_not_take_the_alias_from_one_that_it_was_not_compared_with(folder, monkeypatch, step):
     # given a release during which, after one step, another one is finished
-    original = getattr(lifecycle.release, step)
+    original = getattr(mlflow_lifecycle.release, step)
 
     def interrupted(*arguments, **options):
         result = original(*arguments, **options)
@@ -171,7 +171,7 @@ released(Path({str(folder)!r}), "models:/iris/3", allow_equal=True)
 
     # when it goes on, then it is refused, and the other one stays usable
     with monkeypatch.context() as patch:
-        patch.setattr(lifecycle.release, step, interrupted)
+        patch.setattr(mlflow_lifecycle.release, step, interrupted)
         with pytest.raises(GateClosedError, match="Meanwhile production moved from version 1 of iris to version 3"):
             released(folder)
     assert production(folder) == "3"
@@ -190,7 +190,7 @@ def test_release_tells_of_itself_although_another_one_has_begun_since(folder, mo
         client.create_run(experiment, int(time.time() * 1000) + 1000, tags)
         return check_version(*arguments, **options)
 
-    monkeypatch.setattr(lifecycle.release, "check_version", checked)
+    monkeypatch.setattr(mlflow_lifecycle.release, "check_version", checked)
     # when, then
     made = released(folder)
     assert (made.version, made.status) == ("2", "FINISHED")

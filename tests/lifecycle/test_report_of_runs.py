@@ -1,4 +1,4 @@
-"""lifecycle.report and lifecycle.ranking: the true winner, from stores that are written run by run."""
+"""report and ranking: the true winner, from stores that are written run by run."""
 
 import csv
 import json
@@ -17,9 +17,9 @@ from execution import environment, finished, snapshot
 from matplotlib.container import BarContainer
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
-from lifecycle.__main__ import main
-from lifecycle.comparison import folds_interval
-from lifecycle.report import NothingToCompareError, charts, make_report, markdown, write
+from mlflow_lifecycle.__main__ import main
+from mlflow_lifecycle.comparison import folds_interval
+from mlflow_lifecycle.report import NothingToCompareError, charts, make_report, markdown, write
 
 EXPERIMENT = "iris_classification"
 MODEL = "iris_classification_best_model"
@@ -594,7 +594,7 @@ def test_command_prints_json_and_nothing_else(store):
     for change in (0.1, -0.1):
         store.candidate("RandomForest_basic", STEADY.mean() + change, folds=STEADY + change)
     # when
-    command = [sys.executable, "-m", "lifecycle", "report", EXPERIMENT, "--json"]
+    command = [sys.executable, "-m", "mlflow_lifecycle", "report", EXPERIMENT, "--json"]
     process = finished(command, store.folder, environment(store.folder), limit=120)
     # then
     assert process.stderr == ""

@@ -1,4 +1,4 @@
-"""lifecycle.scoring and lifecycle.spark: what is scored on Spark, what is refused, and that nothing is left behind."""
+"""scoring and spark: what is scored on Spark, what is refused, and that nothing is left behind."""
 
 import contextlib
 import json
@@ -25,11 +25,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from versions import register, store_in
 
-from lifecycle import scoring
-from lifecycle import spark as sparks
-from lifecycle.__main__ import main
-from lifecycle.keys import own_key
-from lifecycle.pins import read_pins
+from mlflow_lifecycle import scoring
+from mlflow_lifecycle import spark as sparks
+from mlflow_lifecycle.__main__ import main
+from mlflow_lifecycle.keys import own_key
+from mlflow_lifecycle.pins import read_pins
 
 COLUMNS = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
 LOCK = ROOT / "requirements.txt"
@@ -358,7 +358,7 @@ def test_java_that_does_not_start_is_named(spark, tmp_path, monkeypatch):
 TWICE = """
     import sys
     from click.testing import CliRunner
-    from lifecycle.__main__ import main
+    from mlflow_lifecycle.__main__ import main
 
     for result in sys.argv[-2:]:
         answer = CliRunner().invoke(main, [*sys.argv[1:-2], "--result", result])

@@ -22,10 +22,10 @@ from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from versions import iris_rows, register, save, store_in
 
-from lifecycle.keys import own_key, own_public_key
-from lifecycle.serving import ServingFailedError, read_record, serve, serve_verified, training_limits
-from lifecycle.signing import sign
-from lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
+from mlflow_lifecycle.keys import own_key, own_public_key
+from mlflow_lifecycle.serving import ServingFailedError, read_record, serve, serve_verified, training_limits
+from mlflow_lifecycle.signing import sign
+from mlflow_lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
 
 HERE = {"python": Path(sys.executable)}  # an environment that is there
 FEATURES = iris_rows().drop(columns="species")
@@ -110,7 +110,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from asking import as_verified
-from lifecycle.serving import serve_verified
+from mlflow_lifecycle.serving import serve_verified
 python = Path(sys.executable) if sys.argv[3] == "here" else None
 with serve_verified(as_verified(Path(sys.argv[2])), python=python) as server:
     print(server.address, flush=True)
@@ -174,7 +174,7 @@ def test_no_temporary_folder_is_said_and_the_present_one_left_alone(iris, tmp_pa
     # given a folder with files of somebody, and a full disk
     (tmp_path / "settings.json").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lifecycle.serving.KEEPER", "raise SystemExit('No usable temporary directory found')")
+    monkeypatch.setattr("mlflow_lifecycle.serving.KEEPER", "raise SystemExit('No usable temporary directory found')")
     # when
     with pytest.raises(ServingFailedError, match="No temporary folder can be made"), serve_verified(iris, **HERE):
         pass
@@ -296,7 +296,7 @@ def test_release_is_served_from_its_store(folder, temporary, monkeypatch):
 
 @pytest.mark.extended  # it takes long
 def test_command_refuses_a_candidate_in_one_line(folder, tmp_path):
-    command = [sys.executable, "-m", "lifecycle", "serve", "models:/iris/2"]
+    command = [sys.executable, "-m", "mlflow_lifecycle", "serve", "models:/iris/2"]
     variables = environment(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
     child = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
     assert child.returncode == 1
@@ -308,7 +308,7 @@ def test_command_refuses_a_candidate_in_one_line(folder, tmp_path):
 def test_command_serves_a_release_in_its_own_environment_until_it_is_interrupted(folder, tmp_path):
     # given the command, with packages from the index
     record = tmp_path / "record"
-    command = [sys.executable, "-m", "lifecycle", "serve", "models:/iris@champion", "--trusted-type", TREE]
+    command = [sys.executable, "-m", "mlflow_lifecycle", "serve", "models:/iris@champion", "--trusted-type", TREE]
     command += ["--port", "0", "--record", record, "--leave-out", "petal width (cm)", "--limits", "0.5"]
     variables = environment(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
     child = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""lifecycle.store: a store is made whole or not at all, and each store that cannot be used is refused at once."""
+"""store: a store is made whole or not at all, and each store that cannot be used is refused at once."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ import mlflow
 import pytest
 from execution import ROOT, commit_all, environment, free_port, git, snapshot, tracking_server
 
-from lifecycle.store import (
+from mlflow_lifecycle.store import (
     StoreUnusableError,
     check_store,
     make_sqlite_store,
@@ -31,7 +31,7 @@ OPEN = """
 import sys
 import mlflow
 from pathlib import Path
-from lifecycle.store import open_experiment
+from mlflow_lifecycle.store import open_experiment
 print(open_experiment("an experiment", "What it is for.", Path(sys.argv[1])).experiment_id)
 with mlflow.start_run() as run:
     print(run.info.experiment_id)
@@ -376,7 +376,7 @@ def test_other_paths_are_taken(name, empty_store, tmp_path):
 REFUSE = """
 import sys
 from pathlib import Path
-from lifecycle.store import StoreUnusableError, open_experiment
+from mlflow_lifecycle.store import StoreUnusableError, open_experiment
 for folder in sys.argv[1:]:
     try:
         open_experiment("an experiment", "What it is for.", Path(folder))
@@ -581,7 +581,8 @@ def test_filter_in_the_settings_of_the_user_is_applied(tmp_path, monkeypatch):
 
 
 def test_import_is_cheap():
-    code = "import sys, lifecycle.store; print([m for m in ('mlflow', 'sqlalchemy', 'alembic') if m in sys.modules])"
+    heavy = {"mlflow", "sqlalchemy", "alembic"}
+    code = f"import sys, mlflow_lifecycle.store; print(sorted({heavy} & set(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout == "[]\n"
 

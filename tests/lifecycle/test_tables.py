@@ -1,4 +1,4 @@
-"""lifecycle.tables: which tables are refused, what is downloaded, and when two tables have the same rows."""
+"""tables: which tables are refused, what is downloaded, and when two tables have the same rows."""
 
 import hashlib
 import shutil
@@ -11,8 +11,8 @@ import pytest
 from execution import free_port
 from serving import NAME, serving
 
-from lifecycle import tables
-from lifecycle.tables import check_table, fingerprint, read_table
+from mlflow_lifecycle import tables
+from mlflow_lifecycle.tables import check_table, fingerprint, read_table
 
 GOOD = "weight,kind\n" + "".join(f"{number},{'ab'[number % 2]}\n" for number in range(40))
 UNREADABLE = {

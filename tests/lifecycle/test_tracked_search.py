@@ -1,4 +1,4 @@
-"""lifecycle.search: every trial is a run, and a search that was cut off goes on from its runs."""
+"""search: every trial is a run, and a search that was cut off goes on from its runs."""
 
 import json
 import os
@@ -17,8 +17,8 @@ import pytest
 from execution import environment
 from optuna.trial import TrialState
 
-from lifecycle import search
-from lifecycle.tables import fingerprint
+from mlflow_lifecycle import search
+from mlflow_lifecycle.tables import fingerprint
 
 METRIC = "loss"
 ROWS = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [0.0, 1.0, 0.0]})
@@ -305,7 +305,7 @@ PROGRAM = """
     import sys, time
     import mlflow
     import pandas as pd
-    from lifecycle import search
+    from mlflow_lifecycle import search
 
     def objective(trial):
         time.sleep(0.05)

@@ -18,11 +18,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from execution import tracking_server
 from versions import LOCK, iris_rows, register, restored, save, store_in
 
-from lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
-from lifecycle.signing import Statement, register_candidate, sign
-from lifecycle.tables import fingerprint
-from lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
-from lifecycle.verification import _refuse_older as refuse_older
+from mlflow_lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
+from mlflow_lifecycle.signing import Statement, register_candidate, sign
+from mlflow_lifecycle.tables import fingerprint
+from mlflow_lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
+from mlflow_lifecycle.verification import _refuse_older as refuse_older
 
 FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
 FILES += ["input_example.json", "serving_input_example.json"]

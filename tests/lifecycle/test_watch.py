@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from execution import environment, finished
 from versions import NAME, iris_rows
 
-from lifecycle.__main__ import main
+from mlflow_lifecycle.__main__ import main
 
 ROWS = iris_rows()
 FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"
@@ -125,7 +125,15 @@ def test_alias_that_was_moved_without_a_release_is_not_watched(watched, usual):
 @pytest.mark.extended  # it takes long
 def test_as_a_process_in_the_folder_of_the_store(store, usual, tmp_path):
     usual.to_csv(tmp_path / "Monday.csv", index=False)
-    command = [sys.executable, "-m", "lifecycle", "watch", f"models:/{NAME}/1", "--rows", str(tmp_path / "Monday.csv")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow_lifecycle",
+        "watch",
+        f"models:/{NAME}/1",
+        "--rows",
+        str(tmp_path / "Monday.csv"),
+    ]
     process = finished(command, store, environment(tmp_path), limit=120)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""

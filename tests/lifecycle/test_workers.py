@@ -1,4 +1,4 @@
-"""lifecycle.workers: a search on several workers, in a real PostgreSQL, in which no trial is lost or run twice."""
+"""workers: a search on several workers, in a real PostgreSQL, in which no trial is lost or run twice."""
 
 import contextlib
 import re
@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from optuna.trial import TrialState
 from postgresql import postgresql
 
-from lifecycle import workers
-from lifecycle.__main__ import main
+from mlflow_lifecycle import workers
+from mlflow_lifecycle.__main__ import main
 
 OBJECTIVE = """
     import os, time

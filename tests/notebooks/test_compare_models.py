@@ -16,8 +16,8 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_sc
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-from lifecycle.comparison import choose, folds_interval
-from lifecycle.tables import fingerprint
+from mlflow_lifecycle.comparison import choose, folds_interval
+from mlflow_lifecycle.tables import fingerprint
 
 pytestmark = pytest.mark.extended  # it takes long
 

@@ -54,4 +54,4 @@ def test_nothing_of_this_project_and_nothing_private_is_imported():
         elif isinstance(node, ast.ImportFrom):
             names += [f"{node.module}.{alias.name}" for alias in node.names]
     assert names
-    assert [name for name in names if name.startswith("lifecycle") or re.search(r"(^|\.)_", name)] == []
+    assert [name for name in names if name.startswith("mlflow_lifecycle") or re.search(r"(^|\.)_", name)] == []

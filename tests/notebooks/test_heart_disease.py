@@ -21,8 +21,8 @@ from sklearn.model_selection import (
     train_test_split,
 )
 
-from lifecycle.comparison import folds_interval
-from lifecycle.tables import fingerprint
+from mlflow_lifecycle.comparison import folds_interval
+from mlflow_lifecycle.tables import fingerprint
 
 pytestmark = pytest.mark.extended  # it takes long
 

@@ -13,8 +13,8 @@ import pytest
 from execution import copy_project, differing_outputs, executed, papermill, text_outputs
 from kernels import execute_in
 
-from lifecycle.release import history
-from lifecycle.verification import verified
+from mlflow_lifecycle.release import history
+from mlflow_lifecycle.verification import verified
 
 pytestmark = pytest.mark.extended  # it takes long
 

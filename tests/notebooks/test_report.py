@@ -22,7 +22,7 @@ def project(tmp_path):
         reason = "make is missing; install it with: apt-get install make"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     project = tmp_path / "a project"
-    for folder in ("lifecycle", "tools"):
+    for folder in ("mlflow_lifecycle", "tools"):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, project)

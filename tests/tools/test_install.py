@@ -45,7 +45,7 @@ def small_lock(project, *names: str) -> set[str]:
     (project / "requirements.txt").write_text("    # via\n".join([*blocks, ""]))
     for name in ("pyproject.toml", "uv.toml"):
         shutil.copy(ROOT / name, project)
-    shutil.copytree(ROOT / "lifecycle", project / "lifecycle")
+    shutil.copytree(ROOT / "mlflow_lifecycle", project / "mlflow_lifecycle")
     installed = {block.split()[0].replace("==", "-") + ".dist-info" for block in blocks}
     return installed | {"mlflow_quickstart_lifecycle-1.dist-info"}
 

@@ -19,8 +19,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lifecycle.pins import read_pins
-from lifecycle.store import printable
+from mlflow_lifecycle.pins import read_pins
+from mlflow_lifecycle.store import printable
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,9 +17,9 @@ import pandas as pd
 from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 
-from lifecycle.keys import fingerprint_of, load_private, public_half
-from lifecycle.pins import locked, read_pins
-from lifecycle.tables import fingerprint
+from mlflow_lifecycle.keys import fingerprint_of, load_private, public_half
+from mlflow_lifecycle.pins import locked, read_pins
+from mlflow_lifecycle.tables import fingerprint
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Statement:
     version: str
     run_id: str
     purpose: str  # "candidate" or "release"
-    training_rows: str  # the fingerprint of the rows that it learned from, see lifecycle.tables
+    training_rows: str  # the fingerprint of the rows that it learned from, see mlflow_lifecycle.tables
     alias: str = ""  # of a release: what it was released as
     released_at: str = ""  # of a release: in UTC, as in 2026-11-21T19:46:18.760257Z
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lifecycle.spark import in_a_line, spark_session, verified_archives
-from lifecycle.verification import verified
+from mlflow_lifecycle.spark import in_a_line, spark_session, verified_archives
+from mlflow_lifecycle.verification import verified
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -170,7 +170,7 @@ def score(
         key: as for ``check_rows``.
         master: Spark's address.
         public_key: the public half of the key that signed the version.
-        trusted_types: see ``lifecycle.verification.verified``.
+        trusted_types: see ``mlflow_lifecycle.verification.verified``.
         own_environment: whether to score in the environment that the version recorded, or in this one.
 
     Raises:

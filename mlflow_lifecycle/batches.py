@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from mlflow.models import Model
 
-from lifecycle.monitoring import PREDICTION, Baseline, Judgement, answered
-from lifecycle.serving import read_record
-from lifecycle.verification import Verified
+from mlflow_lifecycle.monitoring import PREDICTION, Baseline, Judgement, answered
+from mlflow_lifecycle.serving import read_record
+from mlflow_lifecycle.verification import Verified
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
-from lifecycle.store import printable, tracking_uri
+from mlflow_lifecycle.store import printable, tracking_uri
 
 
 def labelled_links(store: str, server: str) -> str:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lifecycle import monitoring_commands, release_commands
-from lifecycle.shell import FILE, JSON, PUBLIC_KEY, TYPES, in_one_line, telling, use_store
+from mlflow_lifecycle import monitoring_commands, release_commands
+from mlflow_lifecycle.shell import FILE, JSON, PUBLIC_KEY, TYPES, in_one_line, telling, use_store
 
 if TYPE_CHECKING:
-    from lifecycle.report import Report
-    from lifecycle.scoring import Scored
+    from mlflow_lifecycle.report import Report
+    from mlflow_lifecycle.scoring import Scored
 
 
 @click.group()
@@ -32,7 +32,7 @@ def main() -> None:
 @click.option("--quiet", is_flag=True, help="Print nothing if no problem is found.")
 def check(as_json: bool, mend: bool, yes: bool, quiet: bool) -> None:
     """Print what is wrong in this folder, and how to fix it. The exit status is 1 if there is a problem."""
-    from lifecycle.check import problems
+    from mlflow_lifecycle.check import problems
 
     if mend:
         mend_store(yes)
@@ -49,8 +49,8 @@ def check(as_json: bool, mend: bool, yes: bool, quiet: bool) -> None:
 
 def mend_store(yes: bool) -> None:
     """Show the paths to change in a store that was moved, and change them after confirmation."""
-    from lifecycle.moved import mend, moved_folders
-    from lifecycle.store import tracking_uri
+    from mlflow_lifecycle.moved import mend, moved_folders
+    from mlflow_lifecycle.store import tracking_uri
 
     path = Path(tracking_uri(Path.cwd()).removeprefix("sqlite:///"))
     with in_one_line():
@@ -74,7 +74,7 @@ def mend_store(yes: bool) -> None:
 @telling
 def report(experiment: str, metric: str, registered_model: str | None, output: Path | None) -> "tuple[Report, str]":
     """Write the report of EXPERIMENT: who wins, who is tied, what was left out and why; with table and charts."""
-    from lifecycle.report import make_report, verdict, write
+    from mlflow_lifecycle.report import make_report, verdict, write
 
     made = make_report(experiment, metric, registered_model)
     folder = output or Path("reports") / re.sub(r"[^\w.-]|^[.]+", "_", experiment)
@@ -86,7 +86,7 @@ def report(experiment: str, metric: str, registered_model: str | None, output: P
 @click.option("--port", type=click.IntRange(1, 65535), help="5000, or the next free one, if you name none.")
 def ui(port: int | None) -> None:
     """Start MLflow's interface on the store of this folder, with links to its newest comparison."""
-    from lifecycle.interface import show
+    from mlflow_lifecycle.interface import show
 
     show(Path.cwd(), port)
 
@@ -106,9 +106,9 @@ def score(
     uri: str, rows: str, result: str, experiment: str, public_key: Path | None, this_environment: bool, **settings
 ) -> "tuple[Scored, str]":
     """Score a Parquet data set with the signed version at URI on Spark, in the environment that it recorded."""
-    from lifecycle.keys import own_public_key
-    from lifecycle.scoring import check_result, score
-    from lifecycle.store import open_experiment
+    from mlflow_lifecycle.keys import own_public_key
+    from mlflow_lifecycle.scoring import check_result, score
+    from mlflow_lifecycle.store import open_experiment
 
     check_result(result)
     key = public_key or own_public_key(Path.cwd())
@@ -139,8 +139,8 @@ def serve(uri: str, public_key: Path | None, **settings) -> None:
     import sys
 
     with in_one_line():
-        from lifecycle.keys import own_public_key
-        from lifecycle.serving import ServingFailedError, serve
+        from mlflow_lifecycle.keys import own_public_key
+        from mlflow_lifecycle.serving import ServingFailedError, serve
 
         use_store()
         with serve(uri, public_key or own_public_key(Path.cwd()), log=sys.stderr, **settings) as server:
@@ -159,7 +159,7 @@ def serve(uri: str, public_key: Path | None, **settings) -> None:
 def search_worker(run_id: str, objective: str) -> None:
     """Run trials of the search RUN_ID until its queue, in the PostgreSQL that SEARCH_STORAGE names, is empty."""
     with in_one_line():
-        from lifecycle.workers import load_objective, work
+        from mlflow_lifecycle.workers import load_objective, work
 
         if "SEARCH_STORAGE" not in os.environ:
             raise ValueError("SEARCH_STORAGE must name the PostgreSQL of the search: postgresql://user@host/database")

@@ -2,7 +2,7 @@
 
 `mlflow models serve` loads what the store holds, builds an environment whose packages it does not verify (mlflow#4886),
 and goes on when its starter is killed. Here a version is verified, its environment is built with the hashes that were
-signed, and `lifecycle.guard` answers for it, run by that environment's Python.
+signed, and `mlflow_lifecycle.guard` answers for it, run by that environment's Python.
 
     with serve("models:/iris@champion", own_public_key(Path.cwd()), record=Path("record")) as server:
         requests.post(f"{server.address}/invocations", json={"inputs": [...]}).json()["predictions"]
@@ -21,12 +21,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from lifecycle.environment import built
+from mlflow_lifecycle.environment import built
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lifecycle.verification import Verified
+    from mlflow_lifecycle.verification import Verified
 
 GUARD = Path(__file__).with_name("guard.py")
 NUMBERS = {"double", "float", "long", "integer"}
@@ -81,7 +81,7 @@ def serve(uri: str, public_key: Path, *, trusted_types: tuple[str, ...] = (), **
         EnvironmentNotBuiltError: its environment cannot be built.
         ServingFailedError: it cannot be served.
     """
-    from lifecycle.verification import verified
+    from mlflow_lifecycle.verification import verified
 
     with _kept_folder() as folder:
         with verified(uri, public_key, purpose="release", trusted_types=trusted_types) as version:
@@ -110,18 +110,18 @@ def serve_verified(
     """Serve a verified version from its own environment until the end of the block; then nothing of it is left.
 
     That holds for an error in the block and for a SIGKILL of this process, too. What the server answers and refuses
-    stands in `lifecycle.guard`.
+    stands in `mlflow_lifecycle.guard`.
 
     Args:
-        version: what `lifecycle.verification.verified` has given.
+        version: what `mlflow_lifecycle.verification.verified` has given.
         limits: for a column of numbers its lowest and highest value; or the margin for `training_limits`.
         record: a folder, made if need be, in which requests and answers are kept. `read_record` reads it.
-        cache: where packages that were downloaded are kept; see `lifecycle.environment.built`.
+        cache: where packages that were downloaded are kept; see `mlflow_lifecycle.environment.built`.
         offline: take all packages from ``cache``.
         python: the Python of an environment that is there already; then none is built.
         log: where the server writes what went wrong; by default it is kept for `ServingFailedError` only.
         start_seconds: how long loading the model may take.
-        settings: the others of `lifecycle.guard.Settings`, such as the port.
+        settings: the others of `mlflow_lifecycle.guard.Settings`, such as the port.
 
     Raises:
         EnvironmentNotBuiltError: the environment cannot be built.
@@ -159,7 +159,7 @@ def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple
     """Return for each column of numbers the lowest and highest value that the version learned from.
 
     Args:
-        version: what `lifecycle.verification.verified` has given.
+        version: what `mlflow_lifecycle.verification.verified` has given.
         margin: by how much a value may be beyond, as a share of the difference of the two.
     """
     import pandas as pd

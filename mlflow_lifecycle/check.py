@@ -11,8 +11,8 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-from lifecycle.pins import read_pins
-from lifecycle.store import StoreUnusableError, check_store
+from mlflow_lifecycle.pins import read_pins
+from mlflow_lifecycle.store import StoreUnusableError, check_store
 
 PYTHONS = ((3, 11), (3, 15))  # from, and up to but without
 FREE_BYTES = 200_000_000  # a first run writes about 5 MB, and the environment that it builds 330 MB in uv's cache

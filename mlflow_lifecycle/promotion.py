@@ -12,11 +12,11 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 
-from lifecycle.keys import public_half
-from lifecycle.release import Release, release
-from lifecycle.signing import register_candidate
-from lifecycle.store import create_experiment, printable
-from lifecycle.verification import Verified, verified
+from mlflow_lifecycle.keys import public_half
+from mlflow_lifecycle.release import Release, release
+from mlflow_lifecycle.signing import register_candidate
+from mlflow_lifecycle.store import create_experiment, printable
+from mlflow_lifecycle.verification import Verified, verified
 
 EXPERIMENT = "promoted"
 
@@ -34,8 +34,8 @@ def promote(uri: str, to: str, rows: pd.DataFrame, target: str, *, key: Path, tr
         rows: the test rows, target included.
         target: the column with the classes.
         key: the private key, which signed the version here and signs it there.
-        trusted_types: see ``lifecycle.verification.verified``.
-        settings: those of ``lifecycle.release.release``.
+        trusted_types: see ``mlflow_lifecycle.verification.verified``.
+        settings: those of ``mlflow_lifecycle.release.release``.
 
     Raises:
         NotVerifiedError: the version is not what was signed.

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from lifecycle.store import store_folder
+from mlflow_lifecycle.store import store_folder
 
 CURVE = "secp256r1"  # P-256
 WANTED = (

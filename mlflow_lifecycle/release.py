@@ -16,14 +16,14 @@ import mlflow
 import pandas as pd
 from mlflow.entities import Run
 
-from lifecycle.card import card_facts, check_sentences, make_card
-from lifecycle.gate import GateClosedError, Verdict, check_version, fitting_rows
-from lifecycle.git_tag import check_tag, make_tag
-from lifecycle.keys import KeyRefusedError, new_key, present_public_key, public_half
-from lifecycle.signing import Statement, sign
-from lifecycle.store import create_experiment
-from lifecycle.tables import fingerprint
-from lifecycle.verification import NotVerifiedError, Verified, release_tag, released_now, verified
+from mlflow_lifecycle.card import card_facts, check_sentences, make_card
+from mlflow_lifecycle.gate import GateClosedError, Verdict, check_version, fitting_rows
+from mlflow_lifecycle.git_tag import check_tag, make_tag
+from mlflow_lifecycle.keys import KeyRefusedError, new_key, present_public_key, public_half
+from mlflow_lifecycle.signing import Statement, sign
+from mlflow_lifecycle.store import create_experiment
+from mlflow_lifecycle.tables import fingerprint
+from mlflow_lifecycle.verification import NotVerifiedError, Verified, release_tag, released_now, verified
 
 EXPERIMENT = "releases"
 
@@ -69,15 +69,15 @@ def release(
         rows: the test rows, target included.
         target: the column with the classes.
         key: the private key that signed the candidate, and will sign the release.
-        floors: what MLflow's metrics must reach, see ``lifecycle.gate.check_version``.
+        floors: what MLflow's metrics must reach, see ``mlflow_lifecycle.gate.check_version``.
         intended_use: for the card: what the model is for.
         limits: for the card: what it is not for.
         alias: what the version shall be released as.
-        trusted_types: see ``lifecycle.verification.verified``.
-        allow_equal: see ``lifecycle.gate.check_version``.
+        trusted_types: see ``mlflow_lifecycle.verification.verified``.
+        allow_equal: see ``mlflow_lifecycle.gate.check_version``.
         rebuild: whether the gate builds the environment.
         allow_unchecked: let a version pass whose environment was not built.
-        cache: see ``lifecycle.environment.built``.
+        cache: see ``mlflow_lifecycle.environment.built``.
         repository: a folder in the git repository in which the commit gets a tag; None for no tag.
         remote: where the tag is pushed to; empty for nowhere.
 
@@ -86,7 +86,7 @@ def release(
         NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
         KeyRefusedError: the key cannot be used.
         TagRefusedError: the commit cannot be tagged.
-        ValueError: a sentence for the card is missing; or as in ``lifecycle.gate.check_version``.
+        ValueError: a sentence for the card is missing; or as in ``mlflow_lifecycle.gate.check_version``.
     """
     check_sentences(intended_use=intended_use, limits=limits)
     with contextlib.ExitStack() as stack:
@@ -131,14 +131,14 @@ def try_gate(
         rows: the test rows, target included.
         target: the column with the classes.
         public_key: the public half of the key that signed it.
-        floors: what MLflow's metrics must reach, see ``lifecycle.gate.check_version``.
+        floors: what MLflow's metrics must reach, see ``mlflow_lifecycle.gate.check_version``.
         alias: what it would be released as.
-        trusted_types: see ``lifecycle.verification.verified``.
-        settings: the others of ``lifecycle.gate.check_version``.
+        trusted_types: see ``mlflow_lifecycle.verification.verified``.
+        settings: the others of ``mlflow_lifecycle.gate.check_version``.
 
     Raises:
         NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
-        ValueError: as in ``lifecycle.gate.check_version``.
+        ValueError: as in ``mlflow_lifecycle.gate.check_version``.
     """
     with contextlib.ExitStack() as stack:
         candidate = stack.enter_context(verified(uri, public_key, trusted_types=trusted_types))
@@ -159,7 +159,7 @@ def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", t
         key: the private key.
         alias: the alias to move.
         to: the version; by default the one that held the alias before the present one.
-        trusted_types: see ``lifecycle.verification.verified``.
+        trusted_types: see ``mlflow_lifecycle.verification.verified``.
 
     Raises:
         ValueError: nothing was released before.

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import mlflow
 import pandas as pd
 
-from lifecycle.contents import names_and_versions
-from lifecycle.pins import read_pins
-from lifecycle.tables import in_markdown
-from lifecycle.verification import Verified
+from mlflow_lifecycle.contents import names_and_versions
+from mlflow_lifecycle.pins import read_pins
+from mlflow_lifecycle.tables import in_markdown
+from mlflow_lifecycle.verification import Verified
 
 if TYPE_CHECKING:
     from skops.card import Card
 
-    from lifecycle.gate import Verdict
+    from mlflow_lifecycle.gate import Verdict
 
 
 def card_facts(copy: Verified, verdict: "Verdict", rows_tested: str, *, intended_use: str, limits: str) -> dict:

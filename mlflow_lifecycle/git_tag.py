@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlflow
 
-from lifecycle.store import printable
+from mlflow_lifecycle.store import printable
 
 
 class TagRefusedError(RuntimeError):

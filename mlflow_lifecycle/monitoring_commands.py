@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lifecycle.shell import JSON, PUBLIC_KEY, TYPES, in_one_line, use_store
+from mlflow_lifecycle.shell import JSON, PUBLIC_KEY, TYPES, in_one_line, use_store
 
 
 class ErrorIsOne(click.Command):
@@ -44,13 +44,13 @@ def watch(
 ) -> None:
     """Judge what the version at URI was asked. Exit status: 0 quiet, 2 alarm, 1 error. For cron."""
     with in_one_line():
-        from lifecycle.batches import log_batch
-        from lifecycle.drift import Limits
-        from lifecycle.keys import own_public_key
-        from lifecycle.monitoring import Verdict, baseline, judge
-        from lifecycle.store import open_experiment
-        from lifecycle.tables import read_table
-        from lifecycle.verification import verified
+        from mlflow_lifecycle.batches import log_batch
+        from mlflow_lifecycle.drift import Limits
+        from mlflow_lifecycle.keys import own_public_key
+        from mlflow_lifecycle.monitoring import Verdict, baseline, judge
+        from mlflow_lifecycle.store import open_experiment
+        from mlflow_lifecycle.tables import read_table
+        from mlflow_lifecycle.verification import verified
 
         table = read_table(rows)
         use_store()

@@ -15,8 +15,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 from mlflow.entities import Run
 
-from lifecycle.ranking import Combination, Score, combination_of, comparable, is_candidate, is_final, ranked, rows_text
-from lifecycle.tables import in_markdown
+from mlflow_lifecycle.ranking import (
+    Combination,
+    Score,
+    combination_of,
+    comparable,
+    is_candidate,
+    is_final,
+    ranked,
+    rows_text,
+)
+from mlflow_lifecycle.tables import in_markdown
 
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 CHARTS = {

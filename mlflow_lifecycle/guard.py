@@ -3,7 +3,7 @@
 `mlflow models serve` takes `true` for 1.0, reads bodies of any size, waits for slow clients without end, and answers
 with stack traces (mlflow#4897, mlflow#5208). This file is run as a script, ``python -I guard.py settings.json``, by the
 Python of the model's own environment. It imports only what is in every model's closure, so nothing is added to a
-model's pins for being served. `lifecycle.serving` starts it, on a model that is verified.
+model's pins for being served. `mlflow_lifecycle.serving` starts it, on a model that is verified.
 
 - ``POST /invocations``: rows in MLflow's forms (``dataframe_split``, ``dataframe_records``, ``inputs``, ``instances``).
   The answer holds ``predictions`` and the ``id`` under which both are in the record. With ``?probabilities=true`` it
@@ -52,7 +52,7 @@ FORMS = ("dataframe_split", "dataframe_records", "inputs", "instances")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server is started with; `lifecycle.serving` writes it as JSON.
+    """What a server is started with; `mlflow_lifecycle.serving` writes it as JSON.
 
     Attributes:
         model: the model's folder, verified.

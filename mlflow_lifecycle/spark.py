@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from lifecycle.environment import EnvironmentNotBuiltError
-from lifecycle.store import printable
+from mlflow_lifecycle.environment import EnvironmentNotBuiltError
+from mlflow_lifecycle.store import printable
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lifecycle.drift import (
+from mlflow_lifecycle.drift import (
     LIMITS,
     ColumnDrift,
     ColumnsDifferError,
@@ -23,8 +23,8 @@ from lifecycle.drift import (
     out_of_range,
     share,
 )
-from lifecycle.tables import as_classes, as_text
-from lifecycle.verification import Verified
+from mlflow_lifecycle.tables import as_classes, as_text
+from mlflow_lifecycle.verification import Verified
 
 PREDICTION = "prediction"
 
@@ -164,7 +164,7 @@ def judge(known: Baseline, rows: pd.DataFrame, limits: Limits = LIMITS) -> Judge
 
 
 def unusual(reference: pd.DataFrame, rows: pd.DataFrame) -> bool:
-    """Tell whether a column has drifted or is out of range, for ``lifecycle.drift.false_alarms``."""
+    """Tell whether a column has drifted or is out of range, for ``mlflow_lifecycle.drift.false_alarms``."""
     return any(column.alarm for column in (*drift(reference, rows), *out_of_range(reference, rows)))
 
 

@@ -22,7 +22,7 @@ import optuna
 from mlflow.entities import Run
 from optuna.trial import TrialState
 
-from lifecycle.store import printable
+from mlflow_lifecycle.store import printable
 
 HEARTBEAT = 2  # seconds between two signs of life of a trial
 GRACE = 10  # seconds without one after which its worker counts as dead: more than any pause of a living one
@@ -191,7 +191,7 @@ def work(run_id: str, objective: Callable[[optuna.Trial], float], address: str, 
 @contextlib.contextmanager
 def worker_process(run_id: str, objective: str, address: str, log: Path) -> Iterator[subprocess.Popen]:
     """Start a worker on this machine, by the command; at the end of the block it is killed if it still runs."""
-    command = [sys.executable, "-m", "lifecycle", "search-worker", run_id, "--objective", objective]
+    command = [sys.executable, "-m", "mlflow_lifecycle", "search-worker", run_id, "--objective", objective]
     variables = os.environ | {"SEARCH_STORAGE": address, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
     with Path(log).open("a") as output:
         process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output)

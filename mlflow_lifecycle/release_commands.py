@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lifecycle.shell import FILE, JSON, PUBLIC_KEY, TYPES, in_one_line, telling, use_store
+from mlflow_lifecycle.shell import FILE, JSON, PUBLIC_KEY, TYPES, in_one_line, telling, use_store
 
 if TYPE_CHECKING:
-    from lifecycle.release import Release
+    from mlflow_lifecycle.release import Release
 
 KEY = click.option("--key", type=FILE, help="The private key; by default the one beside the store, made if need be.")
 ALIAS = click.option("--alias", default="production", show_default=True, help="The alias to move.")
@@ -68,8 +68,8 @@ def floors_of(texts: tuple[str, ...]) -> dict[str, float]:
 @telling
 def verify(uri: str, public_key: Path | None, trusted_types: tuple[str, ...]) -> tuple[dict, str]:
     """Say whether the version at URI is what was signed, and as what."""
-    from lifecycle.keys import own_public_key
-    from lifecycle.verification import verified
+    from mlflow_lifecycle.keys import own_public_key
+    from mlflow_lifecycle.verification import verified
 
     with verified(uri, public_key or own_public_key(Path.cwd()), trusted_types=trusted_types) as copy:
         statement, key = copy.statement, copy.key_fingerprint
@@ -86,9 +86,9 @@ def verify(uri: str, public_key: Path | None, trusted_types: tuple[str, ...]) ->
 def gate(uri: str, public_key: Path | None, as_json: bool, rows: str, target: str, **options) -> None:
     """Check the version at URI as a release would, and change nothing; exit status 1 if it would be refused."""
     with in_one_line():
-        from lifecycle.keys import own_public_key
-        from lifecycle.release import try_gate
-        from lifecycle.tables import read_table
+        from mlflow_lifecycle.keys import own_public_key
+        from mlflow_lifecycle.release import try_gate
+        from mlflow_lifecycle.tables import read_table
 
         use_store()
         skipped = options.pop("no_environment")
@@ -107,7 +107,7 @@ def gate(uri: str, public_key: Path | None, as_json: bool, rows: str, target: st
 @telling
 def release(uri: str, tag: bool, push: str, **options) -> "tuple[Release, str]":
     """Let the version at URI take the alias, if it passes the gate. The same command finishes what was cut off."""
-    from lifecycle.release import release
+    from mlflow_lifecycle.release import release
 
     repository = Path.cwd() if tag else None
     made = release(uri, **release_settings(**options), repository=repository, remote=push)
@@ -116,8 +116,8 @@ def release(uri: str, tag: bool, push: str, **options) -> "tuple[Release, str]":
 
 def release_settings(rows: str, floors: tuple, key: Path | None, no_environment: bool, **options) -> dict:
     """Return the arguments of a release from the options of the command."""
-    from lifecycle.keys import own_key
-    from lifecycle.tables import read_table
+    from mlflow_lifecycle.keys import own_key
+    from mlflow_lifecycle.tables import read_table
 
     options |= {"rows": read_table(rows), "floors": floors_of(floors), "key": key or own_key(Path.cwd())}
     return options | {"rebuild": not no_environment, "allow_unchecked": no_environment}
@@ -142,8 +142,8 @@ def line_of(made: "Release") -> str:
 @telling
 def rollback(name: str, key: Path | None, **options) -> "tuple[Release, str]":
     """Move the alias of NAME back to a version that was released before."""
-    from lifecycle.keys import own_key
-    from lifecycle.release import rollback
+    from mlflow_lifecycle.keys import own_key
+    from mlflow_lifecycle.release import rollback
 
     made = rollback(name, key=key or own_key(Path.cwd()), **options)
     return made, line_of(made)
@@ -154,7 +154,7 @@ def rollback(name: str, key: Path | None, **options) -> "tuple[Release, str]":
 @telling
 def history(name: str) -> "tuple[list[Release], str]":
     """List the releases and rollbacks of NAME, the newest first."""
-    from lifecycle.release import history
+    from mlflow_lifecycle.release import history
 
     found = history(name)
     return found, "\n".join(map(line_of, found)) or f"{name} was never released."
@@ -167,7 +167,7 @@ def history(name: str) -> "tuple[list[Release], str]":
 @telling
 def promote(uri: str, to: str, **options) -> "tuple[Release, str]":
     """Release the version at URI on another server, where it passes the gate against the holder there."""
-    from lifecycle.promotion import promote
+    from mlflow_lifecycle.promotion import promote
 
     made = promote(uri, to, **release_settings(**options))
     return made, line_of(made)
@@ -179,8 +179,8 @@ def promote(uri: str, to: str, **options) -> "tuple[Release, str]":
 def new_key(names: tuple[str, ...], trusted_types: tuple[str, ...]) -> None:
     """Make a new key, in place of one that was lost or is to be changed; what the old one signed stays verifiable."""
     with in_one_line():
-        from lifecycle.keys import new_key
-        from lifecycle.release import sign_anew
+        from mlflow_lifecycle.keys import new_key
+        from mlflow_lifecycle.release import sign_anew
 
         if names:
             use_store()

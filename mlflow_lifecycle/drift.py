@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lifecycle.tables import as_text
+from mlflow_lifecycle.tables import as_text
 
 MOST_VALUES = 50  # of a column of text; rarer ones are taken together
 TABLES, MOST_TABLES = 9_999, 1_000_000  # drawn at random for a column of categories with small counts

@@ -18,7 +18,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lifecycle.tables import fingerprint
+from mlflow_lifecycle.tables import fingerprint
 
 if TYPE_CHECKING:
     from mlflow.data.pandas_dataset import PandasDataset

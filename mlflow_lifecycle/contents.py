@@ -11,7 +11,7 @@ import mlflow
 import skops.io
 import yaml
 
-from lifecycle.pins import parse_pins, read_pins
+from mlflow_lifecycle.pins import parse_pins, read_pins
 
 FILES = {"MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"}
 EXAMPLES = {"input_example.json", "serving_input_example.json"}

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lifecycle.comparison import Interval, choose
-from lifecycle.gate import difference_of
-from lifecycle.monitoring import Baseline, Verdict, judge, labels_of
-from lifecycle.pins import find_model_requirements
-from lifecycle.signing import register_candidate
-from lifecycle.tables import fingerprint
-from lifecycle.verification import Verified
+from mlflow_lifecycle.comparison import Interval, choose
+from mlflow_lifecycle.gate import difference_of
+from mlflow_lifecycle.monitoring import Baseline, Verdict, judge, labels_of
+from mlflow_lifecycle.pins import find_model_requirements
+from mlflow_lifecycle.signing import register_candidate
+from mlflow_lifecycle.tables import fingerprint
+from mlflow_lifecycle.verification import Verified
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -60,8 +60,8 @@ def challenge(
     """Train a challenger, register and sign it as a candidate, and judge it beside the champion.
 
     It has the champion's recipe, and learns from the rows that the champion learned from and from one half of the new
-    ones. Both models are judged on the usual rows and on the other half. No alias moves: that is `lifecycle.release`'s.
-    It records the project's pins, see ``lifecycle.pins.find_model_requirements``.
+    ones. Both models are judged on the usual rows and on the other half. No alias moves: a release moves it.
+    It records the project's pins, see ``mlflow_lifecycle.pins.find_model_requirements``.
 
     Args:
         version: the champion, verified.

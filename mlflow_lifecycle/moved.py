@@ -9,7 +9,7 @@ import itertools
 import sqlite3
 from pathlib import Path
 
-from lifecycle.store import StoreUnusableError, local_path, moved_from, split_location
+from mlflow_lifecycle.store import StoreUnusableError, local_path, moved_from, split_location
 
 COLUMNS = [
     ("experiments", "artifact_location"),

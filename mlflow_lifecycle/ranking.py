@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from mlflow.entities import Run
 
-from lifecycle.comparison import Interval, choose, folds_interval
+from mlflow_lifecycle.comparison import Interval, choose, folds_interval
 
 # What a dataset was to a run, as in MLflow's tag ``mlflow.data.context``. The first that the run has counts.
 SCORED, LEARNED = ("validation", "test", "evaluation"), ("train", "training")

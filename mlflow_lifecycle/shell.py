@@ -32,7 +32,7 @@ def in_one_line() -> Iterator[None]:
     with patch.dict(os.environ, QUIET | os.environ):  # the user's own settings win
         import mlflow
 
-        from lifecycle.store import printable
+        from mlflow_lifecycle.store import printable
 
         try:
             yield
@@ -44,7 +44,7 @@ def use_store() -> None:
     """Make the store of this folder the active one; refuse one that is not there, and make none."""
     import mlflow
 
-    from lifecycle.store import StoreUnusableError, check_store, tracking_uri
+    from mlflow_lifecycle.store import StoreUnusableError, check_store, tracking_uri
 
     uri = tracking_uri(Path.cwd())
     if uri.startswith("sqlite") and not Path(uri.partition(":///")[2]).is_file():
