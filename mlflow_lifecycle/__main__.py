@@ -16,8 +16,8 @@ from mlflow_lifecycle import monitoring_commands, release_commands
 from mlflow_lifecycle.shell import FILE, JSON, PUBLIC_KEY, TYPES, in_one_line, telling, use_store
 
 if TYPE_CHECKING:
+    from mlflow_lifecycle.batch import Scored
     from mlflow_lifecycle.report import Report
-    from mlflow_lifecycle.scoring import Scored
 
 
 @click.group()
@@ -106,8 +106,8 @@ def score(
     uri: str, rows: str, result: str, experiment: str, public_key: Path | None, this_environment: bool, **settings
 ) -> "tuple[Scored, str]":
     """Score a Parquet data set with the signed version at URI on Spark, in the environment that it recorded."""
+    from mlflow_lifecycle.batch import check_result, score
     from mlflow_lifecycle.keys import own_public_key
-    from mlflow_lifecycle.scoring import check_result, score
     from mlflow_lifecycle.store import open_experiment
 
     check_result(result)

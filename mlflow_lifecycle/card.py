@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import mlflow
 import pandas as pd
 
-from mlflow_lifecycle.contents import names_and_versions
 from mlflow_lifecycle.pins import read_pins
+from mlflow_lifecycle.policy import names_and_versions
 from mlflow_lifecycle.tables import in_markdown
 from mlflow_lifecycle.verification import Verified
 

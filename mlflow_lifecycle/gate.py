@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import MetricThreshold
 
 from mlflow_lifecycle.comparison import Interval, rows_interval
-from mlflow_lifecycle.environment import EnvironmentNotBuiltError, PredictionFailedError, built, predict, python_note
+from mlflow_lifecycle.environments import EnvironmentNotBuiltError, PredictionFailedError, built, predict, python_note
 from mlflow_lifecycle.tables import as_classes
 from mlflow_lifecycle.verification import Verified
 
@@ -84,7 +84,7 @@ def check_version(
         allow_equal: whether a version passes that is not better than the holder, as long as it is not worse by a
             difference that counts: for the same model with renewed packages.
         rebuild: whether to build the environment; if not, that check is not passed, but left out.
-        cache: see ``mlflow_lifecycle.environment.built``.
+        cache: see ``mlflow_lifecycle.environments.built``.
 
     Raises:
         ValueError: no floor is stated, or one on a metric of which less is better; the rows lack a column or a

@@ -77,7 +77,7 @@ def release(
         allow_equal: see ``mlflow_lifecycle.gate.check_version``.
         rebuild: whether the gate builds the environment.
         allow_unchecked: let a version pass whose environment was not built.
-        cache: see ``mlflow_lifecycle.environment.built``.
+        cache: see ``mlflow_lifecycle.environments.built``.
         repository: a folder in the git repository in which the commit gets a tag; None for no tag.
         remote: where the tag is pushed to; empty for nowhere.
 

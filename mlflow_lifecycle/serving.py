@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from mlflow_lifecycle.environment import built
+from mlflow_lifecycle.environments import built
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,7 +116,7 @@ def serve_verified(
         version: what `mlflow_lifecycle.verification.verified` has given.
         limits: for a column of numbers its lowest and highest value; or the margin for `training_limits`.
         record: a folder, made if need be, in which requests and answers are kept. `read_record` reads it.
-        cache: where packages that were downloaded are kept; see `mlflow_lifecycle.environment.built`.
+        cache: where packages that were downloaded are kept; see `mlflow_lifecycle.environments.built`.
         offline: take all packages from ``cache``.
         python: the Python of an environment that is there already; then none is built.
         log: where the server writes what went wrong; by default it is kept for `ServingFailedError` only.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from mlflow_lifecycle.environment import EnvironmentNotBuiltError
+from mlflow_lifecycle.environments import EnvironmentNotBuiltError
 from mlflow_lifecycle.store import printable
 
 if TYPE_CHECKING:

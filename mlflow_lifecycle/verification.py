@@ -18,8 +18,8 @@ import mlflow
 import model_signing
 from mlflow.entities.model_registry import ModelVersion
 
-from mlflow_lifecycle.contents import check_contents
 from mlflow_lifecycle.keys import fingerprint_of
+from mlflow_lifecycle.policy import check_contents
 from mlflow_lifecycle.signing import Statement, every_file, evidence_place
 from mlflow_lifecycle.store import printable
 

@@ -1,6 +1,6 @@
 """Guide 06, executed: what it refuses before it writes, what it keeps, and that it ends with nothing left behind.
 
-What it calls is tested in tests/lifecycle/test_scoring.py and tests/lifecycle/test_workers.py.
+What it calls is tested in tests/lifecycle/test_batch.py and tests/lifecycle/test_workers.py.
 """
 
 import json

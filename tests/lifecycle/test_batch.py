@@ -1,4 +1,4 @@
-"""scoring and spark: what is scored on Spark, what is refused, and that nothing is left behind."""
+"""batch and spark: what is scored on Spark, what is refused, and that nothing is left behind."""
 
 import contextlib
 import json

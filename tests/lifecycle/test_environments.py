@@ -28,7 +28,7 @@ from sklearn.preprocessing import OneHotEncoder
 from versions import save
 
 from mlflow_lifecycle import environment
-from mlflow_lifecycle.environment import EnvironmentNotBuiltError, PredictionFailedError, built, predict
+from mlflow_lifecycle.environments import EnvironmentNotBuiltError, PredictionFailedError, built, predict
 from mlflow_lifecycle.pins import read_pins
 
 LOCK = ROOT / "requirements.txt"
@@ -223,7 +223,7 @@ def test_environment_shares_no_file_with_its_cache(small):
 def test_interruption_leaves_nothing_behind(model, small):
     # given a build in another process, under way
     before = snapshot(small)
-    code = "import sys; from mlflow_lifecycle.environment import built; built(*sys.argv[1:3], lock=sys.argv[3])"
+    code = "import sys; from mlflow_lifecycle.environments import built; built(*sys.argv[1:3], lock=sys.argv[3])"
     command = [sys.executable, "-c", code, model[0] / "requirements.txt", small / "environment", LOCK]
     child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 30

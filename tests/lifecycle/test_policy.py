@@ -11,8 +11,8 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from versions import LOCK, save
 
-from mlflow_lifecycle.contents import UnreviewedContentError, check_contents
 from mlflow_lifecycle.pins import locked, read_pins
+from mlflow_lifecycle.policy import UnreviewedContentError, check_contents
 
 FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
 FILES += ["input_example.json", "serving_input_example.json"]
@@ -109,7 +109,7 @@ def test_a_link_is_refused(model, refused, tmp_path):
 CRAFTED = {
     "pickle": ({"serialization_format": "pickle"}, "model.pkl"),
     "cloudpickle": ({"serialization_format": "cloudpickle"}, "model.pkl"),
-    "skops": ({"skops_trusted_types": ["test_contents.Payload"]}, "MLmodel"),
+    "skops": ({"skops_trusted_types": ["test_policy.Payload"]}, "MLmodel"),
 }
 
 
@@ -146,9 +146,9 @@ def test_skops_file_is_asked_itself(refused, crafted):
     # given a model whose MLmodel keeps silent about what model.skops asks for
     folder, marker = crafted
     text = (folder / "MLmodel").read_text(encoding="utf-8")
-    (folder / "MLmodel").write_text(text.replace("    - test_contents.Payload\n", ""), encoding="utf-8")
+    (folder / "MLmodel").write_text(text.replace("    - test_policy.Payload\n", ""), encoding="utf-8")
     message = refused(folder)
-    assert message.startswith("model.skops: it asks for what nobody has reviewed: test_contents.Payload.")
+    assert message.startswith("model.skops: it asks for what nobody has reviewed: test_policy.Payload.")
     assert not marker.exists()
 
 
