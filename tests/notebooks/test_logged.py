@@ -177,7 +177,7 @@ def test_three_lines_load_the_champion_in_another_folder(folder, tmp_path):
     text = "\n".join(cell.source for cell in executed(folder).cells if cell.cell_type == "markdown")
     (lines,) = re.findall("```python\n(.*?)```", text, flags=re.DOTALL)
     assert len([line for line in lines.splitlines() if line]) == 3
-    program = lines.replace("/home/you/mlflow-quickstart", folder.as_posix())
+    program = lines.replace("/home/you/quickstart", folder.as_posix())
     assert program != lines
     # when a program in another folder runs them
     row = "import pandas; row = pandas.read_json('row.json', orient='split')"
