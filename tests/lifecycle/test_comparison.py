@@ -8,7 +8,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
 from sklearn.tree import DecisionTreeClassifier
 
-from mlflow_lifecycle.comparison import Interval, choose, folds_interval, rows_interval
+from mlflow_lifecycle.comparison import (
+    Interval,
+    choose,
+    detectable_difference,
+    folds_interval,
+    rows_interval,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +55,49 @@ def test_folds_interval_errs_as_often_as_it_says():
 
 
 def test_rows_interval_agrees_with_a_bootstrap_of_our_own():
-    # given which of 200 rows each of two models gets right
+    # given scores of two models on 200 rows
     generator = np.random.default_rng(1)
-    right, other = generator.random(200) < 0.9, generator.random(200) < 0.8
+    scores, other = generator.normal(0.1, 0.4, 200), generator.normal(0.0, 0.4, 200)
     # when
-    interval = rows_interval(right, other)
+    interval = rows_interval(scores, other)
     # then it is that of the drawn rows, as far as draws repeat
-    differences = right.astype(float) - other
+    differences = scores - other
     drawn = [differences[generator.integers(200, size=200)].mean() for _ in range(2000)]
     assert (interval.low, interval.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.015)
     assert interval.difference == pytest.approx(differences.mean())
+
+
+def test_interval_of_zeros_and_ones_is_that_of_agresti_and_min():
+    # given 100 rows: 12 that only the first model gets right, 5 that only the second does; z is 1.96
+    right, other = np.repeat([1, 1, 0, 0], [70, 12, 5, 13]), np.repeat([1, 0, 1, 0], [70, 12, 5, 13])
+    # when
+    interval = rows_interval(right, other)
+    # then by hand: 7 / 102, and the root of (18 - 49 / 102) / 102 / 102
+    middle, error = 7 / 102, np.sqrt(18 - 49 / 102) / 102
+    assert (interval.low, interval.high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=1e-5)
+    assert interval.difference == pytest.approx(0.07)
+
+
+def test_models_that_are_right_on_the_same_rows_can_still_differ():
+    right = np.ones(30)
+    assert rows_interval(right, right).low < -0.05
+    assert detectable_difference(right, right) > 0.05
+
+
+@pytest.mark.parametrize("count", [30, 200])
+def test_detectable_difference_is_shown_in_four_of_five_tests(count):
+    # given many test sets on which a model is better by the difference that they can show
+    generator = np.random.default_rng(0)
+    noise = generator.normal(scale=0.5, size=count)
+    true_difference = detectable_difference(noise / noise.std(ddof=1), np.zeros(count))
+    # when
+    trials = 200
+    shown = 0
+    for _ in range(trials):
+        scores = generator.normal(loc=true_difference, size=count)
+        shown += rows_interval(scores, np.zeros(count)).low > 0
+    # then (a bootstrap of 30 rows is a little more eager than the t-test)
+    assert 0.74 < shown / trials < 0.89
 
 
 def test_thirty_rows_decide_little():
@@ -79,7 +118,7 @@ def test_equal_models_differ_by_nothing():
 @pytest.mark.parametrize(
     ("low", "high", "counts"), [(0.01, 0.2, True), (-0.2, -0.01, True), (-0.01, 0.2, False), (0.0, 0.2, False)]
 )
-def test_difference_counts_when_its_interval_leaves_out_zero(low, high, counts):
+def test_difference_counts_when_its_interval_excludes_zero(low, high, counts):
     assert Interval(0.1, low, high).counts == counts
 
 

@@ -1,0 +1,117 @@
+"""scoring: the score of a row, against scikit-learn's own metrics, and the traps of other libraries."""
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.models import infer_signature
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
+from versions import iris_rows
+
+from mlflow_lifecycle.scoring import (
+    ABSOLUTE_ERROR,
+    ACCURACY,
+    LOG_PROBABILITY,
+    equal_predictions,
+    measure_of,
+    order_columns,
+    score_rows,
+    task_of,
+)
+
+ROWS = iris_rows()
+FEATURES, TARGET = ROWS.drop(columns="species"), ROWS["species"]
+LENGTHS = FEATURES["petal length (cm)"]
+
+
+def test_classifier_is_scored_by_the_log_of_its_probabilities():
+    model = LogisticRegression(max_iter=1000).fit(FEATURES, TARGET)
+    scores = score_rows(model, FEATURES, TARGET, LOG_PROBABILITY)
+    assert scores.mean() == pytest.approx(-log_loss(TARGET, model.predict_proba(FEATURES)))
+
+
+def test_classifier_without_probabilities_is_scored_by_its_accuracy():
+    model = RidgeClassifier().fit(FEATURES, TARGET)
+    scores = score_rows(model, FEATURES, TARGET, ACCURACY)
+    assert set(scores) == {0.0, 1.0}
+    assert scores.mean() == accuracy_score(TARGET, model.predict(FEATURES))
+
+
+def test_regressor_is_scored_by_minus_its_absolute_error():
+    model = Ridge().fit(FEATURES, LENGTHS)
+    scores = score_rows(model, FEATURES, LENGTHS, ABSOLUTE_ERROR)
+    assert scores.mean() == pytest.approx(-mean_absolute_error(LENGTHS, model.predict(FEATURES)))
+
+
+def test_class_that_the_model_does_not_know_gets_the_lowest_score():
+    model = LogisticRegression(max_iter=1000).fit(FEATURES[:100], TARGET[:100])
+    scores = score_rows(model, FEATURES, TARGET, LOG_PROBABILITY)
+    assert scores[100:] == pytest.approx(np.log(np.finfo(np.float32).eps))
+
+
+@pytest.mark.parametrize("measure", [LOG_PROBABILITY, ACCURACY])
+def test_classes_learned_as_text_are_those_that_a_file_gives_as_numbers(measure):
+    numbers = TARGET.map({"setosa": 0, "versicolor": 1, "virginica": 2})
+    model = LogisticRegression(max_iter=1000).fit(FEATURES, numbers.astype(str))
+    assert list(score_rows(model, FEATURES, numbers, measure)) == list(
+        score_rows(model, FEATURES, numbers.astype(str), measure)
+    )
+    assert score_rows(model, FEATURES, numbers, measure).mean() > -0.2
+
+
+class Single(ClassifierMixin, BaseEstimator):
+    """A classifier that computes in float32, and is sure of one class, as XGBoost can be."""
+
+    classes_ = np.array(["no", "yes"])
+
+    def predict_proba(self, features):
+        """Return 0 and 1."""
+        return np.tile(np.array([0, 1], dtype=np.float32), (len(features), 1))
+
+
+def test_probability_of_zero_in_float32_is_clipped_at_its_precision():
+    scores = score_rows(Single(), FEATURES[:2], pd.Series(["no", "yes"]), LOG_PROBABILITY)
+    assert scores == pytest.approx([np.log(np.finfo(np.float32).eps), 0])
+
+
+def test_measure_follows_the_task_and_what_both_models_can_do():
+    sure, unsure, number = LogisticRegression(), RidgeClassifier(), Ridge()
+    assert measure_of(sure, sure) == LOG_PROBABILITY
+    assert measure_of(sure, unsure) == ACCURACY
+    assert measure_of(number, number) == ABSOLUTE_ERROR
+    with pytest.raises(ValueError, match="A classifier cannot be compared with a regressor"):
+        measure_of(sure, number)
+
+
+def test_model_without_a_task_is_refused():
+    with pytest.raises(ValueError, match="must be a classifier or a regressor, got KMeans"):
+        task_of(KMeans())
+
+
+def test_columns_come_in_the_order_of_the_signature(tmp_path):
+    signature = infer_signature(FEATURES, TARGET)
+    mlflow.sklearn.save_model(LogisticRegression(), tmp_path / "model", signature=signature)
+    shuffled = FEATURES[FEATURES.columns[::-1]].assign(more=1)
+    pd.testing.assert_frame_equal(order_columns(tmp_path / "model", shuffled), FEATURES)
+    with pytest.raises(ValueError, match=r"The test rows lack these columns: petal width \(cm\)"):
+        order_columns(tmp_path / "model", FEATURES.iloc[:, :3])
+
+
+def test_columns_stay_as_they_are_without_a_signature(tmp_path):
+    mlflow.sklearn.save_model(LogisticRegression(), tmp_path / "model")
+    pd.testing.assert_frame_equal(order_columns(tmp_path / "model", FEATURES), FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal"),
+    [
+        (["a", "b"], ["a", "c"], [True, False]),
+        ([1, 2], [1, 3], [True, False]),
+        ([1.0, 1e6], [1.0000001, 1e6 + 2], [True, False]),
+    ],
+)
+def test_predictions_are_equal_up_to_rounding(first, second, equal):
+    assert list(equal_predictions(np.array(first), np.array(second))) == equal
