@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/gate.py [--rounds 5]
 
-- scored: all checks but the environment, on the 30 test rows of Iris, against a holder. The peer evaluates both
+- scored: all checks but the environment, on the 30 test rows of Iris, against a baseline. The peer evaluates both
   versions by `mlflow.models.evaluate` and compares them by `mlflow.validate_evaluation_results`.
 - with the environment: the same and the environment, built from the recorded packages, each downloaded and verified;
   the candidate predicts in it. The peer then calls `mlflow.models.predict(env_manager="uv")`, which takes packages from
@@ -35,31 +35,31 @@ sys.path.append(str(ROOT / "tests/helpers"))
 
 from releases import ROWS_TEST, make_store  # noqa: E402
 
-from mlflow_lifecycle.gate import check_version  # noqa: E402
+from mlflow_lifecycle.gate import gate, gate_context  # noqa: E402
 from mlflow_lifecycle.keys import own_public_key  # noqa: E402
 from mlflow_lifecycle.verification import Verified, verified  # noqa: E402
 
-FLOOR = 0.5
+THRESHOLD = 0.5
 
 
-def ours(candidate: Verified, holder: Verified, *, rebuild: bool) -> None:
+def ours(candidate: Verified, baseline: Verified, *, rebuild: bool) -> None:
     """Check a version as a release does."""
     with mlflow.start_run():
-        verdict = check_version(
-            candidate, holder, ROWS_TEST, "species", floors={"accuracy_score": FLOOR}, rebuild=rebuild
-        )
+        thresholds = {"accuracy_score": THRESHOLD}
+        context = gate_context(candidate, baseline, ROWS_TEST, "species", thresholds=thresholds, rebuild=rebuild)
+        verdict = gate(context)
     verdict.require(allow_unchecked=not rebuild)
 
 
-def peer(candidate: Verified, holder: Verified, *, rebuild: bool) -> None:
+def peer(candidate: Verified, baseline: Verified, *, rebuild: bool) -> None:
     """Ask MLflow the same as far as it can tell."""
     options = {"targets": "species", "model_type": "classifier"}
     options["evaluator_config"] = {"log_model_explainability": False}
     results = []
-    for version in (candidate, holder):
+    for version in (candidate, baseline):
         with mlflow.start_run():
             results.append(mlflow.models.evaluate(str(version.folder), ROWS_TEST, **options))
-    threshold = MetricThreshold(threshold=FLOOR, min_absolute_change=0.001, greater_is_better=True)
+    threshold = MetricThreshold(threshold=THRESHOLD, min_absolute_change=0.001, greater_is_better=True)
     mlflow.validate_evaluation_results({"accuracy_score": threshold}, *results)
     plt.close("all")
     if rebuild:
@@ -88,14 +88,14 @@ def main() -> None:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder.as_posix()}/mlflow.db"
         mlflow.set_tracking_uri(None)
         mlflow.set_experiment("versions")
-        holder, candidate = (
+        baseline, candidate = (
             stack.enter_context(verified(f"models:/iris/{number}", own_public_key(folder))) for number in (1, 2)
         )
         print(f"{'':24}{'the gate (s)':>14}{'MLflow (s)':>14}   the gate / MLflow")
         for title, rebuild in (("scored", False), ("with the environment", True)):
             taken = []
             for number in range(settings.rounds + 1):
-                pair = [seconds(way, candidate, holder, rebuild=rebuild) for way in (ours, peer)]
+                pair = [seconds(way, candidate, baseline, rebuild=rebuild) for way in (ours, peer)]
                 if number:  # the first round imports and fills caches
                     taken.append(pair)
             ratios = [one / other for one, other in taken]

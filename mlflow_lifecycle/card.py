@@ -52,7 +52,7 @@ def card_facts(copy: Verified, verdict: "Verdict", rows_tested: str, *, intended
         "tested": {
             "on": rows_tested,
             "metrics": {name: round(value, 4) for name, value in sorted(verdict.metrics.items())},
-            "against_holder": str(verdict.difference) if verdict.difference else "there was none",
+            "against_baseline": str(verdict.difference) if verdict.difference else "there was none",
             "checks": {check.name: f"{check.result}: {check.detail}" for check in verdict.checks},
         },
         "metrics": {name: round(value, 4) for name, value in sorted(run.data.metrics.items())},
@@ -110,8 +110,8 @@ def make_card(facts: dict) -> "Card":
         "Packages": [("package",), *((package,) for package in environment["packages"])],
     }
     sources = {
-        "Scores at the gate": f"By mlflow.models.evaluate, on {tested['on']}. Difference from the version that it "
-        f"replaced, in the log of the probability given to the right class: {tested['against_holder']}.",
+        "Scores at the gate": f"By mlflow.models.evaluate, on {tested['on']}. Difference from the baseline, the "
+        f"version that it replaced, in the score of a row: {tested['against_baseline']}.",
         "Metrics of the run": f"As logged by the run {facts['run_id']}.",
     }
     for title, (header, *body) in tables.items():

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from mlflow_lifecycle.comparison import Interval, choose
-from mlflow_lifecycle.gate import difference_of
+from mlflow_lifecycle.comparison import Interval, choose, rows_interval
 from mlflow_lifecycle.monitoring import Baseline, Verdict, judge, labels_of
 from mlflow_lifecycle.pins import find_model_requirements
+from mlflow_lifecycle.scoring import measure_of, score_rows
 from mlflow_lifecycle.signing import register_candidate
 from mlflow_lifecycle.tables import fingerprint
 from mlflow_lifecycle.verification import Verified
@@ -120,11 +120,21 @@ def contest(known: Baseline, challenger: object, usual: pd.DataFrame, new: pd.Da
         usual: rows as before, with labels, that neither has learned from.
         new: rows that have drifted, with labels, that neither has learned from.
     """
-    models, columns = (challenger, known.estimator), [*known.features, known.target]
     rows = pd.concat([usual, new], ignore_index=True)
-    on_usual, on_new, on_both = (difference_of(models, part[columns], known.target) for part in (usual, new, rows))
+    on_usual = _difference(known, challenger, usual)
+    on_new = _difference(known, challenger, new)
+    on_both = _difference(known, challenger, rows)
     winner = "champion" if on_usual.high < 0 else choose(["champion", "challenger"], lambda *_: on_both)
     return Contest(on_usual, on_new, on_both, winner, rows)
+
+
+def _difference(known: Baseline, challenger: object, rows: pd.DataFrame) -> Interval:
+    """Return how much better the challenger is than the champion on these rows."""
+    measure = measure_of(challenger, known.estimator)
+    features = rows[known.features]
+    scores = score_rows(challenger, features, rows[known.target], measure)
+    champion_scores = score_rows(known.estimator, features, rows[known.target], measure)
+    return rows_interval(scores, champion_scores)
 
 
 def _refuse(known: Baseline, usual: pd.DataFrame, new: pd.DataFrame) -> None:

@@ -1,12 +1,13 @@
 """The checks that a version must pass before it is released, each with its result.
 
-MLflow evaluates a model and compares numbers with thresholds (``mlflow.validate_evaluation_results``). It does not say
-how sure a difference is, whether the model has seen the test rows, or whether its environment can be built.
+MLflow evaluates a model and compares numbers with thresholds
+(``mlflow.validate_evaluation_results``). It does not say how sure a difference is, whether the
+model has seen the test rows, or whether its environment can be built.
 """
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,15 +17,40 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import MetricThreshold
 
-from mlflow_lifecycle.comparison import Interval, rows_interval
-from mlflow_lifecycle.environments import EnvironmentNotBuiltError, PredictionFailedError, built, predict, python_note
+from mlflow_lifecycle.comparison import Interval, detectable_difference, rows_interval
+from mlflow_lifecycle.environments import (
+    EnvironmentNotBuiltError,
+    PredictionFailedError,
+    built,
+    predict,
+    python_note,
+)
+from mlflow_lifecycle.scoring import (
+    CLASSIFIER,
+    TOLERANCE,
+    equal_predictions,
+    measure_of,
+    order_columns,
+    score_rows,
+    task_of,
+)
 from mlflow_lifecycle.tables import as_classes
 from mlflow_lifecycle.verification import Verified
 
 PASSED, FAILED, UNCHECKED = "passed", "failed", "not checked"
-KNOWN_ROWS = 0.1  # the share of the test rows that may also stand among the training rows: equal rows happen by chance
-LOSSES = ("log_loss", "false_positives", "false_negatives")  # of MLflow's metrics, those of which less is better
-NO_FLOOR = "State at least one floor, such as accuracy_score=0.9: no holder does not mean that every version passes."
+ENVIRONMENT = "fresh environment"
+# The share of the test rows that may also be training rows: equal rows happen by chance.
+KNOWN_ROWS = 0.1
+LOWER_IS_BETTER = {
+    "log_loss",
+    "false_positives",
+    "false_negatives",
+    "mean_absolute_error",
+    "mean_squared_error",
+    "root_mean_squared_error",
+    "mean_absolute_percentage_error",
+    "max_error",
+}
 
 
 class GateClosedError(RuntimeError):
@@ -32,8 +58,8 @@ class GateClosedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Check:
-    """One check: its name, its result (passed, failed, not checked), and what was found."""
+class CheckResult:
+    """The result of a check (passed, failed, not checked), and the detail that explains it."""
 
     name: str
     result: str
@@ -41,10 +67,85 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The checks of a version, its scores on the test rows, and its difference from the present holder, if any."""
+class Rule:
+    """What a candidate must show against the baseline; by default, to be better.
 
-    checks: list[Check]
+    Attributes:
+        minimum_gain: the smallest gain that matters. The lower end of the interval of the
+            difference must be above it.
+        margin: accept a version that is at most this much worse: the lower end must be above
+            ``-margin``.
+        same_predictions: accept a version that predicts the same, for the same model with renewed
+            packages.
+
+    Raises:
+        ValueError: a number is out of its range, or two of these are combined.
+    """
+
+    minimum_gain: float = 0.0
+    margin: float | None = None
+    same_predictions: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if not self.minimum_gain >= 0:
+            raise ValueError(f"The minimum gain must be 0 or more, got {self.minimum_gain}.")
+        if self.margin is not None and not self.margin > 0:
+            raise ValueError(f"The margin must be above 0, got {self.margin}.")
+        stated = [self.minimum_gain > 0, self.margin is not None, self.same_predictions]
+        if sum(stated) > 1:
+            raise ValueError("State one of minimum gain, margin and same predictions, not several.")
+
+
+@dataclass
+class GateContext:
+    """What the checks look at, and what they have found so far. `gate_context` makes one.
+
+    Attributes:
+        candidate: the version, verified.
+        baseline: the version that it would replace, verified; None if there is none.
+        rows: the test rows, with the columns that the candidate takes in the order of its
+            signature, and the target.
+        all_rows: the test rows with all columns.
+        target: the column with the true values.
+        thresholds: what MLflow's metrics must reach.
+        rule: what the candidate must show against the baseline.
+        model: the candidate's model.
+        rebuild: whether to build the environment.
+        cache: see ``mlflow_lifecycle.environments.built``.
+        results: those of the checks that were made.
+        metrics: the candidate's, on the test rows.
+        difference: from the baseline.
+    """
+
+    candidate: Verified
+    baseline: Verified | None
+    rows: pd.DataFrame
+    all_rows: pd.DataFrame
+    target: str
+    thresholds: dict[str, float]
+    rule: Rule
+    model: object
+    rebuild: bool = True
+    cache: Path | None = None
+    results: list[CheckResult] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    difference: Interval | None = None
+
+    @property
+    def features(self) -> pd.DataFrame:
+        """The test rows without the target."""
+        return self.rows.drop(columns=self.target)
+
+
+Check = Callable[[GateContext], CheckResult]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The results of the checks, the metrics on the test rows, and the difference from the baseline."""
+
+    checks: list[CheckResult]
     metrics: dict[str, float]
     difference: Interval | None
 
@@ -52,198 +153,301 @@ class Verdict:
         """Refuse a version that did not pass.
 
         Raises:
-            GateClosedError: a check failed, or was left out and ``allow_unchecked`` is not set.
+            GateClosedError: a check failed, or the environment was not built and
+                ``allow_unchecked`` is not set.
         """
-        wanted = (FAILED,) if allow_unchecked else (FAILED, UNCHECKED)
-        if stopped := [
-            f"{check.name} {check.result} ({check.detail})" for check in self.checks if check.result in wanted
-        ]:
-            raise GateClosedError(f"The version is not released: {'; '.join(stopped)}. The alias stays where it is.")
+        stopped = []
+        for check in self.checks:
+            not_built = check.name == ENVIRONMENT and check.result == UNCHECKED
+            if check.result == FAILED or (not_built and not allow_unchecked):
+                stopped.append(f"{check.name} {check.result} ({check.detail})")
+        if stopped:
+            reasons = "; ".join(stopped)
+            raise GateClosedError(f"The version is not released: {reasons}. The alias stays where it is.")
 
 
-def check_version(
+def gate_context(
     candidate: Verified,
-    holder: Verified | None,
+    baseline: Verified | None,
     rows: pd.DataFrame,
     target: str,
     *,
-    floors: dict[str, float],
-    allow_equal: bool = False,
+    thresholds: dict[str, float],
+    rule: Rule | None = None,
     rebuild: bool = True,
     cache: Path | None = None,
-) -> Verdict:
-    """Check a version on test rows, and log its scores to the active run.
+) -> GateContext:
+    """Return what the checks look at; refuse test rows that do not fit the candidate.
 
     Args:
         candidate: the version, verified.
-        holder: the version that it would replace, verified; None if there is none.
-        rows: the test rows, target included, which nobody has learned from.
-        target: the column with the classes. Where the candidate learned them as text, they are compared as text: in a
-            CSV file, the text 0 and the number are written alike.
-        floors: what MLflow's metrics must reach, whoever the holder is, such as ``{"accuracy_score": 0.9}``.
-        allow_equal: whether a version passes that is not better than the holder, as long as it is not worse by a
-            difference that counts: for the same model with renewed packages.
-        rebuild: whether to build the environment; if not, that check is not passed, but left out.
+        baseline: the version that it would replace, verified; None if there is none.
+        rows: the test rows, target included, which no model has learned from.
+        target: the column with the true values. Where the candidate learned classes as text, they
+            are compared as text: a CSV file does not tell the text 0 from the number.
+        thresholds: what MLflow's metrics must reach, such as ``{"accuracy_score": 0.9}``: a
+            minimum, or a maximum for a metric of which less is better, such as ``log_loss``.
+        rule: what the candidate must show against the baseline; by default, to be better.
+        rebuild: whether to build the environment; if not, the result of that check is "not
+            checked".
         cache: see ``mlflow_lifecycle.environments.built``.
 
     Raises:
-        ValueError: no floor is stated, or one on a metric of which less is better; the rows lack a column or a
-            label; or the version did not learn from the column ``target``.
+        ValueError: no threshold is stated; a column or a value of the target is missing; the target
+            is not numeric for a regressor; or the version did not learn from the column ``target``.
     """
-    rows = fitting_rows(candidate, rows, target, floors)
-    checks = [check_signature(candidate), check_example(candidate), check_pins(candidate)]
-    checks += [check_rows(candidate, rows, target)]
-    metrics, difference = {}, None
-    try:
-        evaluation = evaluate(candidate, rows, target)
-        named_twice = ("score", "example_count")
-        metrics = {name: float(value) for name, value in evaluation.metrics.items() if name not in named_twice}
-        checks.append(check_floors(evaluation, floors))
-        if holder:
-            experiment = mlflow.active_run().info.experiment_id
-            name = f"holder, version {holder.statement.version}"
-            with mlflow.start_run(run_name=name, nested=True, experiment_id=experiment):
-                evaluate(holder, rows, target)
-            models = [mlflow.sklearn.load_model(str(version.folder)) for version in (candidate, holder)]
-            difference = difference_of(models, rows, target)
-        checks.append(check_difference(difference, holder, len(rows), allow_equal=allow_equal))
-    except Exception as error:  # whatever the model raises
-        checks.append(Check("score", FAILED, f"cannot be scored: {' '.join(str(error).split())[:300]}"))
-    if any(check.result == FAILED for check in checks):
-        checks.append(Check("fresh environment", UNCHECKED, "another check failed"))
-    elif rebuild:
-        checks.append(check_environment(candidate, rows.drop(columns=target), cache))
-    else:
-        checks.append(Check("fresh environment", UNCHECKED, "no environment was built, as was asked for"))
-    return Verdict(checks, metrics, difference)
+    if not thresholds:
+        example = "accuracy_score=0.9"
+        raise ValueError(f"State at least one threshold, such as {example}: a baseline may be missing.")
+    _refuse_unfit(candidate, rows, target)
+    model = mlflow.sklearn.load_model(str(candidate.folder))
+    if task_of(model) == CLASSIFIER:
+        known = _known_classes(candidate, model, target)
+        rows = rows.assign(**{target: as_classes(known, rows[target])})
+    elif not pd.api.types.is_numeric_dtype(rows[target]):
+        found = rows[target].dtype
+        raise ValueError(f"The target {target!r} must be numeric for a regressor, got {found}.")
+    features = order_columns(candidate.folder, rows.drop(columns=target))
+    return GateContext(
+        candidate=candidate,
+        baseline=baseline,
+        rows=features.assign(**{target: rows[target]}),
+        all_rows=rows,
+        target=target,
+        thresholds=thresholds,
+        rule=rule or Rule(),
+        model=model,
+        rebuild=rebuild,
+        cache=cache,
+    )
 
 
-def fitting_rows(candidate: Verified, rows: pd.DataFrame, target: str, floors: dict[str, float]) -> pd.DataFrame:
-    """Return the test rows, with their labels written as the candidate's classes; refuse what is no test of it.
+def check_signature(context: GateContext) -> CheckResult:
+    """Check that the model names its columns.
 
-    The arguments, and what is raised, are those of `check_version`.
+    MLflow logs none, and says nothing, for some nullable columns.
     """
-    if not floors:
-        raise ValueError(NO_FLOOR)
-    if losses := [name for name in floors if name in LOSSES]:
-        remedy = "A floor needs a metric of which more is better, such as accuracy_score."
-        raise ValueError(f"There is no floor for {', '.join(losses)}: less of it is better. {remedy}")
-    training = pd.read_parquet(candidate.training_rows)
-    if missing := [name for name in training.columns if name not in rows]:
-        raise ValueError(f"The test rows lack these columns: {', '.join(missing)}")
-    if target not in training:
-        raise ValueError(f"The version learned from no column {target!r}. The columns are: {', '.join(training)}")
-    if gaps := int(rows[target].isna().sum()):
-        raise ValueError(f"The target {target!r} is missing in {gaps} of {len(rows)} test rows (NA counts as missing).")
-    return rows.assign(**{target: as_classes(training[target], rows[target])})
-
-
-def check_signature(candidate: Verified) -> Check:
-    """Check that the model names its columns. MLflow logs none, and says nothing, for some nullable columns."""
-    signature = mlflow.models.Model.load(str(candidate.folder / "MLmodel")).signature
+    signature = mlflow.models.Model.load(str(context.candidate.folder / "MLmodel")).signature
     names = signature.inputs.input_names() if signature and signature.inputs else []
-    return Check("signature", PASSED if names else FAILED, f"{len(names) or 'no'} columns go in")
+    return _result("signature", bool(names), f"{len(names) or 'no'} input columns")
 
 
-def check_example(candidate: Verified) -> Check:
-    """Check that the model brings rows to try it with."""
-    example = mlflow.models.Model.load(str(candidate.folder / "MLmodel")).saved_input_example_info
-    return Check("input example", PASSED if example else FAILED, "logged with it" if example else "there is none")
+def check_input_example(context: GateContext) -> CheckResult:
+    """Check that the model has an input example."""
+    info = mlflow.models.Model.load(str(context.candidate.folder / "MLmodel"))
+    detail = "logged with the model" if info.saved_input_example_info else "there is none"
+    return _result("input example", bool(info.saved_input_example_info), detail)
 
 
-def check_pins(candidate: Verified) -> Check:
-    """Check that the hashes of every package were kept."""
-    blocks = ("\n" + candidate.packages.read_text(encoding="utf-8").replace("\n    --hash", " --hash")).split("\n")
+def check_exact_pins(context: GateContext) -> CheckResult:
+    """Check that every package is recorded with its hashes."""
+    text = context.candidate.packages.read_text(encoding="utf-8")
+    blocks = ("\n" + text.replace("\n    --hash", " --hash")).split("\n")
     pins = [line for line in blocks if line.strip()]
-    unsure = [line.split("==")[0] for line in pins if "==" not in line or "--hash=sha256:" not in line]
-    found = f"without a hash: {', '.join(unsure)}" if unsure else f"{len(pins)} packages, each with == and its hashes"
-    return Check("exact pins", FAILED if unsure or not pins else PASSED, found)
+    unsure = []
+    for line in pins:
+        if "==" not in line or "--hash=sha256:" not in line:
+            unsure.append(line.split("==")[0])
+    if unsure:
+        return CheckResult("exact pins", FAILED, f"without a hash: {', '.join(unsure)}")
+    return _result("exact pins", bool(pins), f"{len(pins)} packages, each with == and its hashes")
 
 
-def check_rows(candidate: Verified, rows: pd.DataFrame, target: str) -> Check:
+def check_test_rows(context: GateContext) -> CheckResult:
     """Check that the candidate has not learned from the test rows, as far as its own record tells.
 
-    A row counts as known if all its values and its class stand in a training row. Rows that were changed a little, or
-    used before the training rows were split off, are not found.
+    A row counts as known if all its values, the target included, are those of a training row. Rows
+    that were changed a little, or used before the training rows were split off, are not found.
     """
-    training = pd.read_parquet(candidate.training_rows)
+    if context.candidate.training_rows is None:
+        return CheckResult("test rows", UNCHECKED, "no training data was signed")
+    training = pd.read_parquet(context.candidate.training_rows)
     try:
-        same = rows[training.columns].astype(training.dtypes)
+        same = context.all_rows[training.columns].astype(training.dtypes)
     except (TypeError, ValueError) as error:
-        return Check("test rows", FAILED, f"they are of other types than the training rows: {error}")
+        detail = f"they have other types than the training rows: {error}"
+        return CheckResult("test rows", FAILED, detail)
     known = set(pd.util.hash_pandas_object(training, index=False))
     count = sum(value in known for value in pd.util.hash_pandas_object(same, index=False))
-    found = f"{count} of {len(rows)} are among the {len(training)} training rows"
-    if unknown := sorted(set(same[target]) - set(training[target]), key=str):
-        return Check("test rows", FAILED, f"{found}; it never learned these classes: {', '.join(map(str, unknown))}")
-    return Check("test rows", PASSED if count <= KNOWN_ROWS * len(rows) else FAILED, found)
+    detail = f"{count} of {len(same)} are among the {len(training)} training rows"
+    if task_of(context.model) == CLASSIFIER:
+        unknown = sorted(set(same[context.target]) - set(training[context.target]), key=str)
+        if unknown:
+            detail += f"; it never learned these classes: {', '.join(map(str, unknown))}"
+            return CheckResult("test rows", FAILED, detail)
+    return _result("test rows", count <= KNOWN_ROWS * len(same), detail)
 
 
-def evaluate(version: Verified, rows: pd.DataFrame, target: str) -> "mlflow.models.EvaluationResult":
-    """Return MLflow's evaluation of a classifier on ``rows``, which it logs to the active run."""
-    options = {"targets": target, "model_type": "classifier"}
-    options["evaluator_config"] = {"log_model_explainability": False}  # which would need shap
-    plt.switch_backend(plt.get_backend())  # loaded before MLflow does it, which would undo what loading it sets
-    before = set(plt.get_fignums())
-    try:
-        return mlflow.models.evaluate(str(version.folder), rows, **options)
-    finally:
-        for number in set(plt.get_fignums()) - before:  # MLflow leaves a figure open, which a notebook would show
-            plt.close(number)
-
-
-def check_floors(evaluation: "mlflow.models.EvaluationResult", floors: dict[str, float]) -> Check:
-    """Check by MLflow's own validation that each metric reaches its floor."""
-    found = ", ".join(f"{name} {evaluation.metrics.get(name, float('nan')):.4f} of {floors[name]}" for name in floors)
-    thresholds = {name: MetricThreshold(threshold=floor, greater_is_better=True) for name, floor in floors.items()}
+def check_thresholds(context: GateContext) -> CheckResult:
+    """Check by MLflow's own evaluation and validation that each metric reaches its threshold."""
+    evaluation = evaluate(context)
+    for name, value in evaluation.metrics.items():
+        if name not in ("score", "example_count"):
+            context.metrics[name] = float(value)
+    thresholds = {}
+    details = []
+    for name, value in context.thresholds.items():
+        is_maximum = name in LOWER_IS_BETTER
+        thresholds[name] = MetricThreshold(threshold=value, greater_is_better=not is_maximum)
+        if name in context.metrics:
+            limit = "at most" if is_maximum else "at least"
+            details.append(f"{name} {context.metrics[name]:.4f}, {limit} {value}")
+        else:
+            details.append(f"{name} is not among: {', '.join(sorted(context.metrics))}")
     try:
         mlflow.validate_evaluation_results(thresholds, evaluation)
     except MlflowException:
-        return Check("floor", FAILED, found)
-    return Check("floor", PASSED, found)
+        return CheckResult("thresholds", FAILED, "; ".join(details))
+    return CheckResult("thresholds", PASSED, "; ".join(details))
 
 
-def scores_per_row(model, rows: pd.DataFrame, target: str, *, probable: bool) -> np.ndarray:
-    """Return a score of each row, more is better.
+def check_baseline(context: GateContext) -> CheckResult:
+    """Check by the rule that the candidate may replace the baseline."""
+    rule = context.rule
+    if context.baseline is None:
+        if rule.same_predictions:
+            return CheckResult("baseline", FAILED, "there is none to predict the same as")
+        return CheckResult("baseline", PASSED, "there is none; the thresholds decide")
+    model = mlflow.sklearn.load_model(str(context.baseline.folder))
+    features = order_columns(context.baseline.folder, context.all_rows.drop(columns=context.target))
+    measure = measure_of(context.model, model)
+    target = context.rows[context.target]
+    scores = score_rows(context.model, context.features, target, measure)
+    baseline_scores = score_rows(model, features, target, measure)
+    difference = rows_interval(scores, baseline_scores)
+    context.difference = difference
+    version = f"version {context.baseline.statement.version}"
+    if rule.same_predictions:
+        passed, detail = compare_predictions(context.model, context.features, model, features)
+        return _result("baseline", passed, f"{detail}, compared with {version}")
+    detail = f"{measure} {difference} against {version}, on {len(target)} rows"
+    detectable = detectable_difference(scores, baseline_scores)
+    power = f"these rows show a difference of {detectable:.4f} or more with 80 % power"
+    bound = rule.minimum_gain if rule.margin is None else -rule.margin
+    if difference.low > bound:
+        return CheckResult("baseline", PASSED, f"{detail}; {power}")
+    if rule.margin is not None:
+        reason = f"it may be worse than the baseline by more than the margin {rule.margin}"
+    elif rule.minimum_gain:
+        reason = f"a gain of more than {rule.minimum_gain} is not shown"
+    else:
+        reason = "not better by more than chance, so the baseline stays"
+    return CheckResult("baseline", FAILED, f"{detail}: {reason}; {power}")
 
-    It is the log of the probability that the model gives to the row's class, which tells apart two models that are
-    right as often and not as sure. Where not both models give probabilities, it is 1 for a right answer, and else 0.
-    """
-    features = rows.drop(columns=target)
-    features = features[list(model.feature_names_in_)] if hasattr(model, "feature_names_in_") else features
-    if not probable:
-        return (model.predict(features) == rows[target]).to_numpy(dtype=float)
-    places = pd.Index(model.classes_).get_indexer(rows[target])
-    given = np.where(places < 0, 0, model.predict_proba(features)[np.arange(len(rows)), places])
-    return np.log(np.clip(given, np.finfo(float).eps, None))
 
-
-def difference_of(models: Sequence, rows: pd.DataFrame, target: str) -> Interval:
-    """Return how much better the first of two models is than the second on the same rows, by log loss, or accuracy."""
-    probable = all(hasattr(model, "predict_proba") for model in models)
-    return rows_interval(*(scores_per_row(model, rows, target, probable=probable) for model in models))
-
-
-def check_difference(difference: Interval | None, holder: Verified | None, count: int, *, allow_equal: bool) -> Check:
-    """Check by the one decision rule that the candidate may take the holder's place."""
-    if difference is None:
-        return Check("holder", PASSED, "there is none; the floor decides")
-    found = f"{difference} against version {holder.statement.version}, on {count} rows"
-    if difference.low > 0 or (allow_equal and difference.high >= 0):
-        return Check("holder", PASSED, found)
-    return Check("holder", FAILED, f"{found}: not better by a difference that counts, so the holder stays")
-
-
-def check_environment(candidate: Verified, features: pd.DataFrame, cache: Path | None = None) -> Check:
-    """Check that the environment can be built from the recorded packages alone, and gives the same predictions."""
-    here = mlflow.pyfunc.load_model(str(candidate.folder)).predict(features).tolist()
+def check_fresh_environment(context: GateContext) -> CheckResult:
+    """Check that the recorded packages alone make an environment that gives the same predictions."""
+    if any(check.result == FAILED for check in context.results):
+        return CheckResult(ENVIRONMENT, UNCHECKED, "another check failed")
+    if not context.rebuild:
+        return CheckResult(ENVIRONMENT, UNCHECKED, "no environment was built, as was asked for")
+    candidate = context.candidate
+    here = mlflow.pyfunc.load_model(str(candidate.folder)).predict(context.features)
+    requirements = candidate.folder / "requirements.txt"
     with tempfile.TemporaryDirectory(prefix="gate-") as scratch:
+        folder = Path(scratch) / "environment"
         try:
-            requirements = candidate.folder / "requirements.txt"
-            python = built(requirements, Path(scratch) / "environment", lock=candidate.packages, cache=cache)
-            there = predict(candidate.folder, features, python)
+            python = built(requirements, folder, lock=candidate.packages, cache=context.cache)
+            there = predict(candidate.folder, context.features, python)
         except (EnvironmentNotBuiltError, PredictionFailedError) as error:
-            return Check("fresh environment", FAILED, " ".join(str(error).split()))
-    same = sum(one == other for one, other in zip(here, there, strict=True))
-    found = [f"{same} of {len(here)} predictions are the same", python_note(candidate.folder)]
-    return Check("fresh environment", PASSED if same == len(here) else FAILED, ". ".join(filter(None, found)))
+            return CheckResult(ENVIRONMENT, FAILED, " ".join(str(error).split()))
+    equal = equal_predictions(np.asarray(here), np.asarray(there))
+    detail = f"{equal.sum()} of {len(equal)} predictions are the same"
+    note = python_note(candidate.folder)
+    return _result(ENVIRONMENT, bool(equal.all()), f"{detail}. {note}" if note else detail)
+
+
+DEFAULT_CHECKS: tuple[Check, ...] = (
+    check_signature,
+    check_input_example,
+    check_exact_pins,
+    check_test_rows,
+    check_thresholds,
+    check_baseline,
+    check_fresh_environment,
+)
+
+
+def gate(context: GateContext, checks: Sequence[Check] = DEFAULT_CHECKS) -> Verdict:
+    """Return the verdict of the checks, in their order. The evaluation is logged to the active run.
+
+    Args:
+        context: from `gate_context`.
+        checks: functions that take the context and return a `CheckResult`. Add your own before the
+            last of `DEFAULT_CHECKS`, which takes longest. A check that raises an error has failed.
+    """
+    for check in checks:
+        try:
+            result = check(context)
+        except Exception as error:  # whatever a model raises
+            name = check.__name__.removeprefix("check_").replace("_", " ")
+            detail = " ".join(str(error).split())[:300]
+            result = CheckResult(name, FAILED, f"{type(error).__name__}: {detail}")
+        context.results.append(result)
+    return Verdict(context.results, context.metrics, context.difference)
+
+
+def evaluate(context: GateContext) -> "mlflow.models.EvaluationResult":
+    """Return MLflow's evaluation of the candidate, which it logs to the active run."""
+    # Loaded before MLflow does it, which would undo what loading it sets.
+    plt.switch_backend(plt.get_backend())
+    before = set(plt.get_fignums())
+    try:
+        return mlflow.models.evaluate(
+            str(context.candidate.folder),
+            context.rows,
+            targets=context.target,
+            model_type=task_of(context.model),
+            evaluator_config={"log_model_explainability": False},  # which would need shap
+        )
+    finally:
+        # MLflow leaves a figure open, which a notebook would show.
+        for number in set(plt.get_fignums()) - before:
+            plt.close(number)
+
+
+def compare_predictions(
+    model: object, features: pd.DataFrame, other: object, other_features: pd.DataFrame
+) -> tuple[bool, str]:
+    """Return whether two models predict the same, and what was found.
+
+    Predicted numbers may differ by a millionth of their size, and probabilities by a millionth.
+    """
+    equal = equal_predictions(model.predict(features), other.predict(other_features))
+    detail = f"{equal.sum()} of {len(equal)} predictions are the same"
+    if not (hasattr(model, "predict_proba") and hasattr(other, "predict_proba")):
+        return bool(equal.all()), detail
+    given = model.predict_proba(features)
+    other_given = other.predict_proba(other_features)
+    if given.shape != other_given.shape:
+        return False, f"{detail}, and the number of classes is not the same"
+    largest = float(np.abs(given - other_given).max())
+    detail += f" (probabilities differ by at most {largest:.1g}, allowed are {TOLERANCE:.0e})"
+    return bool(equal.all()) and largest <= TOLERANCE, detail
+
+
+def _refuse_unfit(candidate: Verified, rows: pd.DataFrame, target: str) -> None:
+    """Refuse test rows in which a column or a value of the target is missing."""
+    needed = [target]
+    if candidate.training_rows:
+        needed = list(pd.read_parquet(candidate.training_rows).columns)
+    if target not in needed:
+        columns = ", ".join(needed)
+        raise ValueError(f"The version learned from no column {target!r}. The columns are: {columns}")
+    missing = [name for name in needed if name not in rows]
+    if missing:
+        raise ValueError(f"The test rows lack these columns: {', '.join(missing)}")
+    gaps = int(rows[target].isna().sum())
+    if gaps:
+        raise ValueError(f"The target {target!r} is missing in {gaps} of {len(rows)} test rows (NA counts as missing).")
+
+
+def _result(name: str, passed: bool, detail: str) -> CheckResult:
+    return CheckResult(name, PASSED if passed else FAILED, detail)
+
+
+def _known_classes(candidate: Verified, model: object, target: str) -> pd.Series:
+    """Return the classes that the candidate has learned."""
+    if candidate.training_rows:
+        return pd.read_parquet(candidate.training_rows)[target]
+    return pd.Series(model.classes_)

@@ -25,14 +25,14 @@ def promote(uri: str, to: str, rows: pd.DataFrame, target: str, *, key: Path, tr
     """Release a version of the active store on the server ``to``, under the same name.
 
     The version is verified here and registered there, with the parameters and metrics of its run. There it passes the
-    gate against the holder on that server. If anything fails before the alias moves there, what was registered there is
-    deleted again.
+    gate against the baseline on that server. If anything fails before the alias moves there, what was registered there
+    is deleted again.
 
     Args:
         uri: the version here: ``models:/name/3`` or ``models:/name@production``.
         to: the address of the other server.
         rows: the test rows, target included.
-        target: the column with the classes.
+        target: the column with the true values.
         key: the private key, which signed the version here and signs it there.
         trusted_types: see ``mlflow_lifecycle.verification.verified``.
         settings: those of ``mlflow_lifecycle.release.release``.

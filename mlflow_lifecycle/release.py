@@ -17,7 +17,7 @@ import pandas as pd
 from mlflow.entities import Run
 
 from mlflow_lifecycle.card import card_facts, check_sentences, make_card
-from mlflow_lifecycle.gate import GateClosedError, Verdict, check_version, fitting_rows
+from mlflow_lifecycle.gate import GateClosedError, Rule, Verdict, gate, gate_context
 from mlflow_lifecycle.git_tag import check_tag, make_tag
 from mlflow_lifecycle.keys import KeyRefusedError, new_key, present_public_key, public_half
 from mlflow_lifecycle.signing import Statement, sign
@@ -35,7 +35,7 @@ class Release:
     registered_model: str
     alias: str
     version: str
-    before: str  # the version that held the alias before, empty if none did
+    before: str  # the version that had the alias before, empty if none did
     kind: str  # "release" or "rollback"
     released_at: str  # in UTC
     by: str
@@ -50,12 +50,12 @@ def release(
     target: str,
     *,
     key: Path,
-    floors: dict[str, float],
+    thresholds: dict[str, float],
     intended_use: str,
     limits: str,
     alias: str = "production",
     trusted_types: list[str] | tuple[str, ...] = (),
-    allow_equal: bool = False,
+    rule: Rule | None = None,
     rebuild: bool = True,
     allow_unchecked: bool = False,
     cache: Path | None = None,
@@ -67,14 +67,15 @@ def release(
     Args:
         uri: the version: ``models:/name/3`` or ``models:/name@candidate``.
         rows: the test rows, target included.
-        target: the column with the classes.
+        target: the column with the true values.
         key: the private key that signed the candidate, and will sign the release.
-        floors: what MLflow's metrics must reach, see ``mlflow_lifecycle.gate.check_version``.
+        thresholds: what MLflow's metrics must reach, see ``mlflow_lifecycle.gate.gate_context``.
         intended_use: for the card: what the model is for.
         limits: for the card: what it is not for.
         alias: what the version shall be released as.
         trusted_types: see ``mlflow_lifecycle.verification.verified``.
-        allow_equal: see ``mlflow_lifecycle.gate.check_version``.
+        rule: what the version must show against the baseline, the version that has the alias; by default, to be
+            better.
         rebuild: whether the gate builds the environment.
         allow_unchecked: let a version pass whose environment was not built.
         cache: see ``mlflow_lifecycle.environments.built``.
@@ -83,25 +84,33 @@ def release(
 
     Raises:
         GateClosedError: a check failed, or another release has moved the alias meanwhile.
-        NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
+        NotVerifiedError: the version, or the one that has the alias, is not what was signed.
         KeyRefusedError: the key cannot be used.
         TagRefusedError: the commit cannot be tagged.
-        ValueError: a sentence for the card is missing; or as in ``mlflow_lifecycle.gate.check_version``.
+        ValueError: a sentence for the card is missing; or as in ``mlflow_lifecycle.gate.gate_context``.
     """
     check_sentences(intended_use=intended_use, limits=limits)
     with contextlib.ExitStack() as stack:
         public = public_half(key, Path(stack.enter_context(TemporaryDirectory())))
         candidate = stack.enter_context(verified(uri, public, trusted_types=trusted_types))
-        fitting_rows(candidate, rows, target, floors)  # refused here, before anything is written
         name, number = candidate.statement.registered_model, candidate.statement.version
         tag = check_tag(repository, name, number, remote) if repository else ""
-        holder = _holder(name, alias)
-        before = _verified_holder(stack, name, alias, public, trusted_types) if holder else None
-        if holder == number:
-            return _finished(name, alias, number, before.statement.released_at)
-        with _record(name, alias, number, holder, "release") as run:
-            gate = {"floors": floors, "allow_equal": allow_equal, "rebuild": rebuild, "cache": cache}
-            verdict = check_version(candidate, before, rows, target, **gate)
+        before = _version_with(name, alias)
+        baseline = _verified_baseline(stack, name, alias, public, trusted_types) if before else None
+        context = gate_context(
+            candidate,
+            baseline,
+            rows,
+            target,
+            thresholds=thresholds,
+            rule=rule,
+            rebuild=rebuild,
+            cache=cache,
+        )  # refused here, before anything is written
+        if before == number:
+            return _finished(name, alias, number, baseline.statement.released_at)
+        with _record(name, alias, number, before, "release") as run:
+            verdict = gate(context)
             mlflow.log_table(pd.DataFrame([vars(check) for check in verdict.checks]), "gate.json")
             tested = f"{len(rows)} rows, SHA-256 {fingerprint(rows)}"
             facts = card_facts(candidate, verdict, tested, intended_use=intended_use, limits=limits)
@@ -109,7 +118,7 @@ def release(
             if tag:
                 make_tag(repository, tag, _message(candidate, verdict), remote)
             _write_card(candidate.folder.parent, facts)
-            _hand_over(candidate, alias, key, run, holder)
+            _hand_over(candidate, alias, key, run, before)
     return _release_of(mlflow.get_run(run.info.run_id))
 
 
@@ -119,36 +128,51 @@ def try_gate(
     target: str,
     public_key: Path,
     *,
-    floors: dict[str, float],
+    thresholds: dict[str, float],
     alias: str = "production",
     trusted_types: list[str] | tuple[str, ...] = (),
     **settings,
 ) -> Verdict:
-    """Return what the gate would say of a version; the scores go to a run, and nothing else is changed.
+    """Return the verdict of the gate on a version, and change nothing in the store.
 
     Args:
         uri: the version.
         rows: the test rows, target included.
-        target: the column with the classes.
+        target: the column with the true values.
         public_key: the public half of the key that signed it.
-        floors: what MLflow's metrics must reach, see ``mlflow_lifecycle.gate.check_version``.
-        alias: what it would be released as.
+        thresholds: what MLflow's metrics must reach, see ``mlflow_lifecycle.gate.gate_context``.
+        alias: the alias that it would take.
         trusted_types: see ``mlflow_lifecycle.verification.verified``.
-        settings: the others of ``mlflow_lifecycle.gate.check_version``.
+        settings: the others of ``mlflow_lifecycle.gate.gate_context``.
 
     Raises:
-        NotVerifiedError: the version, or the one that holds the alias, is not what was signed.
-        ValueError: as in ``mlflow_lifecycle.gate.check_version``.
+        NotVerifiedError: the version, or the one that has the alias, is not what was signed.
+        ValueError: as in ``mlflow_lifecycle.gate.gate_context``.
     """
     with contextlib.ExitStack() as stack:
         candidate = stack.enter_context(verified(uri, public_key, trusted_types=trusted_types))
-        fitting_rows(candidate, rows, target, floors)
-        name, number, before = candidate.statement.registered_model, candidate.statement.version, None
-        holder = _holder(name, alias)
-        if holder and holder != number:
-            before = _verified_holder(stack, name, alias, public_key, trusted_types)
-        with _record(name, alias, number, holder, "gate"):
-            return check_version(candidate, before, rows, target, floors=floors, **settings)
+        name = candidate.statement.registered_model
+        baseline = None
+        if _version_with(name, alias) not in ("", candidate.statement.version):
+            baseline = _verified_baseline(stack, name, alias, public_key, trusted_types)
+        context = gate_context(candidate, baseline, rows, target, thresholds=thresholds, **settings)
+        with _temporary_run():
+            return gate(context)
+
+
+@contextlib.contextmanager
+def _temporary_run() -> Iterator[None]:
+    """Let MLflow log to a run of a store of its own, which is removed at the end: it evaluates no model without one."""
+    here = mlflow.get_tracking_uri()
+    with TemporaryDirectory(prefix="gate-", ignore_cleanup_errors=True) as scratch:
+        store = f"sqlite:///{Path(scratch).as_posix()}/mlflow.db"
+        mlflow.set_tracking_uri(store)
+        try:
+            experiment = mlflow.MlflowClient().create_experiment("gate", f"{Path(scratch).as_uri()}/artifacts")
+            with mlflow.start_run(experiment_id=experiment, nested=True):
+                yield
+        finally:
+            mlflow.set_tracking_uri(here)
 
 
 def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", trusted_types=()) -> Release:
@@ -158,7 +182,7 @@ def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", t
         name: the registered model.
         key: the private key.
         alias: the alias to move.
-        to: the version; by default the one that held the alias before the present one.
+        to: the version; by default the one that had the alias before the present one.
         trusted_types: see ``mlflow_lifecycle.verification.verified``.
 
     Raises:
@@ -167,18 +191,18 @@ def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", t
         GateClosedError: a release has moved the alias meanwhile.
         KeyRefusedError: the key cannot be used.
     """
-    holder = _holder(name, alias)
-    records = [item for item in history(name, alias) if item.version == holder and item.released_at]  # also cut off
+    present = _version_with(name, alias)
+    records = [item for item in history(name, alias) if item.version == present and item.released_at]  # also cut off
     if not (to := to or next((item.before for item in records), "")):
         raise ValueError(
-            f"There is nothing to go back to: no release of {name} came before version {holder or '(none)'}."
+            f"There is nothing to go back to: no release of {name} came before version {present or '(none)'}."
         )
     with TemporaryDirectory() as scratch:
         public = public_half(key, Path(scratch))
         options = {"purpose": "release", "alias": alias, "trusted_types": trusted_types}
         back_to = verified(f"models:/{name}/{to}", public, **options)
-        with back_to as copy, _record(name, alias, to, holder, "rollback") as run:
-            _hand_over(copy, alias, key, run, holder)
+        with back_to as copy, _record(name, alias, to, present, "rollback") as run:
+            _hand_over(copy, alias, key, run, present)
     return _release_of(mlflow.get_run(run.info.run_id))
 
 
@@ -223,23 +247,23 @@ def sign_anew(names: Iterable[str], folder: Path, trusted_types=()) -> tuple[Pat
     return key, before, [copy.statement for copy in copies]
 
 
-def _holder(name: str, alias: str) -> str:
+def _version_with(name: str, alias: str) -> str:
     """Return the version that has the alias, empty if none has."""
     return str(mlflow.MlflowClient().get_registered_model(name).aliases.get(alias, ""))
 
 
-def _verified_holder(stack: contextlib.ExitStack, name: str, alias: str, public: Path, trusted_types) -> Verified:
-    """Verify the version that holds the alias, which the gate will load, and say what to do where it does not."""
-    holder = verified(f"models:/{name}@{alias}", public, purpose="release", trusted_types=trusted_types)
+def _verified_baseline(stack: contextlib.ExitStack, name: str, alias: str, public: Path, trusted_types) -> Verified:
+    """Verify the version that has the alias, which the gate will load, and say what to do where it does not verify."""
+    baseline = verified(f"models:/{name}@{alias}", public, purpose="release", trusted_types=trusted_types)
     try:
-        return stack.enter_context(holder)
+        return stack.enter_context(baseline)
     except NotVerifiedError as error:
-        remedy = f"It holds {alias}, and the gate compares with it. If nobody shall use it, take the alias from it:"
+        remedy = f"It has the alias {alias}, and the gate compares with it. To retire it, delete the alias:"
         raise NotVerifiedError(f"{error} {remedy} client.delete_registered_model_alias({name!r}, {alias!r})") from None
 
 
 def _finished(name: str, alias: str, number: str, moment: str) -> Release:
-    """Return the release of the version that holds the alias, and finish what a kill has left open after the alias."""
+    """Return the release of the version that has the alias, and finish what a kill has left open after the alias."""
     client = mlflow.MlflowClient()
     client.set_model_version_tag(name, number, release_tag(alias), moment)
     found = next((item for item in history(name, alias) if item.released_at == moment), None)
@@ -285,7 +309,7 @@ def _hand_over(copy: Verified, alias: str, key: Path, run: Run, before: str) -> 
 
 def _refuse_if_moved(name: str, alias: str, before: str) -> None:
     """Refuse to move an alias that does not point to version ``before`` any more."""
-    if (now := _holder(name, alias)) != before:
+    if (now := _version_with(name, alias)) != before:
         moved = f"{alias} moved from version {before or '(none)'} of {name} to version {now or '(none)'}"
         raise GateClosedError(f"Meanwhile {moved}, and stays there. Look at the history, and start again.")
 

@@ -16,11 +16,35 @@ if TYPE_CHECKING:
 KEY = click.option("--key", type=FILE, help="The private key; by default the one beside the store, made if need be.")
 ALIAS = click.option("--alias", default="production", show_default=True, help="The alias to move.")
 GATE = (
-    click.option("--rows", required=True, metavar="CSV", help="The test rows, which nobody has learned from."),
-    click.option("--target", required=True, metavar="COLUMN", help="The column with the classes."),
-    click.option("--floor", "floors", multiple=True, required=True, metavar="METRIC=VALUE", help="At least this."),
-    click.option("--allow-equal", is_flag=True, help="Not better than the holder is enough, if it is not worse."),
-    click.option("--no-environment", is_flag=True, help="Build no environment; then only the risk is yours."),
+    click.option("--rows", required=True, metavar="CSV", help="The test rows, which no model has learned from."),
+    click.option("--target", required=True, metavar="COLUMN", help="The column with the true values."),
+    click.option(
+        "--threshold",
+        "thresholds",
+        multiple=True,
+        required=True,
+        metavar="METRIC=VALUE",
+        help="Minimum METRIC value, or maximum if less is better (repeatable).",
+    ),
+    click.option(
+        "--minimum-gain",
+        type=float,
+        default=0.0,
+        metavar="GAIN",
+        help="Require that the version is better than the baseline by more than GAIN.",
+    ),
+    click.option(
+        "--margin",
+        type=float,
+        metavar="MARGIN",
+        help="Accept a version that is at most MARGIN worse than the baseline.",
+    ),
+    click.option(
+        "--same-predictions",
+        is_flag=True,
+        help="Accept a version that predicts the same as the baseline, for renewed packages.",
+    ),
+    click.option("--no-environment", is_flag=True, help="Skip the environment check, at your own risk."),
     click.option("--cache", type=FILE, help="Keep downloaded packages there."),
     ALIAS,
     TYPES,
@@ -44,8 +68,8 @@ def with_options(options: tuple[Callable, ...]) -> Callable:
     return add
 
 
-def floors_of(texts: tuple[str, ...]) -> dict[str, float]:
-    """Return the floors in texts such as ``accuracy_score=0.9``.
+def thresholds_of(texts: tuple[str, ...]) -> dict[str, float]:
+    """Return the thresholds in texts such as ``accuracy_score=0.9``.
 
     Raises:
         ValueError: a text is not a name, an equals sign and a number.
@@ -57,7 +81,7 @@ def floors_of(texts: tuple[str, ...]) -> dict[str, float]:
             found[name] = float(value)
         except ValueError:
             remedy = "Write the name of a metric and a number: accuracy_score=0.9"
-            raise ValueError(f"{text!r} is no floor. {remedy}") from None
+            raise ValueError(f"{text!r} is not a valid threshold. {remedy}") from None
     return found
 
 
@@ -78,25 +102,51 @@ def verify(uri: str, public_key: Path | None, trusted_types: tuple[str, ...]) ->
     return asdict(statement) | {"key_fingerprint": key}, f"{text}.\nKey: {key}"
 
 
-@click.command()
+@click.command(short_help="Check a version as a release would.")
 @click.argument("uri")
 @with_options(GATE)
 @PUBLIC_KEY
 @JSON
-def gate(uri: str, public_key: Path | None, as_json: bool, rows: str, target: str, **options) -> None:
-    """Check the version at URI as a release would, and change nothing; exit status 1 if it would be refused."""
+def gate(
+    uri: str,
+    public_key: Path | None,
+    as_json: bool,
+    rows: str,
+    target: str,
+    thresholds: tuple[str, ...],
+    minimum_gain: float,
+    margin: float | None,
+    same_predictions: bool,
+    no_environment: bool,
+    **options,
+) -> None:
+    """Check the version at URI as a release would, and change nothing in the store.
+
+    The exit status is 1 if a release would be refused.
+
+    Example: lifecycle gate models:/iris/2 --rows test.csv --target species
+    --threshold accuracy_score=0.9
+    """
     with in_one_line():
+        from mlflow_lifecycle.gate import Rule
         from mlflow_lifecycle.keys import own_public_key
         from mlflow_lifecycle.release import try_gate
         from mlflow_lifecycle.tables import read_table
 
         use_store()
-        skipped = options.pop("no_environment")
-        options |= {"floors": floors_of(options["floors"]), "rebuild": not skipped}
-        verdict = try_gate(uri, read_table(rows), target, public_key or own_public_key(Path.cwd()), **options)
+        verdict = try_gate(
+            uri,
+            read_table(rows),
+            target,
+            public_key or own_public_key(Path.cwd()),
+            thresholds=thresholds_of(thresholds),
+            rule=Rule(minimum_gain, margin, same_predictions),
+            rebuild=not no_environment,
+            **options,
+        )
         lines = [f"{check.name}: {check.result} ({check.detail})" for check in verdict.checks]
         click.echo(json.dumps(asdict(verdict)) if as_json else "\n".join(lines))
-        verdict.require(allow_unchecked=skipped)
+        verdict.require(allow_unchecked=no_environment)
 
 
 @click.command()
@@ -114,13 +164,28 @@ def release(uri: str, tag: bool, push: str, **options) -> "tuple[Release, str]":
     return made, line_of(made)
 
 
-def release_settings(rows: str, floors: tuple, key: Path | None, no_environment: bool, **options) -> dict:
+def release_settings(
+    rows: str,
+    thresholds: tuple[str, ...],
+    minimum_gain: float,
+    margin: float | None,
+    same_predictions: bool,
+    key: Path | None,
+    no_environment: bool,
+    **options,
+) -> dict:
     """Return the arguments of a release from the options of the command."""
+    from mlflow_lifecycle.gate import Rule
     from mlflow_lifecycle.keys import own_key
     from mlflow_lifecycle.tables import read_table
 
-    options |= {"rows": read_table(rows), "floors": floors_of(floors), "key": key or own_key(Path.cwd())}
-    return options | {"rebuild": not no_environment, "allow_unchecked": no_environment}
+    options["rows"] = read_table(rows)
+    options["thresholds"] = thresholds_of(thresholds)
+    options["rule"] = Rule(minimum_gain, margin, same_predictions)
+    options["key"] = key or own_key(Path.cwd())
+    options["rebuild"] = not no_environment
+    options["allow_unchecked"] = no_environment
+    return options
 
 
 def line_of(made: "Release") -> str:
@@ -166,7 +231,7 @@ def history(name: str) -> "tuple[list[Release], str]":
 @with_options(RELEASE)
 @telling
 def promote(uri: str, to: str, **options) -> "tuple[Release, str]":
-    """Release the version at URI on another server, where it passes the gate against the holder there."""
+    """Release the version at URI on another server, where it passes the gate against the baseline there."""
     from mlflow_lifecycle.promotion import promote
 
     made = promote(uri, to, **release_settings(**options))

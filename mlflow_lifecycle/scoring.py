@@ -1,7 +1,7 @@
 """Score a model on each row, for classification and regression; a higher score is better.
 
-MLflow gives one number per model. Whether chance alone could explain a difference between two models shows only in
-the scores of the single rows.
+MLflow gives one number per model. Whether chance alone could explain a difference between two
+models shows only in the scores of the single rows.
 """
 
 from pathlib import Path
@@ -15,7 +15,8 @@ from mlflow_lifecycle.tables import as_text
 
 CLASSIFIER, REGRESSOR = "classifier", "regressor"  # as mlflow.models.evaluate names them
 LOG_PROBABILITY, ACCURACY, ABSOLUTE_ERROR = "log probability", "accuracy", "absolute error"
-SMALLEST = float(np.finfo(np.float32).eps)  # XGBoost computes in float32; for a fair comparison it holds for all
+# XGBoost computes in float32. The same limit holds for all models, so that the comparison is fair.
+SMALLEST = float(np.finfo(np.float32).eps)
 TOLERANCE = 1e-6
 
 
@@ -33,7 +34,7 @@ def task_of(model: object) -> str:
 
 
 def measure_of(model: object, other: object) -> str:
-    """Return how two models can be compared row by row: by log probability, accuracy or absolute error.
+    """Return the measure that compares two models: log probability, accuracy or absolute error.
 
     Raises:
         ValueError: their tasks differ.
@@ -54,9 +55,11 @@ def score_rows(model: object, features: pd.DataFrame, target: pd.Series, measure
     Args:
         model: a fitted scikit-learn model, or one with its interface.
         features: the rows, with the columns in the order that the model takes.
-        target: the true values. Classes are compared as text: a CSV file does not tell the text 0 from the number.
-        measure: from `measure_of`. Log probability: of the right class; it tells apart two models that are right
-            equally often and not equally sure. Accuracy: 1 for a right prediction, else 0. Absolute error: minus it.
+        target: the true values. Classes are compared as text: a CSV file does not tell the text 0
+            from the number.
+        measure: from `measure_of`. Log probability: of the right class; it tells apart two models
+            that are right equally often and not equally sure. Accuracy: 1 for a right prediction,
+            else 0. Absolute error: minus it.
     """
     if measure == ABSOLUTE_ERROR:
         return -np.abs(np.ravel(model.predict(features)) - target.to_numpy(dtype=float))
@@ -64,7 +67,8 @@ def score_rows(model: object, features: pd.DataFrame, target: pd.Series, measure
     if measure == ACCURACY:
         predicted = as_text(pd.Series(np.ravel(model.predict(features)), index=labels.index))
         return (predicted == labels).to_numpy(dtype=float)
-    places = pd.Index(as_text(pd.Series(model.classes_))).get_indexer(labels)
+    classes = as_text(pd.Series(model.classes_))
+    places = pd.Index(classes).get_indexer(labels)
     given = model.predict_proba(features)[np.arange(len(labels)), places]
     given = np.where(places < 0, 0.0, given)  # a class that the model does not know
     return np.log(np.clip(given, SMALLEST, None))
@@ -73,7 +77,8 @@ def score_rows(model: object, features: pd.DataFrame, target: pd.Series, measure
 def order_columns(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the columns that the model in ``folder`` takes, in the order of its signature.
 
-    XGBoost takes columns by their position: in another order its predictions are wrong, without an error.
+    XGBoost takes columns by their position: in another order its predictions are wrong, without an
+    error.
 
     Raises:
         ValueError: a column is missing.
@@ -89,7 +94,10 @@ def order_columns(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def equal_predictions(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return for each row whether two predictions are equal; decimal numbers, up to a millionth of their size."""
+    """Return for each row whether two predictions are equal.
+
+    Decimal numbers may differ by a millionth of their size.
+    """
     first = np.ravel(first)
     second = np.ravel(second)
     if first.dtype.kind == "f" and second.dtype.kind == "f":

@@ -232,7 +232,7 @@ with mlflow.start_run():
     key, lock = own_key(Path.cwd()), Path("requirements.txt")
     register_candidate(Path("/tmp/model"), "served", key=key, lock=lock, training_rows=train)
 told = {"intended_use": "a test", "limits": "all else", "rebuild": False, "allow_unchecked": True}
-release("models:/served/1", test, "species", key=key, floors={"accuracy_score": 0.8}, **told)
+release("models:/served/1", test, "species", key=key, thresholds={"accuracy_score": 0.8}, **told)
 """
 
 

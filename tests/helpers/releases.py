@@ -12,7 +12,7 @@ from mlflow_lifecycle.release import Release, release
 
 ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
 SENTENCES = {"intended_use": "To learn with.", "limits": "Three species only."}
-OPTIONS = {"floors": {"accuracy_score": 0.5}, "rebuild": False, "allow_unchecked": True, **SENTENCES}
+OPTIONS = {"thresholds": {"accuracy_score": 0.5}, "rebuild": False, "allow_unchecked": True, **SENTENCES}
 
 
 def make_store(folder: Path, *numbers: int) -> Path:

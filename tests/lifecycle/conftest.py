@@ -19,7 +19,7 @@ DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABAQAAAAA3bvkkAAAACklEQVR4
 def no_pictures():
     """Let MLflow log a single dot in place of the four pictures that it draws of each evaluation, most of its time.
 
-    `test_gate.py` evaluates with them.
+    One test in `test_gate.py`, in a kernel of its own, evaluates with them.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plt, "savefig", lambda path, **_: Path(path).write_bytes(DOT))

@@ -6,7 +6,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.metrics import log_loss
 from versions import LOCK, NAME, iris_rows
 
@@ -91,7 +91,7 @@ def test_challenger_that_is_worse_on_usual_rows_loses_although_it_is_better_on_a
     assert found.winner == "champion"
 
 
-class Stated:
+class Stated(ClassifierMixin, BaseEstimator):
     """A model that gives the class of each row a stated probability: first of the usual rows, then of the new ones."""
 
     classes_ = np.array(["no", "yes"])

@@ -21,8 +21,10 @@ def test_promotion_to_another_file_leaves_nothing_if_the_gate_refuses(folder, tm
     there = mlflow.MlflowClient(to)
     options = OPTIONS | {"key": own_key(folder)}
     # when a version is promoted that the gate there refuses, then it is deleted again
-    with pytest.raises(GateClosedError, match="floor failed"):
-        promote("models:/iris@production", to, ROWS_TEST, "species", **options | {"floors": {"accuracy_score": 0.999}})
+    with pytest.raises(GateClosedError, match="thresholds failed"):
+        promote(
+            "models:/iris@production", to, ROWS_TEST, "species", **options | {"thresholds": {"accuracy_score": 0.999}}
+        )
     assert there.search_registered_models() == []
     assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
     # and once it passes, it is in production there, and this process still works with the first store
@@ -44,8 +46,8 @@ def test_promotion_that_fails_deletes_no_version_that_somebody_else_registered_m
 
     monkeypatch.setattr(mlflow_lifecycle.promotion, "register_candidate", meanwhile)
     # when the gate refuses the promoted one
-    refusing = OPTIONS | {"floors": {"accuracy_score": 0.999}}
-    with pytest.raises(GateClosedError, match="floor failed"):
+    refusing = OPTIONS | {"thresholds": {"accuracy_score": 0.999}}
+    with pytest.raises(GateClosedError, match="thresholds failed"):
         promote("models:/iris@production", to, ROWS_TEST, "species", key=own_key(folder), **refusing)
     # then that one is gone, and the other one is there
     assert str(there.get_model_version_by_alias("iris", "theirs").version) == "2"
@@ -102,8 +104,8 @@ def test_version_is_released_on_the_other_server_with_tags_that_lead_back(server
     folder, one, two = servers
     here = mlflow.MlflowClient().get_model_version("iris", 1)
     # when a version that the gate refuses is promoted, then nothing is left there
-    with pytest.raises(GateClosedError, match="floor failed"):
-        promoted(servers, "models:/iris/1", floors={"accuracy_score": 0.999})
+    with pytest.raises(GateClosedError, match="thresholds failed"):
+        promoted(servers, "models:/iris/1", thresholds={"accuracy_score": 0.999})
     there = mlflow.MlflowClient(two)
     assert there.search_registered_models() == []
     assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
@@ -126,7 +128,7 @@ def test_version_is_released_on_the_other_server_with_tags_that_lead_back(server
     finally:
         mlflow.set_tracking_uri(one)
     # and when a worse one is promoted, the gate there stops it and leaves the first as it is
-    with pytest.raises(GateClosedError, match="holder failed"):
+    with pytest.raises(GateClosedError, match="baseline failed"):
         promoted(servers, "models:/iris/2")
     assert len(there.search_model_versions("name = 'iris'")) == 1
     assert there.get_model_version_by_alias("iris", "production").version == version.version

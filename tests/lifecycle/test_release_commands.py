@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sqlite3
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -14,7 +16,7 @@ from versions import register
 from mlflow_lifecycle.__main__ import main
 from mlflow_lifecycle.keys import own_public_key
 
-GATE = ["--rows", "rows.csv", "--target", "species", "--floor", "accuracy_score=0.5", "--no-environment"]
+GATE = ["--rows", "rows.csv", "--target", "species", "--threshold", "accuracy_score=0.5", "--no-environment"]
 TREE = "sklearn.tree._tree.Tree"
 CARD = ["--intended-use", "To learn with.", "--limits", "Three species only."]
 
@@ -51,17 +53,38 @@ def test_verify_takes_another_public_key(twice, run, tmp_path):
     assert "Cannot verify with none.pub" in run("verify", "models:/iris/2", "--public-key", "none.pub", status=1)
 
 
-def test_gate_tells_each_check_and_changes_nothing(folder, run):
+def test_gate_tells_each_check_and_changes_nothing_in_the_store(folder, run):
+    before = contents(folder)
     text = run("gate", "models:/iris/2", *GATE)
-    assert "\nholder: passed (+0.4866 " in text
+    assert "\nbaseline: passed (log probability +0.4866 " in text
     assert text.endswith("fresh environment: not checked (no environment was built, as was asked for)\n")
-    assert mlflow.MlflowClient().get_model_version_by_alias("iris", "production").version in (1, "1")
-    assert len(run("history", "iris").splitlines()) == 1
+    assert contents(folder) == before
+    assert {path.name for path in Path.cwd().iterdir()} == {"rows.csv"}
+
+
+def contents(folder: Path) -> tuple[dict, list[str]]:
+    """Return the files beside the store, and what its database holds."""
+    database = sqlite3.connect(folder / "mlflow.db")
+    try:
+        return snapshot(folder / "mlruns"), list(database.iterdump())
+    finally:
+        database.close()
 
 
 def test_gate_ends_with_an_error_where_a_release_would(folder, run):
     text = run("gate", "models:/iris/3", *GATE, status=1)
-    assert "Error: The version is not released: holder failed (" in text
+    assert "Error: The version is not released: baseline failed (" in text
+
+
+def test_gate_takes_each_rule_for_the_baseline(folder, run):
+    assert "at most 0.0001)" in run("gate", "models:/iris/3", *GATE, "--threshold", "log_loss=0.0001", status=1)
+    assert "baseline: passed" in run("gate", "models:/iris/3", *GATE, "--same-predictions")
+    assert "baseline: passed" in run("gate", "models:/iris/3", *GATE, "--margin", "0.1")
+    assert "a gain of more than 0.6 is not shown" in run(
+        "gate", "models:/iris/2", *GATE, "--minimum-gain", "0.6", status=1
+    )
+    text = run("release", "models:/iris/3", *GATE, *CARD, "--margin", "0.1", "--same-predictions", status=1)
+    assert "State one of minimum gain, margin and same predictions" in text
 
 
 def test_release_and_rollback_print_a_line_and_are_listed(folder, run):
@@ -82,10 +105,12 @@ def test_model_that_was_never_released_is_said(folder, run):
     assert run("history", "nobody") == "nobody was never released.\n"
 
 
-@pytest.mark.parametrize("floor", ["0.9", "accuracy_score", "accuracy_score=high"])
-def test_floor_that_is_none_is_refused(folder, run, floor):
-    text = run("gate", "models:/iris/2", *GATE, "--floor", floor, status=1)
-    assert f"{floor!r} is no floor. Write the name of a metric and a number: accuracy_score=0.9" in text
+@pytest.mark.parametrize("threshold", ["0.9", "accuracy_score", "accuracy_score=high"])
+def test_invalid_threshold_is_refused(folder, run, threshold):
+    text = run("gate", "models:/iris/2", *GATE, "--threshold", threshold, status=1)
+    assert (
+        f"{threshold!r} is not a valid threshold. Write the name of a metric and a number: accuracy_score=0.9" in text
+    )
 
 
 def test_new_key_signs_anew_and_says_what_still_verifies(twice, run):

@@ -17,7 +17,7 @@ from versions import store_in
 
 import mlflow_lifecycle.release
 from mlflow_lifecycle.card import make_card
-from mlflow_lifecycle.gate import GateClosedError, check_version
+from mlflow_lifecycle.gate import GateClosedError, gate
 from mlflow_lifecycle.keys import KeyRefusedError, own_key, own_public_key
 from mlflow_lifecycle.release import history, rollback, sign_anew, try_gate
 from mlflow_lifecycle.verification import NotVerifiedError, release_tag, verified
@@ -37,13 +37,13 @@ def test_better_version_takes_the_alias_and_its_run_says_so(folder):
     run = mlflow.get_run(made.run_id)
     assert mlflow.MlflowClient().get_experiment(run.info.experiment_id).name == "releases"
     table = mlflow.artifacts.load_dict(f"runs:/{made.run_id}/gate.json")
-    names = ["signature", "input example", "exact pins", "test rows", "floor", "holder", "fresh environment"]
+    names = ["signature", "input example", "exact pins", "test rows", "thresholds", "baseline", "fresh environment"]
     assert [row[0] for row in table["data"]] == names
     assert made.by == run.data.tags["mlflow.user"]
 
 
 def test_version_that_is_not_better_leaves_everything_as_it_was(twice):
-    with pytest.raises(GateClosedError, match="The version is not released: holder failed"):
+    with pytest.raises(GateClosedError, match="The version is not released: baseline failed"):
         released(twice, "models:/iris/3")
     assert production(twice) == "2"
     assert history("iris")[0].status == "FAILED"
@@ -72,14 +72,14 @@ def test_version_that_was_never_signed_is_not_even_loaded(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_holder_that_was_changed_is_not_loaded_and_the_remedy_works(folder, tmp_path):
-    # given a holder of production with code in it
+def test_baseline_that_was_changed_is_not_loaded_and_the_remedy_works(folder, tmp_path):
+    # given a version in production with code in it
     model_id = mlflow.MlflowClient().get_model_version("iris", 1).source.rpartition("/")[2]
     place = Path(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
     text = (place / "MLmodel").read_text()
     (place / "MLmodel").write_text(text.replace("loader_module: mlflow.sklearn", "loader_module: evil_loader"))
     # when another one is to be released
-    with pytest.raises(NotVerifiedError, match="It holds production, and the gate compares with it") as caught:
+    with pytest.raises(NotVerifiedError, match="It has the alias production, and the gate compares with it") as caught:
         released(folder)
     # then the line in the message is the way on
     exec(re.search(r"client\..*", str(caught.value))[0], {"client": mlflow.MlflowClient()})
@@ -100,15 +100,14 @@ def test_card_needs_its_two_sentences(folder, name):
     assert production(folder) == "1"
 
 
-def test_release_needs_a_floor(folder):
-    with pytest.raises(ValueError, match="State at least one floor"):
-        released(folder, floors={})
+def test_release_needs_a_threshold(folder):
+    with pytest.raises(ValueError, match="State at least one threshold"):
+        released(folder, thresholds={})
     assert production(folder) == "1"
 
 
 REFUSED = {
-    "a floor on a loss": ({"floors": {"log_loss": 0.01}}, "There is no floor for log_loss: less of it is better"),
-    "a column that lacks": ({"rows": ROWS_TEST.iloc[:, 1:]}, "The test rows lack these columns: sepal length"),
+    "a missing column": ({"rows": ROWS_TEST.iloc[:, 1:]}, "The test rows lack these columns: sepal length"),
     "no target": ({"target": "variety"}, "The version learned from no column 'variety'"),
 }
 
@@ -116,7 +115,7 @@ REFUSED = {
 @pytest.mark.parametrize(("wrong", "refusal"), REFUSED.values(), ids=REFUSED)
 def test_what_is_no_test_of_a_version_is_refused_before_anything_is_written(folder, wrong, refusal):
     before = len(mlflow.search_runs(search_all_experiments=True))
-    arguments = {"rows": ROWS_TEST, "target": "species", "floors": {"accuracy_score": 0.9}} | wrong
+    arguments = {"rows": ROWS_TEST, "target": "species", "thresholds": {"accuracy_score": 0.9}} | wrong
     # when it is to be released, or only to be tried
     with pytest.raises(ValueError, match=refusal):
         released(folder, **arguments)
@@ -135,14 +134,14 @@ def test_record_that_was_left_open_after_the_alias_is_finished(folder):
     assert history("iris") == [made]
 
 
-def test_holder_whose_record_was_deleted_is_not_released_again(folder):
+def test_version_in_production_whose_record_was_deleted_is_not_released_again(folder):
     mlflow.MlflowClient().delete_run(history("iris")[0].run_id)
     with pytest.raises(ValueError, match="is production already, and the record of its release is gone"):
         released(folder, "models:/iris/1")
     assert production(folder) == "1"
 
 
-def test_release_of_the_holder_changes_nothing(folder):
+def test_release_of_the_version_in_production_changes_nothing(folder):
     before = history("iris")
     assert released(folder, "models:/iris/1") == before[0]
     assert history("iris") == before
@@ -151,7 +150,7 @@ def test_release_of_the_holder_changes_nothing(folder):
 # Meanwhile
 
 
-@pytest.mark.parametrize("step", ["check_version", "sign"])
+@pytest.mark.parametrize("step", ["gate", "sign"])
 def test_release_does_not_take_the_alias_from_one_that_it_was_not_compared_with(folder, monkeypatch, step):
     # given a release during which, after one step, another one is finished
     original = getattr(mlflow_lifecycle.release, step)
@@ -162,8 +161,9 @@ def test_release_does_not_take_the_alias_from_one_that_it_was_not_compared_with(
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT / "tests/helpers")!r})
+from mlflow_lifecycle.gate import Rule
 from releases import released
-released(Path({str(folder)!r}), "models:/iris/3", allow_equal=True)
+released(Path({str(folder)!r}), "models:/iris/3", rule=Rule(same_predictions=True))
 """
         variables = environment(folder, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
         subprocess.run([sys.executable, "-c", program], env=variables, check=True)
@@ -188,9 +188,9 @@ def test_release_tells_of_itself_although_another_one_has_begun_since(folder, mo
     def checked(*arguments, **options):
         tags = {"registered_model": "iris", "alias": "production", "version": "3", "before": "1", "kind": "release"}
         client.create_run(experiment, int(time.time() * 1000) + 1000, tags)
-        return check_version(*arguments, **options)
+        return gate(*arguments, **options)
 
-    monkeypatch.setattr(mlflow_lifecycle.release, "check_version", checked)
+    monkeypatch.setattr(mlflow_lifecycle.release, "gate", checked)
     # when, then
     made = released(folder)
     assert (made.version, made.status) == ("2", "FINISHED")
@@ -269,7 +269,7 @@ def test_rollback_can_name_the_version(twice):
     assert rollback("iris", key=own_key(twice), to="1").version == "1"
 
 
-def test_rollback_works_although_the_present_holder_is_broken(twice):
+def test_rollback_works_although_the_present_version_is_broken(twice):
     model_id = mlflow.MlflowClient().get_model_version("iris", 2).source.rpartition("/")[2]
     shutil.rmtree(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
     rollback("iris", key=own_key(twice))
@@ -370,7 +370,7 @@ def test_card_was_signed_and_belongs_to_its_release(twice):
     run_id = mlflow.MlflowClient().get_model_version("iris", 2).run_id
     place = f"signed/iris/2/production@{re.sub('[:.]', '', made.released_at)}"
     facts = mlflow.artifacts.load_dict(f"runs:/{run_id}/{place}/model_card.json")
-    assert facts["tested"]["checks"]["floor"].startswith("passed: accuracy_score ")
+    assert facts["tested"]["checks"]["thresholds"].startswith("passed: accuracy_score ")
     assert facts["run_id"] == run_id
     folder_of_run = Path(mlflow.get_run(run_id).info.artifact_uri.removeprefix("file://"))
     (folder_of_run / place / "model_card.json").write_text(json.dumps(facts | {"limits": "none"}))

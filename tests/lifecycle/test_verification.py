@@ -159,7 +159,7 @@ def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
     assert "link ##### Invalid path: resolved path is outside the artifact directory" in refused(folder)
 
 
-def test_holder_with_another_loader_is_refused_before_it_is_loaded(folder, tmp_path):
+def test_version_in_production_with_another_loader_is_refused_before_it_is_loaded(folder, tmp_path):
     # given code in the model, and a loader that runs it
     (files_of(2) / "code").mkdir()
     (files_of(2) / "code/evil_loader.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
