@@ -1,77 +1,66 @@
-"""What the folder of a model may hold, so that loading it runs nothing that nobody has reviewed.
+"""What the folder of a model may hold, so that loading it runs no code that nobody has reviewed.
 
-MLflow runs what ``MLmodel`` names: another loader, code beside the model, a pickle. It takes the model's own word for
-the types that skops shall trust, and installs whatever the environment files say.
+MLflow runs what ``MLmodel`` names: another loader, code beside the model, a pickle. It takes the
+types that skops trusts from the model itself, and installs whatever the environment files list.
 """
 
+import contextlib
 import re
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import mlflow
 import skops.io
 import yaml
+from packaging.utils import canonicalize_name
 
+from mlflow_lifecycle.flavors import Flavor, flavor_of
 from mlflow_lifecycle.pins import parse_pins, read_pins
 
-FILES = {"MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"}
+FILES = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
 EXAMPLES = {"input_example.json", "serving_input_example.json"}
-LOADER = {
-    "loader_module": "mlflow.sklearn",
-    "model_path": "model.skops",
-    "predict_fn": "predict",
-    "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
-}
-KEPT = {"serialization_format": "skops", "pickled_model": "model.skops", "code": None}
+ENVIRONMENT = {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}
+SAVE_AGAIN = "Save the model again with MLflow, and register it"
 
 
 class UnreviewedContentError(ValueError):
-    """A model's folder holds or asks for what nobody has reviewed; the message begins with the file's name."""
+    """A model is refused; the message begins with the file, and says what to save instead."""
 
 
-def check_contents(folder: Path, packages: Path, trusted_types: list[str] | tuple[str, ...] = ()) -> None:
-    """Refuse a folder that is anything but a scikit-learn model in skops with exact pins; load nothing of it.
+def check_contents(
+    folder: Path,
+    packages: Path,
+    trusted_types: Collection[str] = (),
+) -> None:
+    """Refuse a folder that is anything but a model of a known flavor with exact pins.
+
+    Nothing of it is loaded.
 
     Args:
         folder: of a model, as MLflow saved it.
         packages: the pins that belong to it, with hashes.
-        trusted_types: the types, beyond those that skops knows to be harmless, that the project has reviewed.
+        trusted_types: what the project has reviewed, beside the types that skops knows.
 
     Raises:
         UnreviewedContentError: with the file, and what is wrong.
     """
-    at = "MLmodel"
-    try:
-        for path in folder.rglob("*"):
-            at = path.relative_to(folder).as_posix()
-            if path.is_symlink() or not path.is_file():
-                raise ValueError("only files belong to a model in skops, and no folder or link")
-        at = "MLmodel"
-        model = mlflow.models.Model.load(str(folder / at))
-        files = FILES | (EXAMPLES if model.saved_input_example_info else set())
-        for at in sorted(files ^ {path.name for path in folder.iterdir()}):
-            raise ValueError("this file is missing" if at in files else "no such file belongs to a model in skops")
-        at = "MLmodel"
-        flavors = {name: dict(settings) for name, settings in model.flavors.items()}
-        asked = flavors["sklearn"].pop("skops_trusted_types") or []
-        python = flavors["python_function"].pop("python_version")
-        if not re.fullmatch(r"3\.\d+\.\d+", python):
-            raise ValueError(f"{python!r} is no version of Python")
-        del flavors["sklearn"]["sklearn_version"]
-        if flavors != {"python_function": LOADER, "sklearn": KEPT}:
-            raise ValueError("it must say that skops loads model.skops, and nothing else")
-        _refuse_unknown(asked, trusted_types)
-        at = "model.skops"
-        _refuse_unknown(skops.io.get_untrusted_types(file=folder / "model.skops"), trusted_types)
-        at = "requirements.txt"
-        lines = [line.rstrip("\\") for line in packages.read_text(encoding="utf-8").splitlines() if line[:1] != " "]
-        if names_and_versions(read_pins(folder / at)) != names_and_versions(lines):
-            raise ValueError("its pins are not those whose hashes were kept")
-        for at, expected in _environment_files(folder, python).items():
-            if yaml.safe_load((folder / at).read_text(encoding="utf-8")) != expected:
-                raise ValueError("it asks for other packages than requirements.txt")
-    except Exception as error:
-        remedy = "Register the model anew; a type that you have reviewed goes into trusted_types."
-        raise UnreviewedContentError(f"{at}: {str(error).rstrip('.') or type(error).__name__}. {remedy}") from None
+    _check_only_files(folder)
+    with _refusing("MLmodel"):
+        model = mlflow.models.Model.load(str(folder / "MLmodel"))
+        flavor = flavor_of(model)
+        python = _check_entries(model, flavor, trusted_types)
+        _check_columns(model, flavor)
+    _check_files(folder, model, flavor)
+    if flavor.file.endswith(".skops"):
+        with _refusing(flavor.file):
+            types = skops.io.get_untrusted_types(file=folder / flavor.file)
+            _check_types(types, flavor, trusted_types)
+    with _refusing("requirements.txt"):
+        _check_pins(folder / "requirements.txt", packages, flavor)
+    for name, expected in _environment_files(folder, python).items():
+        with _refusing(name):
+            if yaml.safe_load((folder / name).read_text(encoding="utf-8")) != expected:
+                raise ValueError(f"it asks for other packages than requirements.txt. {SAVE_AGAIN}")
 
 
 def names_and_versions(pins: list[str]) -> list[str]:
@@ -79,21 +68,127 @@ def names_and_versions(pins: list[str]) -> list[str]:
     return [pin.partition(";")[0].strip() for pin in pins]
 
 
-def _refuse_unknown(asked: list[str], trusted_types: list[str] | tuple[str, ...]) -> None:
-    if unknown := sorted(set(asked) - set(trusted_types)):
-        raise ValueError(f"it asks for what nobody has reviewed: {', '.join(unknown)}")
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Refuse the file ``name`` if the block fails: a crafted file can raise any error."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise UnreviewedContentError(f"{name}: {reason}.") from None
+
+
+def _check_only_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_file():
+            name = path.relative_to(folder).as_posix()
+            raise UnreviewedContentError(
+                f"{name}: only files belong to a model, no folders and no links. "
+                "Code beside a model would run when it is loaded. Log the model without code_paths."
+            )
+
+
+def _check_files(folder: Path, model: mlflow.models.Model, flavor: Flavor) -> None:
+    expected = FILES | {flavor.file}
+    if model.saved_input_example_info:
+        expected = expected | EXAMPLES
+    found = {path.name for path in folder.iterdir()}
+    for name in sorted(expected - found):
+        raise UnreviewedContentError(f"{name}: this file is missing. {SAVE_AGAIN}.")
+    for name in sorted(found - expected):
+        raise UnreviewedContentError(
+            f"{name}: no such file belongs to a model of the flavor {flavor.name}. {SAVE_AGAIN}."
+        )
+
+
+def _check_entries(
+    model: mlflow.models.Model,
+    flavor: Flavor,
+    trusted_types: Collection[str],
+) -> str:
+    """Check the entries of MLmodel, and return the version of Python."""
+    entry = dict(model.flavors[flavor.name])
+    entry.pop(flavor.version_key, None)
+    model_class = entry.pop("model_class", None)
+    types = entry.pop("skops_trusted_types", None) or []
+    if model_class not in (flavor.model_classes or {None}):
+        classes = ", ".join(flavor.model_classes) or "left out"
+        wanted = f"and must be one of {classes}"
+        raise ValueError(f"model_class is {model_class!r}, {wanted}. {flavor.advice}")
+    _check_equal(entry, flavor.entry, flavor.advice)
+    loader = dict(model.flavors["python_function"])
+    python = str(loader.pop("python_version", ""))
+    _check_equal(loader, flavor.loader | {"env": ENVIRONMENT}, flavor.advice)
+    if not re.fullmatch(r"3\.\d+\.\d+", python):
+        wanted = "and must be a version of Python 3"
+        raise ValueError(f"python_version is {python!r}, {wanted}. {SAVE_AGAIN}")
+    _check_types(types, flavor, trusted_types)
+    return python
+
+
+def _check_equal(entry: dict, expected: dict, advice: str) -> None:
+    for key, value in expected.items():
+        if key not in entry:
+            raise ValueError(f"{key} is missing, and must be {value!r}. {advice}")
+        if entry[key] != value:
+            raise ValueError(f"{key} is {entry[key]!r}, and must be {value!r}. {advice}")
+    for key in entry:
+        if key not in expected:
+            raise ValueError(f"{key} is not allowed. {advice}")
+
+
+def _check_columns(model: mlflow.models.Model, flavor: Flavor) -> None:
+    """Refuse text columns where the library would refuse the text that a request holds."""
+    if flavor.text_columns or not model.signature or not model.signature.inputs:
+        return
+    for column in model.signature.inputs:
+        if getattr(column.type, "name", "") == "string":
+            raise ValueError(
+                f"the column {column.name!r} is text, which {flavor.name} refuses in a request. "
+                "Encode it in a scikit-learn pipeline, and log that with mlflow.sklearn.log_model"
+            )
+
+
+def _check_types(
+    types: Collection[str],
+    flavor: Flavor,
+    trusted_types: Collection[str],
+) -> None:
+    unknown = sorted(set(types) - flavor.trusted_types - set(trusted_types))
+    if unknown:
+        raise ValueError(
+            f"skops would load types that nobody has reviewed: {', '.join(unknown)}. "
+            "Add a type that you have reviewed to trusted_types, or with --trusted-type"
+        )
+
+
+def _check_pins(requirements: Path, packages: Path, flavor: Flavor) -> None:
+    pins = names_and_versions(read_pins(requirements))
+    lines = packages.read_text(encoding="utf-8").splitlines()
+    locked_lines = [line.rstrip("\\") for line in lines if line[:1] != " "]
+    if pins != names_and_versions(locked_lines):
+        raise ValueError(f"its pins are not those whose hashes were kept. {SAVE_AGAIN}")
+    names = {canonicalize_name(pin.partition("==")[0]) for pin in pins}
+    if names.isdisjoint(flavor.packages):
+        needed = " or ".join(flavor.packages)
+        raise ValueError(f"it does not pin {needed}. Add it to the pins, and log the model again")
 
 
 def _environment_files(folder: Path, python: str) -> dict[str, dict]:
-    """Return what conda.yaml and python_env.yaml must hold, given requirements.txt; the latter's tools are pinned."""
+    """Return what conda.yaml and python_env.yaml must hold, given requirements.txt."""
     text = (folder / "requirements.txt").read_text(encoding="utf-8")
     pins = parse_pins(text, "requirements.txt")
     tools = [pin for pin in pins if re.match(r"(pip|setuptools|wheel)==", pin)]
     installer = [pin.replace("==", "<=") for pin in tools if pin.startswith("pip==")]
     lines = [line for line in text.splitlines() if line.strip()]
-    conda = {"name": "mlflow-env", "channels": ["conda-forge"]}
-    conda["dependencies"] = [f"python={python}", *installer, {"pip": lines}]
-    return {
-        "conda.yaml": conda,
-        "python_env.yaml": {"python": python, "build_dependencies": tools, "dependencies": ["-r requirements.txt"]},
+    conda = {
+        "name": "mlflow-env",
+        "channels": ["conda-forge"],
+        "dependencies": [f"python={python}", *installer, {"pip": lines}],
     }
+    python_env = {
+        "python": python,
+        "build_dependencies": tools,
+        "dependencies": ["-r requirements.txt"],
+    }
+    return {"conda.yaml": conda, "python_env.yaml": python_env}

@@ -80,7 +80,7 @@ def test_a_missing_file_is_refused(model, refused, name):
 @pytest.mark.parametrize("name", ["model.pkl", ".gitignore", ".gitattributes", "registered_model_meta", "a\nb"])
 def test_a_file_more_is_refused(model, refused, name):
     (model / name).write_text("more")
-    assert refused(model).startswith(f"{name}: no such file belongs to a model in skops.")
+    assert refused(model).startswith(f"{name}: no such file belongs to a model of the flavor sklearn.")
 
 
 def test_a_folder_with_code_is_refused(model, refused):
@@ -103,13 +103,22 @@ def test_a_link_is_refused(model, refused, tmp_path):
     # given a file that is the same, but lies where it can be changed later
     (model / "MLmodel").rename(tmp_path / "elsewhere")
     (model / "MLmodel").symlink_to(tmp_path / "elsewhere")
-    assert refused(model).startswith("MLmodel: only files belong to a model in skops")
+    assert refused(model).startswith("MLmodel: only files belong to a model")
 
 
 CRAFTED = {
-    "pickle": ({"serialization_format": "pickle"}, "model.pkl"),
-    "cloudpickle": ({"serialization_format": "cloudpickle"}, "model.pkl"),
-    "skops": ({"skops_trusted_types": ["test_policy.Payload"]}, "MLmodel"),
+    "pickle": (
+        {"serialization_format": "pickle"},
+        "MLmodel: serialization_format is 'pickle', and must be 'skops'. Save the model with mlflow.sklearn.log_model",
+    ),
+    "cloudpickle": (
+        {"serialization_format": "cloudpickle"},
+        "MLmodel: serialization_format is 'cloudpickle', and must be 'skops'.",
+    ),
+    "skops": (
+        {"skops_trusted_types": ["test_policy.Payload"]},
+        "MLmodel: skops would load types that nobody has reviewed: test_policy.Payload. Add a type that you have",
+    ),
 }
 
 
@@ -132,12 +141,10 @@ def test_crafted_model_does_its_work_when_it_is_loaded(crafted):
     assert marker.exists()
 
 
-@pytest.mark.parametrize(("crafted", "name"), [(kind, CRAFTED[kind][1]) for kind in CRAFTED], indirect=["crafted"])
-def test_crafted_model_is_refused_before_it_is_deserialised(refused, crafted, name):
+@pytest.mark.parametrize(("crafted", "reason"), [(kind, CRAFTED[kind][1]) for kind in CRAFTED], indirect=["crafted"])
+def test_crafted_model_is_refused_before_it_is_deserialised(refused, crafted, reason):
     folder, marker = crafted
-    message = refused(folder)
-    assert message.startswith(f"{name}: ")
-    assert "reviewed" in message
+    assert refused(folder).startswith(reason)
     assert not marker.exists()
 
 
@@ -148,7 +155,7 @@ def test_skops_file_is_asked_itself(refused, crafted):
     text = (folder / "MLmodel").read_text(encoding="utf-8")
     (folder / "MLmodel").write_text(text.replace("    - test_policy.Payload\n", ""), encoding="utf-8")
     message = refused(folder)
-    assert message.startswith("model.skops: it asks for what nobody has reviewed: test_policy.Payload.")
+    assert message.startswith("model.skops: skops would load types that nobody has reviewed: test_policy.Payload.")
     assert not marker.exists()
 
 
