@@ -1,11 +1,10 @@
 """The model card of a release, as facts for programs and as Markdown for people.
 
-MLflow has a description per version and no card (mlflow#3613). Everything here but the intended use and the limits is
-read from the version, its run and the gate; and the card says from which.
+MLflow has a description per version and no card (mlflow#3613). All facts but the intended use and the limits come from
+what was signed, and from the gate. The run itself is not asked: anyone who can write to the store can change it.
 """
 
 import json
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import mlflow
@@ -32,33 +31,28 @@ def card_facts(copy: Verified, verdict: "Verdict", rows_tested: str, *, intended
         intended_use: what the model is for; this and the next only a person can know.
         limits: what it is not for.
     """
-    client, statement = mlflow.MlflowClient(), copy.statement
-    version, run = (
-        client.get_model_version(statement.registered_model, statement.version),
-        client.get_run(statement.run_id),
-    )
+    statement = copy.statement
     info = mlflow.models.Model.load(str(copy.folder / "MLmodel"))
     sides = info.signature.to_dict() if info.signature else {}
-    created = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
-    inputs = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
+    rows = f"SHA-256 {statement.training_rows}" if statement.training_rows else "not signed"
     return {
         "model_name": statement.registered_model,
         "version": statement.version,
-        "created_at": created.isoformat(timespec="seconds"),
+        "task": statement.task or "not recorded",
+        "saved_at": f"{info.utc_time_created[:19]} UTC",
         "intended_use": intended_use,
         "limits": limits,
         "run_id": statement.run_id,
-        "git_commit": run.data.tags.get("mlflow.source.git.commit", "not recorded"),
+        "git_commit": statement.commit or "not recorded",
         "tested": {
             "on": rows_tested,
             "metrics": {name: round(value, 4) for name, value in sorted(verdict.metrics.items())},
             "against_baseline": str(verdict.difference) if verdict.difference else "there was none",
             "checks": {check.name: f"{check.result}: {check.detail}" for check in verdict.checks},
         },
-        "metrics": {name: round(value, 4) for name, value in sorted(run.data.metrics.items())},
-        "parameters": dict(sorted(run.data.params.items())),
-        "tags": {name: text for name, text in sorted(run.data.tags.items()) if not name.startswith("mlflow.")},
-        "data": dict(sorted(inputs.items())) | {"training rows": f"SHA-256 {statement.training_rows}"},
+        "metrics": {name: round(value, 4) for name, value in sorted(statement.metrics.items())},
+        "parameters": dict(sorted(statement.parameters.items())),
+        "data": {"training rows": rows},
         "signature": {side: json.loads(columns or "[]") for side, columns in sides.items() if side != "params"},
         "environment": {
             "python": info.flavors["python_function"]["python_version"],
@@ -97,13 +91,12 @@ def make_card(facts: dict) -> "Card":
         for side, all_ in facts["signature"].items()
         for column in all_
     ]
-    origin = {name: facts[name] for name in ("created_at", "run_id", "git_commit", "signed_with")}
+    origin = {name: facts[name] for name in ("task", "saved_at", "run_id", "git_commit", "signed_with")}
     tables = {
         "Scores at the gate": [("metric", "value"), *tested["metrics"].items()],
         "Checks of the gate": [("check", "result"), *tested["checks"].items()],
         "Metrics of the run": [("metric", "value"), *facts["metrics"].items()],
         "Parameters of the run": [("parameter", "value"), *facts["parameters"].items()],
-        "Tags of the run": [("tag", "value"), *facts["tags"].items()],
         "Data": [("data set", "digest"), *facts["data"].items()],
         "Signature": [("side", "column", "type"), *columns],
         "Origin": [("fact", "value"), *origin.items(), ("python", environment["python"])],
@@ -112,7 +105,7 @@ def make_card(facts: dict) -> "Card":
     sources = {
         "Scores at the gate": f"By mlflow.models.evaluate, on {tested['on']}. Difference from the baseline, the "
         f"version that it replaced, in the score of a row: {tested['against_baseline']}.",
-        "Metrics of the run": f"As logged by the run {facts['run_id']}.",
+        "Metrics of the run": f"As the run {facts['run_id']} held them when the version was signed.",
     }
     for title, (header, *body) in tables.items():
         if body:

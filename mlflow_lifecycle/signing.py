@@ -8,15 +8,16 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import mlflow
 import model_signing
 import pandas as pd
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import LoggedModelOutput, Run
 from mlflow.entities.model_registry import ModelVersion
 
+from mlflow_lifecycle.flavors import stored_task
 from mlflow_lifecycle.keys import fingerprint_of, load_private, public_half
 from mlflow_lifecycle.pins import locked, read_pins
 from mlflow_lifecycle.tables import fingerprint
@@ -30,12 +31,24 @@ class Statement:
     version: str
     run_id: str
     purpose: str  # "candidate" or "release"
-    training_rows: str  # the fingerprint of the rows that it learned from, see mlflow_lifecycle.tables
+    training_rows: str  # the fingerprint of the rows that it learned from; empty if none are signed
     alias: str = ""  # of a release: what it was released as
     released_at: str = ""  # of a release: in UTC, as in 2026-11-21T19:46:18.760257Z
+    # Of the model, and of its run when the version was signed. Statements from before these fields lack them.
+    task: str = ""  # "classification" or "regression"
+    commit: str = ""
+    parameters: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, training_rows: pd.DataFrame) -> ModelVersion:
+def register_candidate(
+    folder: Path,
+    name: str,
+    *,
+    key: Path,
+    lock: Path,
+    training_rows: pd.DataFrame | None,
+) -> ModelVersion:
     """Log a model saved in ``folder`` to the active run, register it as a version of ``name``, and sign it.
 
     What is signed is the folder here, not what the store makes of it.
@@ -45,15 +58,15 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
         name: the registered model, which is made if need be.
         key: the private key.
         lock: the list that holds the hashes of the model's packages.
-        training_rows: the rows that the model learned from, target included. They are kept with the version.
+        training_rows: the rows that the model learned from, target included. They are kept with the version. None if
+            they are not known.
 
     Raises:
         KeyRefusedError: the key cannot be used.
         ValueError: a pin has no hash in the lock, no run is active, Parquet cannot hold the training rows, or MLflow
             could not look up a version of this name, or its files. Then nothing was logged.
     """
-    if re.search(r"""[#?@'"\\\n]""", name):
-        raise ValueError(f"A registered model's name must have no # ? @ \\ quote or new line: {name!r}")
+    check_name(name)
     load_private(key)
     packages, run = locked(read_pins(Path(folder) / "requirements.txt"), lock), mlflow.active_run()
     if run is None:
@@ -62,12 +75,10 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "version"
         root.mkdir()
-        try:
-            training_rows.to_parquet(root / "training_rows.parquet", index=False)
-        except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
-            told = f"Parquet cannot hold the training rows: {'. '.join(map(str, error.args))}"
-            raise ValueError(f"{told}. Give each column values of one type, and train the model again.") from None
-        logged = mlflow.initialize_logged_model(name, params=client.get_run(run_id).data.params)
+        rows_fingerprint = "" if training_rows is None else keep_training_rows(training_rows, root)
+        task = stored_task(folder)
+        run = client.get_run(run_id)
+        logged = mlflow.initialize_logged_model(name, params=run.data.params)
         model = mlflow.models.Model.load(str(Path(folder) / "MLmodel"))
         model.model_id, model.run_id = logged.model_id, run_id
         model.save(str(Path(folder) / "MLmodel"))
@@ -78,11 +89,57 @@ def register_candidate(folder: Path, name: str, *, key: Path, lock: Path, traini
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         version = mlflow.register_model(f"models:/{logged.model_id}", name)
         number = str(version.version)
-        statement = Statement(
-            name, number, run_id, "candidate", fingerprint(pd.read_parquet(root / "training_rows.parquet"))
-        )
-        sign(root, statement, key)
+        sign(root, candidate_statement(name, number, run, task, rows_fingerprint), key)
     return version
+
+
+def check_name(name: str) -> None:
+    """Refuse a registered model's name that cannot be part of a path, an address or a filter.
+
+    Raises:
+        ValueError: it has such a character.
+    """
+    if re.search(r"""[#?@'"\\\n]""", name):
+        raise ValueError(f"A registered model's name must have no # ? @ \\ quote or new line: {name!r}")
+
+
+def keep_training_rows(rows: pd.DataFrame, root: Path) -> str:
+    """Write the training rows into the folder of a version, and return their fingerprint.
+
+    Raises:
+        ValueError: Parquet cannot hold them.
+    """
+    path = root / "training_rows.parquet"
+    try:
+        rows.to_parquet(path, index=False)
+    except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
+        told = f"Parquet cannot hold the training rows: {'. '.join(map(str, error.args))}"
+        remedy = "Give each column values of one type, and train the model again."
+        raise ValueError(f"{told}. {remedy}") from None
+    return fingerprint(pd.read_parquet(path))
+
+
+def candidate_statement(name: str, number: str, run: Run, task: str, training_rows: str) -> Statement:
+    """Return the statement of a candidate, with what its run holds now.
+
+    Args:
+        name: the registered model.
+        number: the version.
+        run: the run of the version.
+        task: see ``mlflow_lifecycle.flavors.task_of``.
+        training_rows: the fingerprint of the training rows; empty if none are signed.
+    """
+    return Statement(
+        registered_model=name,
+        version=number,
+        run_id=run.info.run_id,
+        purpose="candidate",
+        training_rows=training_rows,
+        task=task,
+        commit=run.data.tags.get("mlflow.source.git.commit", ""),
+        parameters=dict(sorted(run.data.params.items())),
+        metrics=dict(sorted(run.data.metrics.items())),
+    )
 
 
 def sign(root: Path, statement: Statement, key: Path) -> None:

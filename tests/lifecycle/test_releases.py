@@ -332,7 +332,7 @@ def test_versions_are_signed_anew_after_the_key_was_lost(folder):
 
 
 MASKS = {
-    r"\d{4}-\d\d-\d\dT[\d:.]+(\+00:00|Z)": "DATE",
+    r"\d{4}-\d\d-\d\d[T ][\d:.]+(Z| UTC)": "DATE",
     r"\b[0-9a-f]{32}\b": "RUN-ID",
     r'("signed_with": "|signed_with\s+\|\s+)[0-9a-f]{64}': r"\1FINGERPRINT",
     r'("python": "|python\s+\|\s+)3\.\d+\.\d+': r"\1VERSION",
@@ -361,8 +361,22 @@ def test_card_is_the_golden_one(twice, suffix):
 
 def test_names_and_values_in_the_store_cannot_change_the_form_of_the_card():
     facts = json.loads((ROOT / "tests/golden/model_card.json").read_text(encoding="utf-8"))
-    text = masked(make_card(facts | {"tags": {"a|b": "<script>\nx & y"}}).render())
+    text = masked(make_card(facts | {"parameters": {"a|b": "<script>\nx & y"}}).render())
     assert r"| a\|b | &lt;script> x &amp; y |" in text
+
+
+def test_card_says_what_was_signed_whatever_the_run_says_later(folder):
+    # given a run that somebody has changed after its version was signed
+    client = mlflow.MlflowClient()
+    run_id = client.get_model_version("iris", 2).run_id
+    client.set_tag(run_id, "mlflow.source.git.commit", "forged")
+    client.log_metric(run_id, "cv_score", 1.0)
+    client.log_param(run_id, "C", 7)
+    # when the version is released, then its card does not know of it
+    released(folder)
+    with verified("models:/iris@production", own_public_key(folder)) as copy:
+        facts = json.loads((copy.folder.parent / "model_card.json").read_text())
+    assert (facts["git_commit"], facts["metrics"], facts["parameters"]) == ("not recorded", {}, {})
 
 
 def test_card_was_signed_and_belongs_to_its_release(twice):
