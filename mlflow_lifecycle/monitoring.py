@@ -82,13 +82,16 @@ def baseline(version: Verified) -> Baseline:
         version: a verified version of a scikit-learn classifier.
 
     Raises:
-        ValueError: the model is no classifier with a column of classes among its rows, a class has a single row, or a
-            column is called ``prediction``.
+        ValueError: no training data was signed, the model is no classifier with a column of classes among its rows, a
+            class has a single row, or a column is called ``prediction``.
     """
     import mlflow
     from sklearn.base import clone, is_classifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
+    if version.training_rows is None:
+        remedy = f"Add it: lifecycle sign {version.uri} --training-data FILE"
+        raise ValueError(f"There is nothing to compare with: no training data was signed. {remedy}")
     rows, signature = pd.read_parquet(version.training_rows), mlflow.models.Model.load(str(version.folder)).signature
     rows = rows.fillna(np.nan)  # Parquet gives None for a gap in text, which scikit-learn takes for another value
     features = signature.inputs.input_names() if signature else []

@@ -74,7 +74,7 @@ def _registered(copy: Verified, run, tags: dict[str, str], key: Path, scratch: P
             mlflow.set_tag("mlflow.source.git.commit", tags.get("mlflow.source.git.commit", "not recorded"))
             mlflow.log_params(run.data.params)
             mlflow.log_metrics(run.data.metrics)
-            rows = pd.read_parquet(copy.training_rows)
+            rows = pd.read_parquet(copy.training_rows) if copy.training_rows else None
             version = register_candidate(folder, name, key=key, lock=copy.packages, training_rows=rows)
         for tag in ("promoted_from", "promoted_version", "promoted_run"):
             client.set_model_version_tag(name, version.version, tag, tags[tag])

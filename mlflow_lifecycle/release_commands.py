@@ -85,6 +85,47 @@ def thresholds_of(texts: tuple[str, ...]) -> dict[str, float]:
     return found
 
 
+@click.command(short_help="Sign a version that plain MLflow has logged.")
+@click.argument("uri")
+@click.option("--training-data", type=FILE, help="The rows it learned from, target included.")
+@click.option("--lock", type=FILE, default="requirements.txt", show_default=True, help="The pins with hashes.")
+@KEY
+@TYPES
+@telling
+def sign(
+    uri: str,
+    training_data: Path | None,
+    lock: Path,
+    key: Path | None,
+    trusted_types: tuple[str, ...],
+) -> tuple[dict, str]:
+    """Sign the version at URI as the store holds it now.
+
+    The model is checked, and not loaded. Its training data is a CSV or Parquet file.
+
+    lifecycle sign models:/tracking_quick_start@champion --training-data train.csv
+    """
+    from mlflow_lifecycle.adoption import sign_version
+    from mlflow_lifecycle.keys import own_key
+    from mlflow_lifecycle.tables import read_table
+
+    statement = sign_version(
+        uri,
+        key=key or own_key(Path.cwd()),
+        lock=lock,
+        training_data=read_table(training_data) if training_data else None,
+        trusted_types=trusted_types,
+    )
+    what = f"Version {statement.version} of {statement.registered_model}"
+    lines = [f"{what} is signed as the store holds it now, as a {statement.purpose}."]
+    address = f"models:/{statement.registered_model}/{statement.version}"
+    if not statement.training_rows:
+        command = f"lifecycle sign {address} --training-data FILE"
+        lines.append(f"No training data was signed. Add it: {command}")
+    lines.append(f"Next: lifecycle verify {address}")
+    return asdict(statement), "\n".join(lines)
+
+
 @click.command()
 @click.argument("uri")
 @PUBLIC_KEY
@@ -99,7 +140,8 @@ def verify(uri: str, public_key: Path | None, trusted_types: tuple[str, ...]) ->
         statement, key = copy.statement, copy.key_fingerprint
     text = f"Version {statement.version} of {statement.registered_model} is as it was signed, as a {statement.purpose}"
     text += f" for {statement.alias}, {statement.released_at}" if statement.alias else ""
-    return asdict(statement) | {"key_fingerprint": key}, f"{text}.\nKey: {key}"
+    rows = "" if statement.training_rows else "\nNo training data was signed."
+    return asdict(statement) | {"key_fingerprint": key}, f"{text}.{rows}\nKey: {key}"
 
 
 @click.command(short_help="Check a version as a release would.")
@@ -259,4 +301,4 @@ def new_key(names: tuple[str, ...], trusted_types: tuple[str, ...]) -> None:
         click.echo(f"Signed anew: {statement.registered_model}, version {statement.version}")
 
 
-COMMANDS = (verify, gate, release, rollback, history, promote, new_key)
+COMMANDS = (sign, verify, gate, release, rollback, history, promote, new_key)

@@ -86,10 +86,11 @@ def serve(uri: str, public_key: Path, *, trusted_types: tuple[str, ...] = (), **
     with _kept_folder() as folder:
         with verified(uri, public_key, purpose="release", trusted_types=trusted_types) as version:
             files = {"folder": folder / "model", "packages": folder / "packages.txt"}
-            files["training_rows"] = folder / "training_rows.parquet"
             shutil.copytree(version.folder, files["folder"])
             shutil.copy(version.packages, files["packages"])
-            shutil.copy(version.training_rows, files["training_rows"])
+            if version.training_rows:
+                files["training_rows"] = folder / "training_rows.parquet"
+                shutil.copy(version.training_rows, files["training_rows"])
         with serve_verified(replace(version, **files), **options) as server:
             yield server
 
@@ -161,10 +162,16 @@ def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple
     Args:
         version: what `mlflow_lifecycle.verification.verified` has given.
         margin: by how much a value may be beyond, as a share of the difference of the two.
+
+    Raises:
+        ServingFailedError: no training data was signed.
     """
     import pandas as pd
     from mlflow.models import Model
 
+    if version.training_rows is None:
+        remedy = f"Add it: lifecycle sign {version.uri} --training-data FILE"
+        raise ServingFailedError(f"There are no limits: no training data was signed. {remedy}")
     signature, rows = Model.load(str(version.folder)).signature, pd.read_parquet(version.training_rows)
     limits = {}
     for column in signature.inputs if signature and signature.inputs else ():  # the server refuses to be without

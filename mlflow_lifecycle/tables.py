@@ -53,11 +53,16 @@ def verified_file(
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """Return the rows of the CSV file at ``path``, a column per name in its header line, as pandas reads them.
+    """Return the rows of the CSV or Parquet file at ``path``, as pandas reads them.
 
     Raises:
-        ValueError: there is no such file, it is no CSV file in UTF-8, or a column name stands there twice.
+        ValueError: there is no such file, it is neither Parquet nor CSV in UTF-8, or a column name stands there twice.
     """
+    if Path(path).suffix == ".parquet":
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Cannot use {path}: {error}") from None
     try:
         names = pd.read_csv(path, header=None, nrows=1, dtype=str).fillna("").iloc[0].tolist()
         rows = pd.read_csv(path, float_precision="round_trip")  # by default the last bit of a number may be another

@@ -36,7 +36,7 @@ class Verified:
     statement: Statement
     folder: Path  # the model, as MLflow saved it
     packages: Path  # the pins that it recorded, with hashes
-    training_rows: Path  # Parquet: the rows that it learned from
+    training_rows: Path | None  # Parquet: the rows that it learned from; None if none were signed
     key_fingerprint: str  # the SHA-256 of the public key
     model_id: str = ""  # of MLflow's logged model
 
@@ -69,7 +69,7 @@ def verified(
         mlflow.MlflowException: there is no such version, or the store gives no answer.
     """
     digits = fingerprint_of(public_key)
-    name, version, by_alias = _version(uri)
+    name, version, by_alias = find_version(uri)
     with tempfile.TemporaryDirectory(prefix="verified-") as scratch:
         root = Path(scratch).resolve() / "version"
         try:
@@ -90,7 +90,8 @@ def verified(
             check_contents(root / "model", root / "packages.txt", trusted_types)
         except Exception as error:
             raise NotVerifiedError(printable(f"Not loaded: {uri}. {_cause(error)}.")) from None
-        files = (root / "model", root / "packages.txt", root / "training_rows.parquet")
+        rows = root / "training_rows.parquet" if statement.training_rows else None
+        files = (root / "model", root / "packages.txt", rows)
         model_id = mlflow.models.Model.load(str(root / "model/MLmodel")).model_id
         yield Verified(uri, statement, *files, digits, model_id)
 
@@ -115,7 +116,7 @@ def _cause(error: Exception) -> str:
     return " ".join(text.split()).rstrip(".")
 
 
-def _version(uri: str) -> tuple[str, ModelVersion, str]:
+def find_version(uri: str) -> tuple[str, ModelVersion, str]:
     """Return the name in ``uri``, the version that it leads to, and the alias, empty if ``uri`` has a number."""
     found = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([\w-]+))", uri)
     if not found:
@@ -138,7 +139,8 @@ def _newest_evidence(version: ModelVersion, alias: str, purpose: str | None) -> 
     if f"{above}/candidate" in found and purpose != "release":
         return f"{above}/candidate"
     what = f"no release as {alias}" if alias and purpose == "release" else f"no {purpose or 'signature'}"
-    raise ValueError(f"There is {what} of this version. Release it: lifecycle release")
+    remedy = "Release it: lifecycle release" if purpose == "release" else "Sign it: lifecycle sign"
+    raise ValueError(f"There is {what} of this version. {remedy} models:/{version.name}/{version.version}")
 
 
 def _downloaded(root: Path, version: ModelVersion, place: str, digits: str) -> Path:
