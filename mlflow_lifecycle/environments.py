@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from base64 import urlsafe_b64encode
+from collections.abc import Iterable
 from hashlib import sha256
 from importlib.metadata import distributions
 from pathlib import Path
@@ -25,7 +26,8 @@ from mlflow_lifecycle.store import printable
 if TYPE_CHECKING:
     import pandas as pd
 
-UV = [sys.executable, "-m", "uv"]
+# With -P, Python imports nothing from the working directory. uv reads no settings file with --no-config.
+UV = [sys.executable, "-P", "-m", "uv", "--no-config"]
 NETWORK = ("INDEX", "FIND_LINKS", "KEYRING", "HTTP", "TLS", "CERTS", "INSECURE", "TIMEOUT", "RETRIES")
 REMEDIES = {
     r"Hash mismatch for `": "The archive is not the one in the lock: do not use it. If the lock is wrong: make lock",
@@ -119,7 +121,8 @@ def predict(model_folder: Path, rows: "pd.DataFrame", python: Path) -> list:
     texts = rows.select_dtypes(object)  # where scikit-learn takes None for another value than NaN, which is served
     rows = gaps.assign(**{name: gaps[name].where(rows[name].notna(), float("nan")) for name in texts})
     body = json.dumps({"dataframe_split": rows.to_dict(orient="split", index=False)}, default=str)
-    command = [str(python), "-m", "mlflow", "models", "predict", "--env-manager", "local", "--content-type", "json"]
+    command = [str(python), "-I", "-m", "mlflow", "models", "predict", "--env-manager", "local"]
+    command += ["--content-type", "json"]
     command += ["--model-uri", str(Path(model_folder).resolve())]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with tempfile.TemporaryDirectory(prefix="predictions-") as folder:
@@ -133,10 +136,33 @@ def predict(model_folder: Path, rows: "pd.DataFrame", python: Path) -> list:
     raise PredictionFailedError(f"The model in {model_folder} gave no predictions. {_last_lines(child.stderr, 1)}")
 
 
+def find_overrides(variables: Iterable[str]) -> list[str]:
+    """Return the names of those variables that could change what uv, pip and Python install.
+
+    Variables that only say how to reach a package index are not among them.
+    """
+    overrides = []
+    for name in variables:
+        is_setting = name.startswith(("UV_", "PIP_", "PYTHON"))
+        if is_setting and not any(word in name for word in NETWORK):
+            overrides.append(name)
+    return overrides
+
+
 def _uv(*arguments: str) -> None:
-    """Run uv with the user's settings of the network, and with no other variable that changes what it does."""
-    variables = {n: v for n, v in os.environ.items() if not n.startswith("UV_") or any(word in n for word in NETWORK)}
-    child = subprocess.run([*UV, *arguments], env=variables, capture_output=True, encoding="utf-8", errors="replace")
+    """Run uv in an empty folder of its own, with no settings of the user other than those of the network."""
+    variables = dict(os.environ)
+    for name in find_overrides(os.environ):
+        del variables[name]
+    with tempfile.TemporaryDirectory(prefix="uv-") as empty:
+        child = subprocess.run(
+            [*UV, *arguments],
+            cwd=empty,
+            env=variables,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
     if child.returncode:
         words = " ".join(child.stderr.split())  # uv breaks lines as wide as the terminal
         remedy = next((text for pattern, text in REMEDIES.items() if re.search(pattern, words)), "")

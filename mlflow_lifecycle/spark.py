@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from mlflow_lifecycle.environments import EnvironmentNotBuiltError
+from mlflow_lifecycle.environments import EnvironmentNotBuiltError, find_overrides
 from mlflow_lifecycle.store import printable
 
 if TYPE_CHECKING:
@@ -118,9 +118,10 @@ def in_a_line(refusal: str) -> Iterator[None]:
 def verified_archives(lock: str | Path) -> Iterator[None]:
     """Let MLflow build a model's environment by uv in this block, every archive downloaded and verified by ``lock``.
 
-    uv takes hashes from its constraints, and is told so by environment variables. What it prints is kept from the
-    screen. An environment that this process has built before, MLflow takes again as it is. On a cluster the machines
-    build it, and need the same variables there.
+    uv takes hashes from its constraints, and is told so by environment variables. It reads no settings file, and no
+    other variable except those of the network. What it prints is kept from the screen. An environment that this
+    process has built before, MLflow takes again as it is. On a cluster the machines build it, and need the same
+    variables there.
 
     Args:
         lock: the project's list, with the hashes of every archive, those of pip, setuptools and wheel included.
@@ -138,10 +139,12 @@ def verified_archives(lock: str | Path) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         shutil.copy(lock, f"{folder}/lock.txt")  # uv takes a space in a path for the end of it
         variables = {"PATH": os.pathsep.join(programs), "UV_CACHE_DIR": f"{folder}/cache", "UV_NO_BUILD": "true"}
-        variables |= {"UV_REQUIRE_HASHES": "true", "UV_CONSTRAINT": f"{folder}/lock.txt"}
+        variables |= {"UV_REQUIRE_HASHES": "true", "UV_CONSTRAINT": f"{folder}/lock.txt", "UV_NO_CONFIG": "true"}
         try:
-            with patch.dict(os.environ, variables), printing_to(log):
-                os.environ.pop("UV_NO_VERIFY_HASHES", None)
+            with patch.dict(os.environ), printing_to(log):
+                for name in find_overrides(list(os.environ)):
+                    del os.environ[name]
+                os.environ.update(variables)
                 yield
         except ShellCommandException:
             log.seek(0)

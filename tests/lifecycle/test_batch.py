@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from versions import register, store_in
 
-from mlflow_lifecycle import scoring
+from mlflow_lifecycle import batch as scoring
 from mlflow_lifecycle import spark as sparks
 from mlflow_lifecycle.__main__ import main
 from mlflow_lifecycle.keys import own_key
@@ -283,6 +283,24 @@ def test_archive_that_is_not_in_the_lock_is_refused_by_name(small_model, tmp_pat
     assert "\n" not in str(error.value)
     assert "wheel" not in "".join(capfd.readouterr())
     assert dict(os.environ) == variables
+
+
+@pytest.mark.parametrize("place", ["settings file", "variable"])
+def test_settings_of_the_user_do_not_change_what_mlflow_builds(tmp_path, monkeypatch, place):
+    # given a setting that sends packages elsewhere, in the working directory or the environment
+    monkeypatch.chdir(tmp_path)
+    if place == "settings file":
+        (tmp_path / "uv.toml").write_text("[pip]\ntarget = 'elsewhere'\n")
+    else:
+        monkeypatch.setenv("UV_CONFIG_FILE", str(tmp_path / "elsewhere.toml"))
+        (tmp_path / "elsewhere.toml").write_text("[pip]\ntarget = 'elsewhere'\n")
+    pin = next(line.split()[0] for line in LOCK.read_text().splitlines() if line.startswith("six=="))
+    # when uv installs as MLflow starts it
+    with sparks.verified_archives(LOCK):
+        subprocess.run(["uv", "venv", "environment", f"--python={sys.executable}"], check=True)
+        subprocess.run(["uv", "pip", "install", "--python", "environment", pin], check=True)
+    # then the package is in the environment
+    assert list(tmp_path.rglob("environment/**/six.py"))
 
 
 def test_missing_lock_and_a_space_in_tmpdir_are_refused(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from versions import save
 
-from mlflow_lifecycle import environment
+from mlflow_lifecycle import environments
 from mlflow_lifecycle.environments import EnvironmentNotBuiltError, PredictionFailedError, built, predict
 from mlflow_lifecycle.pins import read_pins
 
@@ -150,6 +152,48 @@ def test_variable_that_turns_verification_off_is_ignored(small, monkeypatch):
         build_small(small)
 
 
+def foreign_six(folder: Path) -> str:
+    """Make a wheel that claims to be six, and return a requirement with its address and its own hash."""
+    path = folder / f"{PIN.replace('==', '-')}-py3-none-any.whl"
+    about = f"{PIN.replace('==', '-')}.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("six.py", "foreign = True\n")
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: six\nVersion: {PIN.split('==')[1]}\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "six.py,,\n")
+    return f"six @ {path.as_uri()}#sha256={sha256(path.read_bytes()).hexdigest()}"
+
+
+@pytest.mark.parametrize("place", ["working directory", "folder above", "user"])
+@pytest.mark.parametrize("setting", ["target", "constraint-dependencies"])
+def test_settings_file_of_uv_does_not_change_what_is_built(small, monkeypatch, place, setting):
+    # given a settings file that sends packages elsewhere, or names a foreign archive with its own hash
+    work = small / "above" / "work"
+    work.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(small / "settings"))
+    folders = {"working directory": work, "folder above": work.parent, "user": small / "settings/uv"}
+    folders[place].mkdir(parents=True, exist_ok=True)
+    elsewhere = json.dumps(str(small / "elsewhere"))
+    lines = {
+        "target": f"[pip]\ntarget = {elsewhere}\n",
+        "constraint-dependencies": f"constraint-dependencies = [{json.dumps(foreign_six(small))}]\n",
+    }
+    (folders[place] / "uv.toml").write_text(lines[setting])
+    # when the environment is built, then it holds the archive in the lock
+    assert "def with_metaclass" in installed_six(build_small(small))
+
+
+def test_program_in_the_working_directory_is_not_run(small, monkeypatch):
+    # given a file with the name of the module that starts uv
+    (small / "uv.py").write_text("open('ran', 'w')\n")
+    monkeypatch.chdir(small)
+    # when an environment is built
+    build_small(small)
+    # then it did not run
+    assert not (small / "ran").exists()
+
+
 def test_package_missing_in_the_lock_is_refused_by_name(small):
     (small / "requirements.txt").write_text(f"{PIN}\npackaging==26.0\n")
     with pytest.raises(EnvironmentNotBuiltError, match=r"no hash for this version(?s:.*)packaging==26.0"):
@@ -244,7 +288,7 @@ def test_interruption_leaves_nothing_behind(model, small):
 )
 def test_other_version_of_python_is_said(tmp_path, recorded, note):
     (tmp_path / "python_env.yaml").write_text(recorded)
-    said = environment.python_note(tmp_path)
+    said = environments.python_note(tmp_path)
     assert said is None if note is None else note in said
 
 
