@@ -13,15 +13,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 import model_signing
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from mlflow_lifecycle.keys import fingerprint_of
 from mlflow_lifecycle.policy import check_contents
 from mlflow_lifecycle.signing import Statement, every_file, evidence_place
 from mlflow_lifecycle.store import printable
+
+OBJECT_STORES = ("s3", "gs", "abfss", "wasbs")  # MLflow sends them no password of a tracking server
 
 
 class NotVerifiedError(RuntimeError):
@@ -73,8 +79,10 @@ def verified(
     with tempfile.TemporaryDirectory(prefix="verified-") as scratch:
         root = Path(scratch).resolve() / "version"
         try:
-            place = _newest_evidence(version, by_alias or alias, purpose)
-            signature = _downloaded(root, version, place, digits)
+            run = mlflow.get_run(version.run_id)
+            evidence = _open_location(run.info.artifact_uri, run.info.experiment_id)
+            place = _newest_evidence(evidence, version, by_alias or alias, purpose)
+            signature = _downloaded(root, _open_model(version, run), evidence, place, digits)
             verifier = model_signing.verifying.Config().set_hashing_config(every_file())
             try:
                 verifier.use_elliptic_key_verifier(public_key=Path(public_key)).verify(root, signature)
@@ -127,10 +135,50 @@ def find_version(uri: str) -> tuple[str, ModelVersion, str]:
     return name, client.get_model_version(name, number) if number else by_alias(name, alias), alias or ""
 
 
-def _newest_evidence(version: ModelVersion, alias: str, purpose: str | None) -> str:
+def _open_model(version: ModelVersion, run: Run) -> ArtifactRepository:
+    """Return the files of a version, from the active store only."""
+    logged = re.fullmatch(r"models:/(m-[\w-]+)", version.source)
+    if logged is None:
+        return _open_location(version.source, run.info.experiment_id)
+    model = mlflow.get_logged_model(logged[1])
+    return _open_location(model.artifact_location, model.experiment_id)
+
+
+def _open_location(location: str, experiment_id: str) -> ArtifactRepository:
+    """Return the files at a location of the experiment in the active store.
+
+    Anyone with write access to the store can change a location, and MLflow sends MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD to the host in it.
+
+    Raises:
+        ValueError: the location is outside the experiment or the active store.
+    """
+    experiment = mlflow.get_experiment(experiment_id).artifact_location.rstrip("/")
+    is_inside = location.startswith(f"{experiment}/") and ".." not in unquote(location).split("/")
+    if not is_inside or not _is_in_active_store(location):
+        raise ValueError(f"Its files are outside the active store: {location}. Register the model anew")
+    return get_artifact_repository(location)
+
+
+def _is_in_active_store(location: str) -> bool:
+    """Return whether MLflow reads a location from this machine, the tracking server or an object store."""
+    parts = urlsplit(location)
+    tracking = urlsplit(mlflow.get_tracking_uri())
+    server = tracking.netloc.rpartition("@")[2]  # without user and password
+    if parts.scheme in ("", "file"):
+        is_share = re.match(r"[/\\]{2}", unquote(parts.path))  # Windows logs in to the host of a share
+        return not parts.netloc and not is_share
+    if parts.scheme == "mlflow-artifacts":
+        return parts.netloc in ("", server)
+    if parts.scheme in ("http", "https"):
+        return (parts.scheme, parts.netloc) == (tracking.scheme, server)
+    return parts.scheme in OBJECT_STORES
+
+
+def _newest_evidence(evidence: ArtifactRepository, version: ModelVersion, alias: str, purpose: str | None) -> str:
     """Return the artifact folder with the evidence to verify: the newest release, or else the candidate."""
     above = f"signed/{version.name}/{version.version}"
-    found = [item.path for item in mlflow.MlflowClient().list_artifacts(version.run_id, above)]
+    found = [item.path for item in evidence.list_artifacts(above)]
     releases = [
         path for path in found if re.fullmatch(rf"{re.escape(alias) or '[^/@]+'}@[^/]+", path.rpartition("/")[2])
     ]
@@ -143,20 +191,17 @@ def _newest_evidence(version: ModelVersion, alias: str, purpose: str | None) -> 
     raise ValueError(f"There is {what} of this version. {remedy} models:/{version.name}/{version.version}")
 
 
-def _downloaded(root: Path, version: ModelVersion, place: str, digits: str) -> Path:
+def _downloaded(root: Path, model: ArtifactRepository, evidence: ArtifactRepository, place: str, digits: str) -> Path:
     """Download the model and its evidence into ``root``, and return the signature that the key has made."""
     (root / "model").mkdir(parents=True)
-    mlflow.artifacts.download_artifacts(version.source, dst_path=str(root / "model"))
-    (root / "model/registered_model_meta").unlink(missing_ok=True)  # MLflow's note of name and number
-    evidence = Path(
-        mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path=place, dst_path=str(root.parent))
-    )
-    for path in evidence.iterdir():
+    model.download_artifacts("", str(root / "model"))
+    folder = Path(evidence.download_artifacts(place, str(root.parent)))
+    for path in folder.iterdir():
         if path.suffix != ".sig":
             path.rename(root / path.name)
-    signature = evidence / f"{digits[:16]}.sig"
+    signature = folder / f"{digits[:16]}.sig"
     if not signature.is_file():
-        others = ", ".join(sorted(path.stem for path in evidence.glob("*.sig"))) or "none"
+        others = ", ".join(sorted(path.stem for path in folder.glob("*.sig"))) or "none"
         raise ValueError(f"The key {digits[:16]} has not signed it (signed by: {others}). Give the key that did")
     return signature
 

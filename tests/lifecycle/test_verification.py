@@ -8,7 +8,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import mlflow
 import pandas as pd
@@ -22,6 +24,7 @@ from mlflow_lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_
 from mlflow_lifecycle.signing import Statement, register_candidate, sign
 from mlflow_lifecycle.tables import fingerprint
 from mlflow_lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
+from mlflow_lifecycle.verification import _is_in_active_store as is_in_active_store
 from mlflow_lifecycle.verification import _refuse_older as refuse_older
 
 FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
@@ -226,6 +229,92 @@ def test_column_that_parquet_cannot_hold_is_named_before_anything_is_logged(fold
 def test_candidate_without_a_run_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="A candidate belongs to a run"):
         register_candidate(save(tmp_path / "m"), "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
+
+
+# On another host
+
+
+@pytest.fixture
+def other_host():
+    """Give the address of a server that somebody else runs, and the headers of the requests that it got."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(dict(self.headers))
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/api/2.0/mlflow-artifacts/artifacts", requests
+        server.shutdown()
+        thread.join()
+
+
+def set_in_store(folder: Path, change: str, *values: str) -> None:
+    """Change the store as somebody does who can write to its database."""
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
+        database.execute(f"UPDATE {change}", values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model_versions SET source = ?1",
+        "logged_models SET artifact_location = ?1",
+        "runs SET artifact_uri = ?1",
+        "experiments SET artifact_location = ?1",
+    ],
+)
+def test_location_on_another_host_gets_no_password(folder, other_host, monkeypatch, change):
+    # given a location that somebody has changed in the store, and the password of a tracking server
+    address, requests = other_host
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    set_in_store(folder, change, address)
+    if change.startswith("experiments"):
+        set_in_store(folder, "runs SET artifact_uri = ?1", f"{address}/run")
+    # then the version is refused, and that host was not asked
+    assert "outside the active store" in refused(folder)
+    assert requests == []
+
+
+@pytest.mark.parametrize("source", ["runs:/{run_id}/model", "models:/iris/1", "{experiment}/../elsewhere", "/etc"])
+def test_source_that_is_no_place_of_the_active_store_is_refused(folder, source):
+    version = mlflow.MlflowClient().get_model_version("iris", 2)
+    experiment = mlflow.get_experiment(mlflow.get_run(version.run_id).info.experiment_id).artifact_location
+    source = source.format(run_id=version.run_id, experiment=experiment)
+    set_in_store(folder, "model_versions SET source = ?", source)
+    assert "Its files are outside the active store" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("location", "accepted"),
+    [
+        ("mlflow-artifacts:/1/models", True),
+        ("mlflow-artifacts://here:5000/1", True),
+        ("http://here:5000/api/2.0/mlflow-artifacts/artifacts/1", True),
+        ("s3://bucket/1", True),
+        ("file:///mlruns/1", True),
+        ("mlflow-artifacts://there:5000/1", False),
+        ("http://there:5000/api/2.0/mlflow-artifacts/artifacts/1", False),
+        ("http://here:5000@there/1", False),
+        ("https://here:5000/1", False),
+        ("ftp://here:5000/1", False),
+        ("file://there/share", False),
+        ("file:////there/share", False),
+        ("file:///%5C%5Cthere/share", False),
+        ("//there/share", False),
+    ],
+)
+def test_place_of_the_active_store_is_told_from_another(monkeypatch, location, accepted):
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "http://me:secret@here:5000")
+    assert is_in_active_store(location) == accepted
 
 
 # In another's place
