@@ -54,9 +54,7 @@ def watch(
 
         table = read_table(rows)
         use_store()
-        purpose = "release" if "@" in uri else None  # what an alias leads to is served, so it must have been released
-        options = {"purpose": purpose, "trusted_types": trusted_types}
-        with verified(uri, public_key or own_public_key(Path.cwd()), **options) as version:
+        with verified(uri, public_key or own_public_key(Path.cwd()), trusted_types=trusted_types) as version:
             known = baseline(version)
             if target and target not in table:
                 raise ValueError(f"There is no column {target!r} in {rows}. The columns are: {', '.join(table)}")

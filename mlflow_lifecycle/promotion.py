@@ -45,7 +45,7 @@ def promote(uri: str, to: str, rows: pd.DataFrame, target: str, *, key: Path, tr
     here = mlflow.get_tracking_uri()
     with tempfile.TemporaryDirectory() as scratch:
         public = public_half(key, Path(scratch))
-        with verified(uri, public, trusted_types=trusted_types) as copy:
+        with verified(uri, public, purpose="candidate", trusted_types=trusted_types) as copy:
             run = mlflow.get_run(copy.statement.run_id)
             tags = run.data.tags | {
                 "promoted_from": printable(here),

@@ -92,7 +92,7 @@ def release(
     check_sentences(intended_use=intended_use, limits=limits)
     with contextlib.ExitStack() as stack:
         public = public_half(key, Path(stack.enter_context(TemporaryDirectory())))
-        candidate = stack.enter_context(verified(uri, public, trusted_types=trusted_types))
+        candidate = stack.enter_context(verified(uri, public, purpose="candidate", trusted_types=trusted_types))
         name, number = candidate.statement.registered_model, candidate.statement.version
         tag = check_tag(repository, name, number, remote) if repository else ""
         before = _version_with(name, alias)
@@ -150,7 +150,7 @@ def try_gate(
         ValueError: as in ``mlflow_lifecycle.gate.gate_context``.
     """
     with contextlib.ExitStack() as stack:
-        candidate = stack.enter_context(verified(uri, public_key, trusted_types=trusted_types))
+        candidate = stack.enter_context(verified(uri, public_key, purpose="candidate", trusted_types=trusted_types))
         name = candidate.statement.registered_model
         baseline = None
         if _version_with(name, alias) not in ("", candidate.statement.version):
@@ -240,7 +240,8 @@ def sign_anew(names: Iterable[str], folder: Path, trusted_types=()) -> tuple[Pat
     with contextlib.ExitStack() as stack:
         aliases = {name: sorted(client.get_registered_model(name).aliases) for name in names}
         uris = [f"models:/{name}@{alias}" for name in aliases for alias in aliases[name]]
-        copies = [stack.enter_context(verified(uri, present, trusted_types=trusted_types)) for uri in uris]
+        options = {"purpose": "candidate", "trusted_types": trusted_types}
+        copies = [stack.enter_context(verified(uri, present, **options)) for uri in uris]
         key, before = new_key(folder)
         for copy in copies:
             sign(copy.folder.parent, copy.statement, key)

@@ -64,7 +64,8 @@ def verified(
         uri: ``models:/name/3`` or ``models:/name@champion``.
         public_key: the public half of the key that signed it.
         purpose: "release" accepts only what was released, as the very alias if ``uri`` has one, and nothing older than
-            the newest release for that alias. By default a candidate is accepted, too.
+            the newest release for that alias. "candidate" accepts a candidate, too. The default is "release" if ``uri``
+            has an alias, because anyone with write access to the store can move an alias, and else "candidate".
         alias: for a ``uri`` with a number: the alias as which it must have been released.
         trusted_types: what the model may hold beyond what skops knows to be harmless, as reviewed by the project.
 
@@ -78,6 +79,8 @@ def verified(
     name, version, by_alias = find_version(uri)
     with tempfile.TemporaryDirectory(prefix="verified-") as scratch:
         root = Path(scratch).resolve() / "version"
+        if purpose is None:
+            purpose = "release" if by_alias else "candidate"
         try:
             run = mlflow.get_run(version.run_id)
             evidence = _open_location(run.info.artifact_uri, run.info.experiment_id)
@@ -175,7 +178,7 @@ def _is_in_active_store(location: str) -> bool:
     return parts.scheme in OBJECT_STORES
 
 
-def _newest_evidence(evidence: ArtifactRepository, version: ModelVersion, alias: str, purpose: str | None) -> str:
+def _newest_evidence(evidence: ArtifactRepository, version: ModelVersion, alias: str, purpose: str) -> str:
     """Return the artifact folder with the evidence to verify: the newest release, or else the candidate."""
     above = f"signed/{version.name}/{version.version}"
     found = [item.path for item in evidence.list_artifacts(above)]
@@ -186,8 +189,11 @@ def _newest_evidence(evidence: ArtifactRepository, version: ModelVersion, alias:
         return max(releases, key=lambda path: path.rpartition("@")[2])
     if f"{above}/candidate" in found and purpose != "release":
         return f"{above}/candidate"
-    what = f"no release as {alias}" if alias and purpose == "release" else f"no {purpose or 'signature'}"
-    remedy = "Release it: lifecycle release" if purpose == "release" else "Sign it: lifecycle sign"
+    what = "no signature"
+    remedy = "Sign it: lifecycle sign"
+    if purpose == "release":
+        what = f"no release as {alias}" if alias else "no release"
+        remedy = "Release it: lifecycle release"
     raise ValueError(f"There is {what} of this version. {remedy} models:/{version.name}/{version.version}")
 
 

@@ -30,6 +30,7 @@ from mlflow_lifecycle import spark as sparks
 from mlflow_lifecycle.__main__ import main
 from mlflow_lifecycle.keys import own_key
 from mlflow_lifecycle.pins import read_pins
+from mlflow_lifecycle.verification import NotVerifiedError
 
 COLUMNS = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
 LOCK = ROOT / "requirements.txt"
@@ -48,8 +49,7 @@ def uri(folder, empty_store):
     with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
         iris = load_iris(as_frame=True)
         register(folder, rows=iris.data.assign(species=iris.target_names[iris.target]))
-        mlflow.MlflowClient().set_registered_model_alias("iris", "champion", "1")
-        yield "models:/iris@champion"
+        yield "models:/iris/1"
 
 
 @pytest.fixture(scope="module")
@@ -453,8 +453,17 @@ def test_version_that_another_key_signed_is_refused_before_spark_starts(folder, 
     answer = CliRunner().invoke(main, ["score", uri, *places])
     # then
     assert (answer.exit_code, answer.stdout) == (1, "")
-    assert re.fullmatch(r"Error: Not loaded: models:/iris@champion. The key \w+ has not signed it.*\n", answer.stderr)
+    assert re.fullmatch(r"Error: Not loaded: models:/iris/1. The key \w+ has not signed it.*\n", answer.stderr)
     assert not (tmp_path / "scored").exists()
+
+
+def test_alias_that_was_moved_to_a_candidate_is_not_scored(uri, folder, tmp_path):
+    # given an alias on a version that was never released
+    mlflow.MlflowClient().set_registered_model_alias("iris", "champion", "1")
+    # then
+    public_key = own_key(folder).with_suffix(".pub")
+    with pytest.raises(NotVerifiedError, match="There is no release as champion"):
+        scoring.score("models:/iris@champion", "data", str(tmp_path / "scored"), public_key=public_key)
 
 
 def test_spark_overwrites_no_result(session, tmp_path):

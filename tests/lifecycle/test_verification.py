@@ -365,6 +365,14 @@ def test_candidate_is_no_release(folder):
     assert "There is no release as production of this version. Release it: lifecycle release" in message
 
 
+def test_alias_needs_a_release_unless_the_caller_decides_on_a_candidate(folder):
+    # given an alias on a version that was never released
+    mlflow.MlflowClient().set_registered_model_alias("other", "production", 1)
+    # then
+    assert "There is no release as production of this version" in refused(folder, "models:/other@production")
+    assert accepted(folder, "models:/other@production", purpose="candidate").purpose == "candidate"
+
+
 def test_candidates_signature_in_a_releases_place_is_refused(folder):
     for path in evidence_of(2)[1:]:
         replace_files(path, evidence_of(2)[0])

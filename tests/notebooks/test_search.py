@@ -175,7 +175,7 @@ def test_final_run_says_who_used_the_test_rows_before(folder, client, runs):
 def test_candidate_is_the_final_version_and_signed_and_nothing_is_in_production(folder, client, runs):
     assert set(client.get_registered_model(MODEL).aliases) == {"candidate"}
     assert client.get_model_version(MODEL, "1").run_id == runs["final LogisticRegression_subset"].info.run_id
-    with verified(f"models:/{MODEL}@candidate", folder / "keys/signing_key.pub") as copy:
+    with verified(f"models:/{MODEL}@candidate", folder / "keys/signing_key.pub", purpose="candidate") as copy:
         assert copy.statement.purpose == "candidate"
         assert len(pd.read_parquet(copy.training_rows)) == 120
 
