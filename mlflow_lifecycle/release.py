@@ -118,7 +118,7 @@ def release(
             if tag:
                 make_tag(repository, tag, _message(candidate, verdict), remote)
             _write_card(candidate.folder.parent, facts)
-            _hand_over(candidate, alias, key, run, before)
+            _hand_over(candidate, alias, key, public, run, before)
     return _release_of(mlflow.get_run(run.info.run_id))
 
 
@@ -202,7 +202,7 @@ def rollback(name: str, *, key: Path, alias: str = "production", to: str = "", t
         options = {"purpose": "release", "alias": alias, "trusted_types": trusted_types}
         back_to = verified(f"models:/{name}/{to}", public, **options)
         with back_to as copy, _record(name, alias, to, present, "rollback") as run:
-            _hand_over(copy, alias, key, run, present)
+            _hand_over(copy, alias, key, public, run, present)
     return _release_of(mlflow.get_run(run.info.run_id))
 
 
@@ -292,7 +292,7 @@ def _record(name: str, alias: str, number: str, before: str, kind: str) -> Itera
         yield run
 
 
-def _hand_over(copy: Verified, alias: str, key: Path, run: Run, before: str) -> None:
+def _hand_over(copy: Verified, alias: str, key: Path, public: Path, run: Run, before: str) -> None:
     """Sign the version as released, move the alias, and say in the version's tag when; in this order.
 
     Raises:
@@ -300,7 +300,7 @@ def _hand_over(copy: Verified, alias: str, key: Path, run: Run, before: str) -> 
     """
     client, name, number = mlflow.MlflowClient(), copy.statement.registered_model, copy.statement.version
     _refuse_if_moved(name, alias, before)
-    moment = released_now(name, alias)
+    moment = released_now(name, alias, public)
     client.set_tag(run.info.run_id, "released_at", moment)
     sign(copy.folder.parent, replace(copy.statement, purpose="release", alias=alias, released_at=moment), key)
     _refuse_if_moved(name, alias, before)

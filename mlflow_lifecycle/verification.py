@@ -82,20 +82,7 @@ def verified(
         if purpose is None:
             purpose = "release" if by_alias else "candidate"
         try:
-            run = mlflow.get_run(version.run_id)
-            evidence = _open_location(run.info.artifact_uri, run.info.experiment_id)
-            place = _newest_evidence(evidence, version, by_alias or alias, purpose)
-            signature = _downloaded(root, _open_model(version, run), evidence, place, digits)
-            verifier = model_signing.verifying.Config().set_hashing_config(every_file())
-            try:
-                verifier.use_elliptic_key_verifier(public_key=Path(public_key)).verify(root, signature)
-            except Exception as error:
-                raise ValueError(f"{_cause(error)}. It is not what was signed. Register the model anew") from None
-            statement = Statement(**json.loads((root / "statement.json").read_text(encoding="utf-8")))
-            expected = replace(statement, registered_model=name, version=str(version.version), run_id=version.run_id)
-            if statement != expected or evidence_place(statement) != place:
-                said = f"{statement.purpose} of version {statement.version} of {statement.registered_model}"
-                raise ValueError(f"What was signed is the {said}. Register the model anew")
+            statement = _download_signed(root, version, by_alias or alias, purpose, Path(public_key))
             if by_alias and statement.purpose == "release":
                 _refuse_older(name, by_alias, statement, Path(public_key))
             check_contents(root / "model", root / "packages.txt", trusted_types)
@@ -107,13 +94,13 @@ def verified(
         yield Verified(uri, statement, *files, digits, model_id)
 
 
-def released_now(name: str, alias: str) -> str:
+def released_now(name: str, alias: str, public_key: Path) -> str:
     """Return the time for a release of ``name``: now, or just after the newest release, if a clock went backwards."""
-    newest = max((time for _, time in _releases(name, alias)), default="")
-    now = datetime.now(UTC)
-    if newest:
-        now = max(now, datetime.fromisoformat(newest) + timedelta(microseconds=1))
-    return f"{now.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+    now = _time_text(datetime.now(UTC))
+    newest = _find_newer(name, alias, now, public_key)
+    if newest is None:
+        return now
+    return _time_text(datetime.fromisoformat(newest.released_at) + timedelta(microseconds=1))
 
 
 def release_tag(alias: str) -> str:
@@ -136,6 +123,39 @@ def find_version(uri: str) -> tuple[str, ModelVersion, str]:
     client = mlflow.MlflowClient()
     by_alias = client.get_model_version_by_alias
     return name, client.get_model_version(name, number) if number else by_alias(name, alias), alias or ""
+
+
+def _time_text(time: datetime) -> str:
+    """Return a time in UTC as statements have it."""
+    return f"{time.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+
+
+def _latest_time() -> str:
+    """Return the latest time that a release can have: now, and a day more for clocks that differ."""
+    return _time_text(datetime.now(UTC) + timedelta(days=1))
+
+
+def _download_signed(root: Path, version: ModelVersion, alias: str, purpose: str, public_key: Path) -> Statement:
+    """Download a version and what was signed with it into ``root``, and return its statement.
+
+    Raises:
+        ValueError: the key has not signed this version.
+    """
+    run = mlflow.get_run(version.run_id)
+    evidence = _open_location(run.info.artifact_uri, run.info.experiment_id)
+    place = _newest_evidence(evidence, version, alias, purpose)
+    signature = _downloaded(root, _open_model(version, run), evidence, place, fingerprint_of(public_key))
+    verifier = model_signing.verifying.Config().set_hashing_config(every_file())
+    try:
+        verifier.use_elliptic_key_verifier(public_key=public_key).verify(root, signature)
+    except Exception as error:
+        raise ValueError(f"{_cause(error)}. It is not what was signed. Register the model anew") from None
+    statement = Statement(**json.loads((root / "statement.json").read_text(encoding="utf-8")))
+    expected = replace(statement, registered_model=version.name, version=str(version.version), run_id=version.run_id)
+    if statement != expected or evidence_place(statement) != place:
+        said = f"{statement.purpose} of version {statement.version} of {statement.registered_model}"
+        raise ValueError(f"What was signed is the {said}. Register the model anew")
+    return statement
 
 
 def _open_model(version: ModelVersion, run: Run) -> ArtifactRepository:
@@ -182,13 +202,15 @@ def _newest_evidence(evidence: ArtifactRepository, version: ModelVersion, alias:
     """Return the artifact folder with the evidence to verify: the newest release, or else the candidate."""
     above = f"signed/{version.name}/{version.version}"
     found = [item.path for item in evidence.list_artifacts(above)]
-    releases = [
-        path for path in found if re.fullmatch(rf"{re.escape(alias) or '[^/@]+'}@[^/]+", path.rpartition("/")[2])
-    ]
+    dated = [path for path in found if re.fullmatch(rf"{re.escape(alias) or '[^/@]+'}@[^/]+", path.rpartition("/")[2])]
+    latest = re.sub("[:.]", "", _latest_time())
+    releases = [path for path in dated if path.rpartition("@")[2] <= latest]
     if releases:
         return max(releases, key=lambda path: path.rpartition("@")[2])
     if f"{above}/candidate" in found and purpose != "release":
         return f"{above}/candidate"
+    if dated and purpose == "release":
+        raise ValueError("Its release is dated in the future. Check the clock of this machine")
     what = "no signature"
     remedy = "Sign it: lifecycle sign"
     if purpose == "release":
@@ -212,20 +234,35 @@ def _downloaded(root: Path, model: ArtifactRepository, evidence: ArtifactReposit
     return signature
 
 
-def _releases(name: str, alias: str) -> list[tuple[str, str]]:
-    """Return each version of ``name`` that says that it was released as ``alias``, and when."""
-    versions = mlflow.search_model_versions(filter_string=f"name = {name!r}")
-    found = [(str(version.version), version.tags.get(release_tag(alias), "")) for version in versions]
-    return [(number, time) for number, time in found if time]
+def _find_newer(name: str, alias: str, after: str, public_key: Path) -> Statement | None:
+    """Return the newest release as ``alias`` that the key has signed after a time, or None.
+
+    The tag of a version says only where to look, since anyone with write access to the store can set it.
+    """
+    newest = None
+    latest = _latest_time()
+    for version in mlflow.search_model_versions(filter_string=f"name = '{name}'"):
+        if not after < version.tags.get(release_tag(alias), "") <= latest:
+            continue
+        with tempfile.TemporaryDirectory(prefix="verified-") as scratch:
+            root = Path(scratch).resolve() / "version"
+            try:
+                statement = _download_signed(root, version, alias, "release", public_key)
+            except (ValueError, OSError, mlflow.MlflowException):
+                continue  # the tag is not true, or its release is gone
+        if statement.released_at > after:
+            after = statement.released_at
+            newest = statement
+    return newest
 
 
 def _refuse_older(name: str, alias: str, statement: Statement, public_key: Path) -> None:
     """Refuse a release that is older than another one for its alias, in the store or seen on this machine before."""
-    for number, time in _releases(name, alias):
-        if number != statement.version and time > statement.released_at:
-            raise ValueError(
-                f"Version {number} was released as {alias} after it. To go back: lifecycle rollback {name}"
-            )
+    newer = _find_newer(name, alias, statement.released_at, public_key)
+    if newer:
+        raise ValueError(
+            f"Version {newer.version} was released as {alias} after it. To go back: lifecycle rollback {name}"
+        )
     folder, seen = _seen_releases(public_key, name, alias), statement.released_at.replace(":", "")
     if max((path.name for path in folder.glob("*")), default="") > seen:
         raise ValueError(f"A newer release of {alias} was seen here before. To go back: lifecycle rollback {name}")

@@ -265,6 +265,11 @@ def test_rollback_goes_to_the_version_before_and_is_recorded(twice):
     assert [item.kind for item in history("iris", "production")] == ["rollback", "release", "release"]
 
 
+def test_rollback_ignores_a_tag_that_was_not_signed(twice):
+    mlflow.MlflowClient().set_model_version_tag("iris", 3, release_tag("production"), "9999-12-31T23:59:59.999999Z")
+    assert rollback("iris", key=own_key(twice)).version == "1"
+
+
 def test_rollback_can_name_the_version(twice):
     assert rollback("iris", key=own_key(twice), to="1").version == "1"
 

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
         for _ in range(2):
             register(folder, RandomForestClassifier(3, random_state=0), skops_trusted_types=[TREE])
         with verified("models:/iris/1", own_public_key(folder), trusted_types=[TREE]) as version:
-            moment = released_now("iris", "champion")
+            moment = released_now("iris", "champion", own_public_key(folder))
             statement = replace(version.statement, purpose="release", alias="champion", released_at=moment)
             sign(version.folder.parent, statement, own_key(folder))
         client = mlflow.MlflowClient()

@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -32,11 +33,11 @@ FILES += ["input_example.json", "serving_input_example.json"]
 EVIDENCE = ["statement.json", "packages.txt", "training_rows.parquet"]
 
 
-def release(uri: str, folder: Path, alias: str = "production") -> Statement:
-    """Sign a version as released, and move the alias, as a release does once the gate is open."""
+def release(uri: str, folder: Path, alias: str = "production", moment: str = "") -> Statement:
+    """Sign a version as released, by default now, and move the alias, as a release does once the gate is open."""
     with verified(uri, own_public_key(folder)) as copy:
         name, number = copy.statement.registered_model, copy.statement.version
-        moment = released_now(name, alias)
+        moment = moment or released_now(name, alias, own_public_key(folder))
         statement = replace(copy.statement, purpose="release", alias=alias, released_at=moment)
         sign(copy.folder.parent, statement, own_key(folder))
     client = mlflow.MlflowClient()
@@ -431,8 +432,43 @@ def test_public_key_in_a_read_only_folder_serves(folder, tmp_path, monkeypatch):
 
 
 def test_clock_that_went_backwards_makes_no_older_release(folder):
-    mlflow.MlflowClient().set_model_version_tag("iris", 2, release_tag("production"), "2999-01-01T00:00:00.000000Z")
-    assert released_now("iris", "production") == "2999-01-01T00:00:00.000001Z"
+    # given a release that was signed when the clock was an hour ahead
+    ahead = datetime.now(UTC) + timedelta(hours=1)
+    release("models:/iris/1", folder, moment=f"{ahead:%Y-%m-%dT%H}:00:00.000000Z")
+    # then the next one is after it
+    later = released_now("iris", "production", own_public_key(folder))
+    assert later == f"{ahead:%Y-%m-%dT%H}:00:00.000001Z"
+
+
+@pytest.mark.parametrize("forged", ["2999-01-01T00:00:00.000000Z", "9999-12-31T23:59:59.999999Z", "soon"])
+def test_tag_that_was_not_signed_stops_no_release(folder, forged):
+    # given a tag that says that the replaced version was released after all others
+    mlflow.MlflowClient().set_model_version_tag("iris", 1, release_tag("production"), forged)
+    # then the release is handed out, and the next one can be signed
+    assert accepted(folder, "models:/iris@production").version == "2"
+    assert released_now("iris", "production", own_public_key(folder)) < "2999"
+
+
+def test_tag_that_lies_about_the_time_stops_no_release(folder):
+    now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}Z"
+    mlflow.MlflowClient().set_model_version_tag("iris", 1, release_tag("production"), now)
+    assert accepted(folder, "models:/iris@production").version == "2"
+
+
+def test_evidence_that_is_dated_in_the_future_stops_no_release(folder):
+    # given a folder that looks like the newest release
+    newest = evidence_of(2)[-1]
+    shutil.copytree(newest, newest.with_name("production@9999-12-31T235959999999Z"))
+    # then the signed one is handed out
+    assert accepted(folder, "models:/iris@production").version == "2"
+
+
+def test_release_that_was_signed_in_the_future_is_refused(folder):
+    release("models:/iris/1", folder, moment="2999-01-01T00:00:00.000000Z")
+    for path in evidence_of(1):
+        if path.name.startswith("production") and "2999" not in path.name:
+            shutil.rmtree(path)
+    assert "dated in the future. Check the clock of this machine" in refused(folder, "models:/iris@production")
 
 
 # Keys
