@@ -99,8 +99,10 @@ def check_name(name: str) -> None:
     Raises:
         ValueError: it has such a character.
     """
-    if re.search(r"""[#?@'"\\\n]""", name):
-        raise ValueError(f"A registered model's name must have no # ? @ \\ quote or new line: {name!r}")
+    if re.search(r"""[#?@'"\\]""", name) or not name.isprintable():
+        raise ValueError(
+            f"A registered model's name must have no # ? @ \\ quote or new line, or other invisible character: {name!r}"
+        )
 
 
 def keep_training_rows(rows: pd.DataFrame, root: Path) -> str:

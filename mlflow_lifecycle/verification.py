@@ -120,6 +120,8 @@ def find_version(uri: str) -> tuple[str, ModelVersion, str]:
     if not found:
         raise ValueError(f"{uri!r} names no version. Write models:/name/3 or models:/name@alias")
     name, number, alias = found.groups()
+    if not name.isprintable() or re.search(r"""['"\\]""", name):
+        raise ValueError(f"{name!r} is no name of a model here: it has a quote, a \\ or an invisible character")
     client = mlflow.MlflowClient()
     by_alias = client.get_model_version_by_alias
     return name, client.get_model_version(name, number) if number else by_alias(name, alias), alias or ""

@@ -28,6 +28,7 @@ from mlflow_lifecycle.verification import NotVerifiedError, release_tag, release
 from mlflow_lifecycle.verification import _is_in_active_store as is_in_active_store
 from mlflow_lifecycle.verification import _refuse_older as refuse_older
 
+INVISIBLE = ["a\u00a0b", "a\u200bb", "a\tb"]
 FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
 FILES += ["input_example.json", "serving_input_example.json"]
 EVIDENCE = ["statement.json", "packages.txt", "training_rows.parquet"]
@@ -351,7 +352,7 @@ def test_version_that_the_database_gives_another_name_is_refused(folder):
     assert "What was signed is the candidate of version 1 of other" in refused(folder, "models:/iris/3")
 
 
-@pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", "a\nb", "a'b", 'a"b', "a\\b"])
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", "a\nb", "a'b", 'a"b', "a\\b", *INVISIBLE])
 def test_name_that_leads_elsewhere_is_refused_before_anything_is_logged(folder, name):
     with pytest.raises(ValueError, match=r"must have no # \? @ \\ quote or new line"):
         register(folder, name=name)
@@ -389,6 +390,15 @@ def test_older_version_put_back_without_a_release_is_refused(folder):
     mlflow.MlflowClient().set_registered_model_alias("iris", "production", 1)
     message = refused(folder, "models:/iris@production", purpose="release")
     assert "Version 2 was released as production after it. To go back: lifecycle rollback iris" in message
+
+
+@pytest.mark.parametrize("name", INVISIBLE)
+def test_name_with_an_invisible_character_is_refused(folder, name):
+    # given a registered model that somebody has renamed so that a search by its name finds nothing
+    mlflow.MlflowClient().rename_registered_model("other", name)
+    # then
+    with pytest.raises(ValueError, match="invisible character"):
+        accepted(folder, f"models:/{name}/1")
 
 
 def test_older_version_put_back_is_refused_where_the_newer_release_was_seen(folder):
