@@ -27,6 +27,7 @@ from mlflow_lifecycle.policy import check_contents
 from mlflow_lifecycle.signing import Statement, every_file, evidence_place
 from mlflow_lifecycle.store import printable
 
+SIZE_LIMIT = 2_000_000_000
 OBJECT_STORES = ("s3", "gs", "abfss", "wasbs")  # MLflow sends them no password of a tracking server
 
 
@@ -55,6 +56,7 @@ def verified(
     purpose: str | None = None,
     alias: str = "",
     trusted_types: list[str] | tuple[str, ...] = (),
+    size_limit: int = SIZE_LIMIT,
 ) -> Iterator[Verified]:
     """Download a version, verify it, and give the verified copy to the block; at its end the copy is removed.
 
@@ -68,6 +70,7 @@ def verified(
             has an alias, because anyone with write access to the store can move an alias, and else "candidate".
         alias: for a ``uri`` with a number: the alias as which it must have been released.
         trusted_types: what the model may hold beyond what skops knows to be harmless, as reviewed by the project.
+        size_limit: the maximum size of the version's files in bytes. A larger version is not downloaded.
 
     Raises:
         NotVerifiedError: the version is not what was signed, or holds what nobody has reviewed.
@@ -82,7 +85,7 @@ def verified(
         if purpose is None:
             purpose = "release" if by_alias else "candidate"
         try:
-            statement = _download_signed(root, version, by_alias or alias, purpose, Path(public_key))
+            statement = _download_signed(root, version, by_alias or alias, purpose, Path(public_key), size_limit)
             if by_alias and statement.purpose == "release":
                 _refuse_older(name, by_alias, statement, Path(public_key))
             check_contents(root / "model", root / "packages.txt", trusted_types)
@@ -137,7 +140,14 @@ def _latest_time() -> str:
     return _time_text(datetime.now(UTC) + timedelta(days=1))
 
 
-def _download_signed(root: Path, version: ModelVersion, alias: str, purpose: str, public_key: Path) -> Statement:
+def _download_signed(
+    root: Path,
+    version: ModelVersion,
+    alias: str,
+    purpose: str,
+    public_key: Path,
+    size_limit: int = SIZE_LIMIT,
+) -> Statement:
     """Download a version and what was signed with it into ``root``, and return its statement.
 
     Raises:
@@ -146,7 +156,11 @@ def _download_signed(root: Path, version: ModelVersion, alias: str, purpose: str
     run = mlflow.get_run(version.run_id)
     evidence = _open_location(run.info.artifact_uri, run.info.experiment_id)
     place = _newest_evidence(evidence, version, alias, purpose)
-    signature = _downloaded(root, _open_model(version, run), evidence, place, fingerprint_of(public_key))
+    model = _open_model(version, run)
+    size = _listed_size(model, "") + _listed_size(evidence, place)
+    if size > size_limit:
+        raise ValueError(f"Its files have {size:,} bytes, more than size_limit={size_limit:,}")
+    signature = _downloaded(root, model, evidence, place, fingerprint_of(public_key))
     verifier = model_signing.verifying.Config().set_hashing_config(every_file())
     try:
         verifier.use_elliptic_key_verifier(public_key=public_key).verify(root, signature)
@@ -158,6 +172,14 @@ def _download_signed(root: Path, version: ModelVersion, alias: str, purpose: str
         said = f"{statement.purpose} of version {statement.version} of {statement.registered_model}"
         raise ValueError(f"What was signed is the {said}. Register the model anew")
     return statement
+
+
+def _listed_size(files: ArtifactRepository, folder: str) -> int:
+    """Return how many bytes the files in a folder have, as the store lists them."""
+    size = 0
+    for item in files.list_artifacts(folder):
+        size += _listed_size(files, item.path) if item.is_dir else item.file_size or 0
+    return size
 
 
 def _open_model(version: ModelVersion, run: Run) -> ArtifactRepository:

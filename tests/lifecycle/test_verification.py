@@ -152,6 +152,22 @@ def test_an_added_file_is_refused(folder, name):
     assert ("No such artifact" if "\n" in name else "Extra files found") in refused(folder)  # MLflow's own refusal
 
 
+@pytest.mark.parametrize("place", ["model", "evidence"])
+def test_files_over_the_size_limit_are_not_downloaded(folder, place):
+    # given a large sparse file in a subfolder
+    root = files_of(2) if place == "model" else evidence_of(2)[-1]
+    (root / "more").mkdir()
+    with (root / "more/large").open("wb") as file:
+        file.truncate(3_000_000_000)
+    # then
+    assert "more than size_limit=2,000,000,000" in refused(folder)
+
+
+def test_size_limit_can_be_set(folder):
+    assert "more than size_limit=10" in refused(folder, size_limit=10)
+    assert accepted(folder, size_limit=10_000_000).version == "2"
+
+
 def test_an_added_empty_folder_is_not_handed_out(folder):
     (files_of(2) / "empty").mkdir()
     with pytest.raises(NotVerifiedError, match="empty: only files belong to a model"):
