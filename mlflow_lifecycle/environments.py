@@ -75,14 +75,16 @@ def built(requirements: Path, folder: Path, *, lock: Path, cache: Path | None = 
     with tempfile.TemporaryDirectory(prefix="packages-", dir=folder.parent) as own:
         folder.mkdir()
         try:
-            packages = own if cache is None else Path(cache).resolve()
+            packages = Path(own) / "cache" if cache is None else Path(cache).resolve()
             settings = ["--quiet", "--cache-dir", str(packages), "--python"]
             install = ["--link-mode", "copy", "--require-hashes", "--no-deps", "-r", str(requirements), "-c", str(lock)]
             build = ["--preview-features", "build-dependency-hashes", "--require-build-hashes", "-b", str(lock)]
             source = ["--offline"] if offline else []
-            _uv("venv", str(folder), "--no-python-downloads", *settings, sys.executable)
-            _uv("pip", "install", *install, *build, *source, *settings, str(python))
-            _uv("pip", "check", *settings, str(python))
+            empty = Path(own) / "empty"
+            empty.mkdir()
+            _uv(empty, "venv", str(folder), "--no-python-downloads", *settings, sys.executable)
+            _uv(empty, "pip", "install", *install, *build, *source, *settings, str(python))
+            _uv(empty, "pip", "check", *settings, str(python))
             if cache is not None and (damaged := _damaged_file(folder)):
                 raise EnvironmentNotBuiltError(f"The cache holds a damaged {damaged}. Build without this cache.")
         except BaseException:  # an interruption, too
@@ -149,20 +151,19 @@ def find_overrides(variables: Iterable[str]) -> list[str]:
     return overrides
 
 
-def _uv(*arguments: str) -> None:
-    """Run uv in an empty folder of its own, with no settings of the user other than those of the network."""
+def _uv(empty: Path, *arguments: str) -> None:
+    """Run uv in an empty folder, with no settings of the user other than those of the network."""
     variables = dict(os.environ)
     for name in find_overrides(os.environ):
         del variables[name]
-    with tempfile.TemporaryDirectory(prefix="uv-") as empty:
-        child = subprocess.run(
-            [*UV, *arguments],
-            cwd=empty,
-            env=variables,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-        )
+    child = subprocess.run(
+        [*UV, *arguments],
+        cwd=empty,
+        env=variables,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     if child.returncode:
         words = " ".join(child.stderr.split())  # uv breaks lines as wide as the terminal
         remedy = next((text for pattern, text in REMEDIES.items() if re.search(pattern, words)), "")

@@ -25,14 +25,13 @@ from mlflow_lifecycle.environments import (
     predict,
     python_note,
 )
+from mlflow_lifecycle.flavors import CLASSIFICATION, load_estimator, task_of
 from mlflow_lifecycle.scoring import (
-    CLASSIFIER,
     TOLERANCE,
     equal_predictions,
     measure_of,
     order_columns,
     score_rows,
-    task_of,
 )
 from mlflow_lifecycle.tables import as_classes
 from mlflow_lifecycle.verification import Verified
@@ -200,8 +199,8 @@ def gate_context(
         example = "accuracy_score=0.9"
         raise ValueError(f"State at least one threshold, such as {example}: a baseline may be missing.")
     _refuse_unfit(candidate, rows, target)
-    model = mlflow.sklearn.load_model(str(candidate.folder))
-    if task_of(model) == CLASSIFIER:
+    model = load_estimator(candidate.folder)
+    if task_of(model) == CLASSIFICATION:
         known = _known_classes(candidate, model, target)
         rows = rows.assign(**{target: as_classes(known, rows[target])})
     elif not pd.api.types.is_numeric_dtype(rows[target]):
@@ -270,7 +269,7 @@ def check_test_rows(context: GateContext) -> CheckResult:
     known = set(pd.util.hash_pandas_object(training, index=False))
     count = sum(value in known for value in pd.util.hash_pandas_object(same, index=False))
     detail = f"{count} of {len(same)} are among the {len(training)} training rows"
-    if task_of(context.model) == CLASSIFIER:
+    if task_of(context.model) == CLASSIFICATION:
         unknown = sorted(set(same[context.target]) - set(training[context.target]), key=str)
         if unknown:
             detail += f"; it never learned these classes: {', '.join(map(str, unknown))}"
@@ -308,7 +307,7 @@ def check_baseline(context: GateContext) -> CheckResult:
         if rule.same_predictions:
             return CheckResult("baseline", FAILED, "there is none to predict the same as")
         return CheckResult("baseline", PASSED, "there is none; the thresholds decide")
-    model = mlflow.sklearn.load_model(str(context.baseline.folder))
+    model = load_estimator(context.baseline.folder)
     features = order_columns(context.baseline.folder, context.all_rows.drop(columns=context.target))
     measure = measure_of(context.model, model)
     target = context.rows[context.target]
@@ -397,7 +396,7 @@ def evaluate(context: GateContext) -> "mlflow.models.EvaluationResult":
             str(context.candidate.folder),
             context.rows,
             targets=context.target,
-            model_type=task_of(context.model),
+            model_type="classifier" if task_of(context.model) == CLASSIFICATION else "regressor",
             evaluator_config={"log_model_explainability": False},  # which would need shap
         )
     finally:

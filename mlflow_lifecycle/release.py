@@ -216,7 +216,7 @@ def history(name: str, alias: str = "") -> list[Release]:
     experiment = mlflow.MlflowClient().get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return []
-    wanted = f"tags.registered_model = '{name}'" + (f" and tags.alias = '{alias}'" if alias else "")
+    wanted = f'tags.registered_model = "{name}"' + (f" and tags.alias = '{alias}'" if alias else "")
     found = mlflow.search_runs([experiment.experiment_id], wanted, output_format="list", order_by=["start_time DESC"])
     return [_release_of(run) for run in found if run.data.tags.get("kind") != "gate"]
 

@@ -9,28 +9,14 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pandas as pd
-from sklearn.base import is_classifier, is_regressor
 
+from mlflow_lifecycle.flavors import REGRESSION, task_of
 from mlflow_lifecycle.tables import as_text
 
-CLASSIFIER, REGRESSOR = "classifier", "regressor"  # as mlflow.models.evaluate names them
 LOG_PROBABILITY, ACCURACY, ABSOLUTE_ERROR = "log probability", "accuracy", "absolute error"
 # XGBoost computes in float32. The same limit holds for all models, so that the comparison is fair.
 SMALLEST = float(np.finfo(np.float32).eps)
 TOLERANCE = 1e-6
-
-
-def task_of(model: object) -> str:
-    """Return the task of a model: "classifier" or "regressor".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if is_classifier(model):
-        return CLASSIFIER
-    if is_regressor(model):
-        return REGRESSOR
-    raise ValueError(f"The model must be a classifier or a regressor, got {type(model).__name__}.")
 
 
 def measure_of(model: object, other: object) -> str:
@@ -41,8 +27,8 @@ def measure_of(model: object, other: object) -> str:
     """
     task = task_of(model)
     if task != task_of(other):
-        raise ValueError(f"A {task} cannot be compared with a {task_of(other)}.")
-    if task == REGRESSOR:
+        raise ValueError(f"A model for {task} cannot be compared with one for {task_of(other)}.")
+    if task == REGRESSION:
         return ABSOLUTE_ERROR
     if hasattr(model, "predict_proba") and hasattr(other, "predict_proba"):
         return LOG_PROBABILITY

@@ -247,6 +247,7 @@ def _downloaded(root: Path, model: ArtifactRepository, evidence: ArtifactReposit
     """Download the model and its evidence into ``root``, and return the signature that the key has made."""
     (root / "model").mkdir(parents=True)
     model.download_artifacts("", str(root / "model"))
+    (root / "model/registered_model_meta").unlink(missing_ok=True)  # MLflow writes it when it downloads by name
     folder = Path(evidence.download_artifacts(place, str(root.parent)))
     for path in folder.iterdir():
         if path.suffix != ".sig":

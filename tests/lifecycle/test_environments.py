@@ -271,7 +271,7 @@ def test_interruption_leaves_nothing_behind(model, small):
     command = [sys.executable, "-c", code, model[0] / "requirements.txt", small / "environment", LOCK]
     child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 30
-    while not list(small.glob("packages-*/archive-v0/*")) and time.monotonic() < deadline:
+    while not list(small.glob("packages-*/cache/archive-v0/*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     # when it is interrupted as by Ctrl-C
     child.send_signal(signal.SIGINT)

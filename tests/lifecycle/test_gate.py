@@ -299,7 +299,7 @@ def test_classifier_is_not_compared_with_a_regressor(judge, diabetes, version):
     other = version(DummyClassifier(), rows=train, target="target")
     verdict = judge(better, other, rows, "target", ERROR)
     assert results(verdict)["baseline"] == "failed"
-    assert "A regressor cannot be compared with a classifier" in detail(verdict, "baseline")
+    assert "A model for regression cannot be compared with one for classification" in detail(verdict, "baseline")
 
 
 def test_order_of_the_columns_of_the_test_rows_does_not_matter(judge, good, cautious):

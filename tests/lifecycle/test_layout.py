@@ -19,7 +19,7 @@ ALLOWED = {
     "tables": set(),
     "comparison": set(),
     "drift": {"tables"},
-    "scoring": {"tables"},
+    "scoring": {"flavors", "tables"},
     "monitoring_commands": {"batches", "drift", "keys", "monitoring", "shell", "store", "tables", "verification"},
     "monitoring": {"drift", "tables", "verification"},
     "batches": {"monitoring", "serving", "verification"},

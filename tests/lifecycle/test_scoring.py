@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
 from versions import iris_rows
 
+from mlflow_lifecycle.flavors import task_of
 from mlflow_lifecycle.scoring import (
     ABSOLUTE_ERROR,
     ACCURACY,
@@ -19,7 +20,6 @@ from mlflow_lifecycle.scoring import (
     measure_of,
     order_columns,
     score_rows,
-    task_of,
 )
 
 ROWS = iris_rows()
@@ -82,12 +82,12 @@ def test_measure_follows_the_task_and_what_both_models_can_do():
     assert measure_of(sure, sure) == LOG_PROBABILITY
     assert measure_of(sure, unsure) == ACCURACY
     assert measure_of(number, number) == ABSOLUTE_ERROR
-    with pytest.raises(ValueError, match="A classifier cannot be compared with a regressor"):
+    with pytest.raises(ValueError, match="A model for classification cannot be compared with one for regression"):
         measure_of(sure, number)
 
 
 def test_model_without_a_task_is_refused():
-    with pytest.raises(ValueError, match="must be a classifier or a regressor, got KMeans"):
+    with pytest.raises(ValueError, match="KMeans is neither a classifier nor a regressor"):
         task_of(KMeans())
 
 
