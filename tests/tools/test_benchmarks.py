@@ -16,7 +16,6 @@ from matplotlib.testing.compare import compare_images
 
 # A figure in the README, by the words of its row, and its name in the picture of the results.
 FIGURES = {
-    "the quickstart": "quickstart with its environment, compiled",
     "the packages": "set-up, nothing cached",
     "the environment of a model": "a model's environment, MB",
     "a run": "a run logged, SQLite",
