@@ -35,9 +35,9 @@ sys.path.append(str(ROOT / "tests/helpers"))
 
 from releases import ROWS_TEST, make_store  # noqa: E402
 
-from mlflow_lifecycle.gate import gate, gate_context  # noqa: E402
-from mlflow_lifecycle.keys import own_public_key  # noqa: E402
-from mlflow_lifecycle.verification import Verified, verified  # noqa: E402
+from mlflow_lifecycle.releases.gate import GateSettings, gate, gate_context  # noqa: E402
+from mlflow_lifecycle.signing.keys import own_public_key  # noqa: E402
+from mlflow_lifecycle.signing.verify import Verified, verified  # noqa: E402
 
 THRESHOLD = 0.5
 
@@ -45,10 +45,10 @@ THRESHOLD = 0.5
 def ours(candidate: Verified, baseline: Verified, *, rebuild: bool) -> None:
     """Check a version as a release does."""
     with mlflow.start_run():
-        thresholds = {"accuracy_score": THRESHOLD}
-        context = gate_context(candidate, baseline, ROWS_TEST, "species", thresholds=thresholds, rebuild=rebuild)
+        settings = GateSettings({"accuracy_score": THRESHOLD}, rebuild=rebuild)
+        context = gate_context(candidate, baseline, ROWS_TEST, "species", settings)
         verdict = gate(context)
-    verdict.require(allow_unchecked=not rebuild)
+    verdict.require()
 
 
 def peer(candidate: Verified, baseline: Verified, *, rebuild: bool) -> None:
@@ -89,7 +89,7 @@ def main() -> None:
         mlflow.set_tracking_uri(None)
         mlflow.set_experiment("versions")
         baseline, candidate = (
-            stack.enter_context(verified(f"models:/iris/{number}", own_public_key(folder))) for number in (1, 2)
+            stack.enter_context(verified(f"models:/iris/{number}", own_public_key())) for number in (1, 2)
         )
         print(f"{'':24}{'the gate (s)':>14}{'MLflow (s)':>14}   the gate / MLflow")
         for title, rebuild in (("scored", False), ("with the environment", True)):

@@ -51,13 +51,14 @@ sys.path.append(str(ROOT / "tests/helpers"))
 from releases import make_store  # noqa: E402
 from versions import iris_rows  # noqa: E402
 
-from mlflow_lifecycle.keys import own_public_key  # noqa: E402
-from mlflow_lifecycle.verification import NotVerifiedError, verified  # noqa: E402
+from mlflow_lifecycle.exceptions import NotVerifiedError  # noqa: E402
+from mlflow_lifecycle.signing.keys import own_public_key  # noqa: E402
+from mlflow_lifecycle.signing.verify import verified  # noqa: E402
 
 LOST = 3  # exit status
 RELEASE = "import sys; from pathlib import Path; from releases import released; released(Path(sys.argv[1]))"
 OPEN = {
-    "ours": "import sys; from mlflow_lifecycle.store import make_sqlite_store as make; make(sys.argv[1])",
+    "ours": "import sys; from mlflow_lifecycle.experiments import make_sqlite_store as make; make(sys.argv[1])",
     "mlflow": "import sys, mlflow; mlflow.MlflowClient(f'sqlite:///{sys.argv[1]}').search_experiments()",
 }
 ANSWERS = """
@@ -299,7 +300,7 @@ def change_bytes(changes: int, scratch: Path) -> tuple[Counter, Counter]:
         content[chance.randrange(len(content))] ^= chance.randrange(1, 256)
         path.write_bytes(content)
         try:
-            with verified("models:/iris@production", own_public_key(folder), purpose="release"):
+            with verified("models:/iris@production", own_public_key(), purpose="release"):
                 ours["lost"] += 1
         except NotVerifiedError:
             ours["survived"] += 1
@@ -319,7 +320,7 @@ def predictions(folder: Path, *, verify: bool) -> list | None:
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
         uri = "models:/iris@production"
         if verify:
-            uri = str(stack.enter_context(verified(uri, own_public_key(folder), purpose="release")).folder)
+            uri = str(stack.enter_context(verified(uri, own_public_key(), purpose="release")).folder)
         return mlflow.pyfunc.load_model(uri).predict(iris_rows().drop(columns="species")).tolist()
     return None
 

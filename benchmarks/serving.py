@@ -37,8 +37,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mlflow_lifecycle.serving import serve_verified
-from mlflow_lifecycle.signing import Statement
-from mlflow_lifecycle.verification import Verified
+from mlflow_lifecycle.signing.statement import Statement
+from mlflow_lifecycle.signing.verify import Verified
 
 ROOT = Path(__file__).resolve().parent.parent
 IRIS = load_iris(as_frame=True)

@@ -3,7 +3,7 @@
 Usage: python benchmarks/verification.py [--megabytes 1 100 1000] [--rounds 5]
 
 The folder holds one file of random bytes of that size, beside what a version has. It is signed once, by the key and the
-settings of `mlflow_lifecycle.signing`. Verifying reads every byte once and checks one signature; the peer is
+settings of `mlflow_lifecycle.signing.statement`. Verifying reads every byte once and checks one signature; the peer is
 `hashlib.file_digest` of the large file. A round runs both, in turn; a ratio is formed within a round, and its median
 over the rounds is the figure, with the range. What a download takes is not in it.
 """
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import model_signing
 
-from mlflow_lifecycle.keys import own_key, own_public_key
-from mlflow_lifecycle.signing import every_file
+from mlflow_lifecycle.signing.keys import own_key, own_public_key
+from mlflow_lifecycle.signing.statement import every_file
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     print("    MB   verified (s)   SHA-256 (s)   verified / SHA-256")
     with tempfile.TemporaryDirectory() as place:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place}/mlflow.db"
-        key, public_key = own_key(Path(place)), own_public_key(Path(place))
+        key, public_key = own_key(), own_public_key()
         for size in settings.megabytes:
             root, signature = Path(place) / f"{size}", Path(place) / f"{size}.sig"
             root.mkdir()

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # document the library in this folder
 
 import mlflow_lifecycle  # noqa: E402
-from mlflow_lifecycle.__main__ import main  # noqa: E402
+from mlflow_lifecycle.cli import main  # noqa: E402
 
 project = html_title = "MLflow quickstart"
 root_doc = "README"
@@ -64,9 +64,13 @@ def contents(*pages: str) -> str:
 
 def modules() -> str:
     """Return a section with the docstrings of each module, except the modules that define commands."""
-    names = sorted(module.name for module in pkgutil.iter_modules(mlflow_lifecycle.__path__))
-    names = [name for name in names if name != "__main__" and not name.endswith("_commands")]
-    return "".join(f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: mlflow_lifecycle.{name}\n```\n" for name in names)
+    text = ""
+    for module in pkgutil.walk_packages(mlflow_lifecycle.__path__, "mlflow_lifecycle."):
+        name = module.name.partition(".")[2]
+        if module.ispkg or name == "__main__" or name.startswith("cli"):
+            continue
+        text += f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: {module.name}\n```\n"
+    return text
 
 
 def commands() -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlflow_lifecycle.exceptions import InvalidInputError
+from mlflow_lifecycle.signing.verify import verified
 from mlflow_lifecycle.spark import in_a_line, spark_session, verified_archives
-from mlflow_lifecycle.verification import verified
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -28,10 +29,6 @@ TYPES = {  # a type in a signature: what the column may be in the files
     "boolean": {"boolean"},
     "datetime": {"timestamp", "timestamp_ntz", "date"},
 }
-
-
-class UnfitRowsError(ValueError):
-    """A data set cannot be scored by this model."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,9 @@ def check_result(result: str) -> None:
         FileExistsError: it is there.
     """
     if Path(result).exists():
-        raise FileExistsError(f"There is a result in {result} already. Name another folder, or remove this one.")
+        raise FileExistsError(
+            f"There is a result in {result} already. Name another folder, or remove this one."
+        )
 
 
 def input_types(signature: "ModelSignature | None") -> dict[str, set[str]]:
@@ -70,11 +69,13 @@ def input_types(signature: "ModelSignature | None") -> dict[str, set[str]]:
     over by their places, so without one of them the next one's values would pass for it.
 
     Raises:
-        UnfitRowsError: the signature names no columns.
+        InvalidInputError: the signature names no columns.
     """
     inputs = signature.inputs if signature else None
     if inputs is None or inputs.is_tensor_spec() or not inputs.has_input_names():
-        raise UnfitRowsError("The model has no signature with named columns. Log it with one: infer_signature(...)")
+        raise InvalidInputError(
+            "The model has no signature with named columns. Log it with one: infer_signature(...)"
+        )
     return {column.name: TYPES.get(getattr(column.type, "name", ""), set()) for column in inputs}
 
 
@@ -83,7 +84,9 @@ def quoted(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
 
 
-def check_rows(spark: "SparkSession", path: str | Path, signature: "ModelSignature", key: str = "id") -> CheckedRows:
+def check_rows(
+    spark: "SparkSession", path: str | Path, signature: "ModelSignature", key: str = "id"
+) -> CheckedRows:
     """Return the rows of the Parquet data set at ``path`` that a model with this signature can score.
 
     The columns and their types are read from the files' schema, all else in one pass over the rows. Values may be
@@ -98,7 +101,7 @@ def check_rows(spark: "SparkSession", path: str | Path, signature: "ModelSignatu
         key: the column of integers that tells the rows apart.
 
     Raises:
-        UnfitRowsError: a column is missing or of another type; there are no rows; a value is missing or infinite; or
+        InvalidInputError: a column is missing or of another type; there are no rows; a value is missing or infinite; or
             two rows have the same key.
         SparkFailedError: Spark cannot read the files.
     """
@@ -110,15 +113,22 @@ def check_rows(spark: "SparkSession", path: str | Path, signature: "ModelSignatu
         rows = spark.read.parquet(str(path))
     types = dict(rows.dtypes)
     if wrong := [name for name in wanted if types.get(name) not in wanted[name]]:
-        listed = (f"{name} is {types.get(name, 'missing')}, not {' or '.join(sorted(wanted[name]))}" for name in wrong)
-        raise UnfitRowsError(f"{refusal} {'; '.join(listed)}")
+        listed = (
+            f"{name} is {types.get(name, 'missing')}, not {' or '.join(sorted(wanted[name]))}"
+            for name in wrong
+        )
+        raise InvalidInputError(f"{refusal} {'; '.join(listed)}")
 
-    optional = {item.name for item in signature.inputs if not item.required and types[item.name] != "string"} - {key}
+    optional = {
+        item.name for item in signature.inputs if not item.required and types[item.name] != "string"
+    } - {key}
 
     def unsound(name: str):
         gaps = name in optional
         if types[name] in FLOATS:
-            finite = F.abs(quoted(name)) != float("inf") if gaps else F.abs(quoted(name)) < float("inf")
+            finite = (
+                F.abs(quoted(name)) != float("inf") if gaps else F.abs(quoted(name)) < float("inf")
+            )
             return ~F.coalesce(finite, F.lit(gaps))
         return F.lit(False) if gaps else F.col(quoted(name)).isNull()
 
@@ -126,13 +136,19 @@ def check_rows(spark: "SparkSession", path: str | Path, signature: "ModelSignatu
     digest = F.sum(F.xxhash64(*columns).cast("decimal(38, 0)"))
     counts = [F.count_if(unsound(name)) for name in wanted]
     with in_a_line(refusal):
-        count, keys, digest, *counts = rows.agg(F.count("*"), F.count_distinct(quoted(key)), digest, *counts).first()
+        count, keys, digest, *counts = rows.agg(
+            F.count("*"), F.count_distinct(quoted(key)), digest, *counts
+        ).first()
     if count == 0:
-        raise UnfitRowsError(f"{refusal} there are no rows")
+        raise InvalidInputError(f"{refusal} there are no rows")
     if bad := [f"{name} ({number})" for name, number in zip(wanted, counts, strict=True) if number]:
-        raise UnfitRowsError(f"{refusal} rows in which a value is missing or not finite: {', '.join(bad)}")
+        raise InvalidInputError(
+            f"{refusal} rows in which a value is missing or not finite: {', '.join(bad)}"
+        )
     if keys < count:
-        raise UnfitRowsError(f"{refusal} {count} rows have {keys} different values of the key {key}")
+        raise InvalidInputError(
+            f"{refusal} {count} rows have {keys} different values of the key {key}"
+        )
     return CheckedRows(rows.select(*columns), count, f"{int(digest) % 2**64:016x}")
 
 
@@ -170,12 +186,12 @@ def score(
         key: as for ``check_rows``.
         master: Spark's address.
         public_key: the public half of the key that signed the version.
-        trusted_types: see ``mlflow_lifecycle.verification.verified``.
+        trusted_types: see ``mlflow_lifecycle.signing.verify.verified``.
         own_environment: whether to score in the environment that the version recorded, or in this one.
 
     Raises:
         NotVerifiedError: the version is not what was signed.
-        FileExistsError, UnfitRowsError, EnvironmentNotBuiltError: before anything is written.
+        FileExistsError, InvalidInputError, EnvironmentNotBuiltError: before anything is written.
         SparkFailedError: Spark failed.
     """
     import mlflow
@@ -193,14 +209,24 @@ def score(
         environment = "uv" if own_environment else "local"
         with verified_archives(version.packages) if own_environment else contextlib.nullcontext():
             predict = mlflow.pyfunc.spark_udf(spark, str(version.folder), env_manager=environment)
-        dataset = MetaDataset(SparkDatasetSource(path=str(path)), name=Path(path).name, digest=rows.digest)
-        with mlflow.start_run(run_name="scoring", tags={"mlflow.source.name": "lifecycle score"}) as run:
-            mlflow.log_params({"model_uri": uri, "rows": rows.count, "environment": environment, "result": result})
+        dataset = MetaDataset(
+            SparkDatasetSource(path=str(path)), name=Path(path).name, digest=rows.digest
+        )
+        with mlflow.start_run(
+            run_name="scoring", tags={"mlflow.source.name": "lifecycle score"}
+        ) as run:
+            mlflow.log_params(
+                {"model_uri": uri, "rows": rows.count, "environment": environment, "result": result}
+            )
             mlflow.log_input(dataset, "scoring", model=LoggedModelInput(version.model_id))
-            frame = rows.frame.coalesce(spark.sparkContext.defaultParallelism)  # a server of MLflow's for each
+            frame = rows.frame.coalesce(
+                spark.sparkContext.defaultParallelism
+            )  # a server of MLflow's for each
             columns = [quoted(name) for name in input_types(model.signature)]
             with in_a_line("Scoring failed:"):
-                frame.select(quoted(key), predict(*columns).alias("prediction")).write.mode("error").parquet(result)
+                frame.select(quoted(key), predict(*columns).alias("prediction")).write.mode(
+                    "error"
+                ).parquet(result)
                 found = summary(spark.read.parquet(result))
             mlflow.log_metrics({f"predicted_{name}": number for name, number in found.items()})
     return Scored(run.info.run_id, rows.count, rows.digest, found)

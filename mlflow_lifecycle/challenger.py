@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from mlflow_lifecycle.comparison import Interval, choose, rows_interval
-from mlflow_lifecycle.monitoring import Baseline, Verdict, judge, labels_of
+from mlflow_lifecycle.datasets import fingerprint
+from mlflow_lifecycle.monitoring.judge import Baseline, Verdict, judge, labels_of
 from mlflow_lifecycle.pins import find_model_requirements
 from mlflow_lifecycle.scoring import measure_of, score_rows
-from mlflow_lifecycle.signing import register_candidate
-from mlflow_lifecycle.tables import fingerprint
-from mlflow_lifecycle.verification import Verified
+from mlflow_lifecycle.signing.statement import register_candidate
+from mlflow_lifecycle.signing.verify import Verified
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -81,8 +81,13 @@ def challenge(
 
     _refuse(known, usual, new)
     columns = [*known.features, known.target]
-    usual, new = (rows[known.features].assign(**{known.target: labels_of(known, rows)}) for rows in (usual, new))
-    learned, judged = train_test_split(new, test_size=0.5, stratify=new[known.target], random_state=0)
+    usual, new = (
+        rows[known.features].assign(**{known.target: labels_of(known, rows)})
+        for rows in (usual, new)
+    )
+    learned, judged = train_test_split(
+        new, test_size=0.5, stratify=new[known.target], random_state=0
+    )
     rows = pd.concat([known.rows[columns], learned], ignore_index=True)
     model = clone(known.estimator).fit(rows[known.features], rows[known.target])
     name, source = version.statement.registered_model, mlflow.models.Model.load(str(version.folder))
@@ -101,9 +106,13 @@ def challenge(
             pip_requirements=str(find_model_requirements()),
             skops_trusted_types=source.flavors["sklearn"].get("skops_trusted_types"),
         )
-        candidate = register_candidate(Path(folder) / "model", name, key=key, lock=lock, training_rows=rows)
+        candidate = register_candidate(
+            Path(folder) / "model", name, key=key, lock=lock, training_rows=rows
+        )
         differences = {"usual": found.usual, "new": found.new, "both": found.both}
-        mlflow.log_dict({rows: asdict(difference) for rows, difference in differences.items()}, "contest.json")
+        mlflow.log_dict(
+            {rows: asdict(difference) for rows, difference in differences.items()}, "contest.json"
+        )
         mlflow.set_tag("winner", found.winner)
     return candidate, found
 
@@ -124,7 +133,9 @@ def contest(known: Baseline, challenger: object, usual: pd.DataFrame, new: pd.Da
     on_usual = _difference(known, challenger, usual)
     on_new = _difference(known, challenger, new)
     on_both = _difference(known, challenger, rows)
-    winner = "champion" if on_usual.high < 0 else choose(["champion", "challenger"], lambda *_: on_both)
+    winner = (
+        "champion" if on_usual.high < 0 else choose(["champion", "challenger"], lambda *_: on_both)
+    )
     return Contest(on_usual, on_new, on_both, winner, rows)
 
 
@@ -141,11 +152,17 @@ def _refuse(known: Baseline, usual: pd.DataFrame, new: pd.DataFrame) -> None:
     """Refuse rows from which nobody may learn, or by which nobody can be judged."""
     for name, rows, wanted in (("usual", usual, Verdict.QUIET), ("new", new, Verdict.DRIFT)):
         if known.target not in rows or rows[known.target].isna().any():
-            raise NoChallengeError(f"The {name} rows have no labels in {known.target!r}, at least in part. Add them.")
+            raise NoChallengeError(
+                f"The {name} rows have no labels in {known.target!r}, at least in part. Add them."
+            )
         judgement = judge(known, rows)
         if judgement.verdict != wanted:
             said = "; ".join(judgement.reasons) or "nothing has changed"
-            raise NoChallengeError(f"The {name} rows: {judgement.verdict} ({said}). A challenger needs {wanted} there.")
+            raise NoChallengeError(
+                f"The {name} rows: {judgement.verdict} ({said}). A challenger needs {wanted} there."
+            )
     classes, labels = known.rows[known.target].unique(), labels_of(known, new)
     if few := [str(name) for name in classes if (labels == name).sum() < 2]:
-        raise NoChallengeError(f"Fewer than two new rows of {', '.join(few)}: one to learn from, one to judge by.")
+        raise NoChallengeError(
+            f"Fewer than two new rows of {', '.join(few)}: one to learn from, one to judge by."
+        )

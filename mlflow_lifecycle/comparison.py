@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from mlflow_lifecycle.exceptions import InvalidInputError
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -30,7 +32,9 @@ class Interval:
         return f"{self.difference:+.4f} (95 % interval {self.low:+.4f} to {self.high:+.4f})"
 
 
-def folds_interval(scores: Sequence[float], other_scores: Sequence[float], test_share: float) -> Interval:
+def folds_interval(
+    scores: Sequence[float], other_scores: Sequence[float], test_share: float
+) -> Interval:
     """Return the difference of two models that were scored on the same folds, the first minus the second.
 
     The folds share training rows, so their scores are not independent, and the usual paired t-test finds differences
@@ -46,7 +50,7 @@ def folds_interval(scores: Sequence[float], other_scores: Sequence[float], test_
         ValueError: there are fewer than two pairs, a score is not a finite number, or the share is not between 0 and 1.
     """
     if not 0 < test_share < 1:
-        raise ValueError(f"test_share {test_share} must lie between 0 and 1")
+        raise InvalidInputError(f"test_share {test_share} must lie between 0 and 1")
     differences = paired(scores, other_scores)
     count = len(differences)
     variance = (1 / count + test_share / (1 - test_share)) * differences.var(ddof=1)
@@ -142,8 +146,10 @@ def paired(scores: Sequence[float], other_scores: Sequence[float]) -> np.ndarray
         ValueError: there are fewer than two pairs, or a score is not a finite number.
     """
     if len(scores) != len(other_scores) or len(scores) < 2:
-        raise ValueError(f"{len(scores)} and {len(other_scores)} scores are not two or more pairs")
+        raise InvalidInputError(
+            f"{len(scores)} and {len(other_scores)} scores are not two or more pairs"
+        )
     differences = np.asarray(scores, dtype=float) - np.asarray(other_scores, dtype=float)
     if not np.isfinite(differences).all():
-        raise ValueError("a score is not a finite number")
+        raise InvalidInputError("a score is not a finite number")
     return differences

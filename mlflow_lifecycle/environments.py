@@ -20,15 +20,26 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlflow_lifecycle.exceptions import EnvironmentNotBuiltError, PredictionFailedError
+from mlflow_lifecycle.experiments import printable
 from mlflow_lifecycle.pins import read_pins
-from mlflow_lifecycle.store import printable
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # With -P, Python imports nothing from the working directory. uv reads no settings file with --no-config.
 UV = [sys.executable, "-P", "-m", "uv", "--no-config"]
-NETWORK = ("INDEX", "FIND_LINKS", "KEYRING", "HTTP", "TLS", "CERTS", "INSECURE", "TIMEOUT", "RETRIES")
+NETWORK = (
+    "INDEX",
+    "FIND_LINKS",
+    "KEYRING",
+    "HTTP",
+    "TLS",
+    "CERTS",
+    "INSECURE",
+    "TIMEOUT",
+    "RETRIES",
+)
 REMEDIES = {
     r"Hash mismatch for `": "The archive is not the one in the lock: do not use it. If the lock is wrong: make lock",
     r"none were provided for": "The lock has no hash for this version. Give the lock that the model was logged with.",
@@ -39,15 +50,14 @@ REMEDIES = {
 }
 
 
-class EnvironmentNotBuiltError(RuntimeError):
-    """A model's environment cannot be built as it was recorded, and so is not there."""
-
-
-class PredictionFailedError(RuntimeError):
-    """A model gave no predictions in its environment."""
-
-
-def built(requirements: Path, folder: Path, *, lock: Path, cache: Path | None = None, offline: bool = False) -> Path:
+def built(
+    requirements: Path,
+    folder: Path,
+    *,
+    lock: Path,
+    cache: Path | None = None,
+    offline: bool = False,
+) -> Path:
     """Make a virtual environment with the recorded packages and no others, and return its Python.
 
     It shares no file with this environment or with a cache. To remove it, remove ``folder``.
@@ -70,15 +80,32 @@ def built(requirements: Path, folder: Path, *, lock: Path, cache: Path | None = 
     requirements, folder, lock = (Path(path).resolve() for path in (requirements, folder, lock))
     read_pins(requirements)
     if not lock.is_file():
-        raise EnvironmentNotBuiltError(f"There is no lock {lock}. Give the file that holds the hashes.")
+        raise EnvironmentNotBuiltError(
+            f"There is no lock {lock}. Give the file that holds the hashes."
+        )
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     with tempfile.TemporaryDirectory(prefix="packages-", dir=folder.parent) as own:
         folder.mkdir()
         try:
             packages = Path(own) / "cache" if cache is None else Path(cache).resolve()
             settings = ["--quiet", "--cache-dir", str(packages), "--python"]
-            install = ["--link-mode", "copy", "--require-hashes", "--no-deps", "-r", str(requirements), "-c", str(lock)]
-            build = ["--preview-features", "build-dependency-hashes", "--require-build-hashes", "-b", str(lock)]
+            install = [
+                "--link-mode",
+                "copy",
+                "--require-hashes",
+                "--no-deps",
+                "-r",
+                str(requirements),
+                "-c",
+                str(lock),
+            ]
+            build = [
+                "--preview-features",
+                "build-dependency-hashes",
+                "--require-build-hashes",
+                "-b",
+                str(lock),
+            ]
             source = ["--offline"] if offline else []
             empty = Path(own) / "empty"
             empty.mkdir()
@@ -86,7 +113,9 @@ def built(requirements: Path, folder: Path, *, lock: Path, cache: Path | None = 
             _uv(empty, "pip", "install", *install, *build, *source, *settings, str(python))
             _uv(empty, "pip", "check", *settings, str(python))
             if cache is not None and (damaged := _damaged_file(folder)):
-                raise EnvironmentNotBuiltError(f"The cache holds a damaged {damaged}. Build without this cache.")
+                raise EnvironmentNotBuiltError(
+                    f"The cache holds a damaged {damaged}. Build without this cache."
+                )
         except BaseException:  # an interruption, too
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -120,8 +149,12 @@ def predict(model_folder: Path, rows: "pd.DataFrame", python: Path) -> list:
         PredictionFailedError: the process ended with an error; with its last line.
     """
     gaps = rows.astype(object).where(rows.notna(), None)
-    texts = rows.select_dtypes(object)  # where scikit-learn takes None for another value than NaN, which is served
-    rows = gaps.assign(**{name: gaps[name].where(rows[name].notna(), float("nan")) for name in texts})
+    texts = rows.select_dtypes(
+        object
+    )  # where scikit-learn takes None for another value than NaN, which is served
+    rows = gaps.assign(
+        **{name: gaps[name].where(rows[name].notna(), float("nan")) for name in texts}
+    )
     body = json.dumps({"dataframe_split": rows.to_dict(orient="split", index=False)}, default=str)
     command = [str(python), "-I", "-m", "mlflow", "models", "predict", "--env-manager", "local"]
     command += ["--content-type", "json"]
@@ -135,7 +168,9 @@ def predict(model_folder: Path, rows: "pd.DataFrame", python: Path) -> list:
         )  # fmt: skip
         if child.returncode == 0 and answer.is_file():
             return json.loads(answer.read_text(encoding="utf-8"))["predictions"]
-    raise PredictionFailedError(f"The model in {model_folder} gave no predictions. {_last_lines(child.stderr, 1)}")
+    raise PredictionFailedError(
+        f"The model in {model_folder} gave no predictions. {_last_lines(child.stderr, 1)}"
+    )
 
 
 def find_overrides(variables: Iterable[str]) -> list[str]:
@@ -167,7 +202,9 @@ def _uv(empty: Path, *arguments: str) -> None:
     if child.returncode:
         words = " ".join(child.stderr.split())  # uv breaks lines as wide as the terminal
         remedy = next((text for pattern, text in REMEDIES.items() if re.search(pattern, words)), "")
-        raise EnvironmentNotBuiltError(f"No environment was built. {remedy}\n{_last_lines(child.stderr, 8)}")
+        raise EnvironmentNotBuiltError(
+            f"No environment was built. {remedy}\n{_last_lines(child.stderr, 8)}"
+        )
 
 
 def _last_lines(text: str, count: int) -> str:

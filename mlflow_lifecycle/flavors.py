@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import mlflow
 from sklearn.base import ClassifierMixin, RegressorMixin, is_classifier, is_regressor
 
+from mlflow_lifecycle.exceptions import InvalidInputError, LifecycleError, UnreviewedContentError
+
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
 
@@ -21,10 +23,6 @@ CLASSIFICATION = "classification"
 REGRESSION = "regression"
 # Where a search, RFE and FrozenEstimator keep the estimator that predicts.
 INNER_ESTIMATORS = ("best_estimator_", "estimator_", "estimator")
-
-
-class UnknownFlavorError(ValueError):
-    """A model has no flavor of the table; the message says what to save instead."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,9 @@ XGBOOST = Flavor(
     loader={"loader_module": "mlflow.xgboost", "data": "model.ubj"},
     version_key="xgb_version",
     packages=("xgboost", "xgboost-cpu"),
-    advice=('Save an XGBClassifier or XGBRegressor with mlflow.xgboost.log_model(..., model_format="ubj")'),
+    advice=(
+        'Save an XGBClassifier or XGBRegressor with mlflow.xgboost.log_model(..., model_format="ubj")'
+    ),
     model_classes={
         "xgboost.sklearn.XGBClassifier": CLASSIFICATION,
         "xgboost.sklearn.XGBRFClassifier": CLASSIFICATION,
@@ -119,16 +119,16 @@ def flavor_of(model: mlflow.models.Model) -> Flavor:
     """Return the flavor of a model from its MLmodel.
 
     Raises:
-        UnknownFlavorError: it has none of the table, or more than one.
+        UnreviewedContentError: it has none of the table, or more than one.
     """
     names = sorted(set(model.flavors) - {"python_function"})
     if not names:
-        raise UnknownFlavorError(
+        raise UnreviewedContentError(
             "a pyfunc model runs its own code. Save a scikit-learn, XGBoost or LightGBM model "
             "with its own flavor, such as mlflow.sklearn.log_model"
         )
     if len(names) > 1 or names[0] not in FLAVORS:
-        raise UnknownFlavorError(
+        raise UnreviewedContentError(
             f"the flavor must be one of {', '.join(FLAVORS)}, got {', '.join(names)}. "
             "Save the model with one of these, such as mlflow.sklearn.log_model"
         )
@@ -146,7 +146,7 @@ def load_estimator(folder: Path) -> "BaseEstimator":
     try:
         return module.load_model(str(folder))
     except ModuleNotFoundError as error:
-        raise RuntimeError(
+        raise LifecycleError(
             f"The model needs {error.name}, which is not installed here. "
             f"Install the version in the model's requirements.txt: {' or '.join(flavor.packages)}"
         ) from None
@@ -162,7 +162,7 @@ def task_of(estimator: "BaseEstimator") -> str:
         return CLASSIFICATION
     if is_regressor(estimator):
         return REGRESSION
-    raise ValueError(f"{type(estimator).__name__} is neither a classifier nor a regressor.")
+    raise InvalidInputError(f"{type(estimator).__name__} is neither a classifier nor a regressor.")
 
 
 def stored_task(folder: Path) -> str:
@@ -197,4 +197,4 @@ def _task_of_node(node: dict) -> str:
     for name in INNER_ESTIMATORS:
         if name in attributes:
             return _task_of_node(attributes[name])
-    raise ValueError(f"{node['__class__']} is neither a classifier nor a regressor.")
+    raise InvalidInputError(f"{node['__class__']} is neither a classifier nor a regressor.")

@@ -106,7 +106,9 @@ def point_in_time(value: object) -> datetime:
     except (TypeError, ValueError):
         found = None
     if found is None or found.tzinfo:
-        raise ValueError("a text such as 2026-01-31 or 2026-01-31T23:59:59, without a time zone, is wanted")
+        raise ValueError(
+            "a text such as 2026-01-31 or 2026-01-31T23:59:59, without a time zone, is wanted"
+        )
     return found
 
 
@@ -132,7 +134,13 @@ TYPES = {
     "integer": (int, -(2**31), 2**31 - 1, "int32", "Int32"),
     "boolean": (bool, None, None, "bool", "boolean"),
     "string": (str, None, None, "object", "object"),
-    "datetime": (datetime, datetime(1678, 1, 1), datetime(2262, 1, 1), "datetime64[ns]", "datetime64[ns]"),
+    "datetime": (
+        datetime,
+        datetime(1678, 1, 1),
+        datetime(2262, 1, 1),
+        "datetime64[ns]",
+        "datetime64[ns]",
+    ),
 }
 
 
@@ -149,21 +157,40 @@ class Columns:
         specs = signature.inputs.inputs if signature and signature.inputs else []
         self.required = {spec.name: spec.required for spec in specs if hasattr(spec, "required")}
         kinds = {spec.name: getattr(spec.type, "name", "") for spec in specs}
-        if not specs or any(not isinstance(name, str) or kinds[name] not in TYPES for name in kinds):
-            raise ValueError("The model has no signature of named columns. Log it with infer_signature(rows, ...).")
-        if unknown := [name for name in limits if kinds.get(name) not in ("double", "float", "long", "integer")]:
-            raise ValueError(f"There are limits for what is no column of numbers: {', '.join(unknown)}")
-        if wrong := [name for name, (low, high) in limits.items() if not low <= high]:  # no number is not
-            raise ValueError(f"The limits are no numbers, or the lowest is above the highest: {', '.join(wrong)}")
-        self.dtypes = {name: TYPES[kind][3 if self.required[name] else 4] for name, kind in kinds.items()}
-        self.rules = {name: self._rule(name, TYPES[kind], limits.get(name)) for name, kind in kinds.items()}
+        if not specs or any(
+            not isinstance(name, str) or kinds[name] not in TYPES for name in kinds
+        ):
+            raise ValueError(
+                "The model has no signature of named columns. Log it with infer_signature(rows, ...)."
+            )
+        if unknown := [
+            name for name in limits if kinds.get(name) not in ("double", "float", "long", "integer")
+        ]:
+            raise ValueError(
+                f"There are limits for what is no column of numbers: {', '.join(unknown)}"
+            )
+        if wrong := [
+            name for name, (low, high) in limits.items() if not low <= high
+        ]:  # no number is not
+            raise ValueError(
+                f"The limits are no numbers, or the lowest is above the highest: {', '.join(wrong)}"
+            )
+        self.dtypes = {
+            name: TYPES[kind][3 if self.required[name] else 4] for name, kind in kinds.items()
+        }
+        self.rules = {
+            name: self._rule(name, TYPES[kind], limits.get(name)) for name, kind in kinds.items()
+        }
         self.alike = set(self.dtypes.values()) == {"float64"}
 
     def _rule(self, name: str, kind: tuple, limits: tuple[float, float] | None) -> TypeAdapter:
         """Return the rule for a list of the column's values."""
         value, low, high = kind[:3]
         if limits:
-            low, high = max(-math.inf if low is None else low, limits[0]), min(high or math.inf, limits[1])
+            low, high = (
+                max(-math.inf if low is None else low, limits[0]),
+                min(high or math.inf, limits[1]),
+            )
             low, high = (math.ceil(low), math.floor(high)) if value is int else (low, high)
         inside = {"allow_inf_nan": False} if value is float else {}
         inside |= {"ge": low, "le": high} if low is not None else {}
@@ -172,7 +199,9 @@ class Columns:
             rule = Annotated[rule, Field(strict=True), AfterValidator(rounded)]
         rule = Annotated[rule, Field(strict=True, **inside)]
         rule = Annotated[rule, AfterValidator(whole_text)] if value is str else rule
-        return TypeAdapter(Annotated[list[rule if self.required[name] else rule | None], FailFast()])
+        return TypeAdapter(
+            Annotated[list[rule if self.required[name] else rule | None], FailFast()]
+        )
 
     def checked(self, table: dict[str, list]) -> dict[str, list]:
         """Return the table's columns that the signature names, in its order; an optional one that lacks has gaps.
@@ -193,7 +222,9 @@ class Columns:
             try:
                 found[name] = rule.validate_python(table[name])
             except ValidationError as error:
-                first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+                first = error.errors(include_input=False, include_url=False, include_context=False)[
+                    0
+                ]
                 where = f", row {first['loc'][0] + 1} of {rows}" if first["loc"] else ""
                 reason = first["msg"].removeprefix("Value error, ")
                 raise RefusedError(400, f"column {name!r}{where}: {reason}") from None
@@ -202,14 +233,22 @@ class Columns:
     def frame(self, table: dict[str, list]) -> pd.DataFrame:
         """Return checked columns as the DataFrame that the model takes; a gap is NaN, NA or NaT as in training."""
         if self.alike:
-            return pd.DataFrame(np.array([*table.values()], dtype="float64").T, columns=[*table], copy=False)
+            return pd.DataFrame(
+                np.array([*table.values()], dtype="float64").T, columns=[*table], copy=False
+            )
         made = {}
         for name, values in table.items():
             kind = self.dtypes[name]
             if kind == "object":
-                made[name] = np.array([np.nan if value is None else value for value in values], dtype=object)
+                made[name] = np.array(
+                    [np.nan if value is None else value for value in values], dtype=object
+                )
             else:
-                made[name] = pd.array(values, dtype=kind) if kind[0] in "Ib" else np.array(values, dtype=kind)
+                made[name] = (
+                    pd.array(values, dtype=kind)
+                    if kind[0] in "Ib"
+                    else np.array(values, dtype=kind)
+                )
         return pd.DataFrame(made)
 
 
@@ -220,7 +259,9 @@ def without_repeats(pairs: list[tuple[str, object]]) -> dict:
     """Return a JSON object as a dictionary; refuse a key that stands there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise RefusedError(400, f"the key {_twice(name for name, _ in pairs)!r} stands in an object twice")
+        raise RefusedError(
+            400, f"the key {_twice(name for name, _ in pairs)!r} stands in an object twice"
+        )
     return found
 
 
@@ -244,14 +285,18 @@ def table_of(body: bytes) -> dict[str, list]:
     try:
         text = body.decode()
         payload = json.loads(
-            text, object_pairs_hook=without_repeats, parse_int=whole_number if len(text) > 4000 else None
+            text,
+            object_pairs_hook=without_repeats,
+            parse_int=whole_number if len(text) > 4000 else None,
         )
     except RecursionError:
         raise RefusedError(400, "this is nested too deeply") from None
     except ValueError as error:
         raise RefusedError(400, f"this is no JSON in UTF-8: {error}") from None
     if not isinstance(payload, dict) or len(payload) != 1 or not payload.keys() <= set(FORMS):
-        raise RefusedError(400, f"there must be an object with one of {', '.join(FORMS)}, and nothing else")
+        raise RefusedError(
+            400, f"there must be an object with one of {', '.join(FORMS)}, and nothing else"
+        )
     ((form, table),) = payload.items()
     if isinstance(table, list) and form != "dataframe_split":
         return _from_records(table)
@@ -266,21 +311,31 @@ def _from_records(rows: list) -> dict[str, list]:
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     for name in names:
         if lacking := [number for number, row in enumerate(rows, 1) if name not in row]:
-            raise RefusedError(400, f"column {name!r}, row {lacking[0]} of {len(rows)}: it is missing")
+            raise RefusedError(
+                400, f"column {name!r}, row {lacking[0]} of {len(rows)}: it is missing"
+            )
     return {name: [row[name] for row in rows] for name in names}
 
 
 def _from_split(table: dict) -> dict[str, list]:
     names, rows = table.get("columns"), table.get("data")
-    if not isinstance(names, list) or not isinstance(rows, list) or not table.keys() <= {"columns", "data", "index"}:
-        raise RefusedError(400, "dataframe_split must hold the lists columns and data, and at most index")
+    if (
+        not isinstance(names, list)
+        or not isinstance(rows, list)
+        or not table.keys() <= {"columns", "data", "index"}
+    ):
+        raise RefusedError(
+            400, "dataframe_split must hold the lists columns and data, and at most index"
+        )
     if not all(isinstance(name, str) for name in names):
         raise RefusedError(400, "the names of columns must be texts")
     if len(set(names)) < len(names):
         raise RefusedError(400, f"column {_twice(names)!r}: it is there twice")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, list) or len(row) != len(names):
-            raise RefusedError(400, f"row {number} of {len(rows)}: {len(names)} values are wanted, one a column")
+            raise RefusedError(
+                400, f"row {number} of {len(rows)}: {len(names)} values are wanted, one a column"
+            )
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
 
 
@@ -289,7 +344,9 @@ def _of_one_length(table: dict) -> dict[str, list]:
         if not isinstance(values, list):
             raise RefusedError(400, f"column {name!r}: a list of values is wanted")
         if len(values) != len(next(iter(table.values()))):
-            raise RefusedError(400, f"column {name!r}: it has another number of rows than the first column")
+            raise RefusedError(
+                400, f"column {name!r}: it has another number of rows than the first column"
+            )
     return table
 
 
@@ -317,13 +374,20 @@ class Record:
             OSError: it cannot be written; then no part of it is there.
         """
         now = datetime.now(UTC)
-        if now.date() != self.day or not os.fstat(self.file.fileno()).st_nlink:  # or somebody has removed it
+        if (
+            now.date() != self.day or not os.fstat(self.file.fileno()).st_nlink
+        ):  # or somebody has removed it
             path = self.folder / f"requests-{now.date()}-{self.mark}.jsonl"
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             if self.file is not None:
                 self.file.close()
             self.file, self.day = os.fdopen(descriptor, "ab", buffering=0), now.date()
-        line = json.dumps({"time": now.isoformat(timespec="milliseconds"), **entry}, default=str).encode() + b"\n"
+        line = (
+            json.dumps(
+                {"time": now.isoformat(timespec="milliseconds"), **entry}, default=str
+            ).encode()
+            + b"\n"
+        )
         end = self.file.seek(0, os.SEEK_END)
         try:
             if self.file.write(line) < len(line):
@@ -338,7 +402,9 @@ class Record:
         for path in self.folder.glob("requests-*.jsonl"):
             day = re.fullmatch(r"requests-(\d{4}-\d\d-\d\d)-.*", path.name)
             if day and day[1] < first.isoformat():
-                with contextlib.suppress(OSError):  # it is open on Windows, or not ours: it is tried again
+                with contextlib.suppress(
+                    OSError
+                ):  # it is open on Windows, or not ours: it is tried again
                     path.unlink()
 
 
@@ -357,15 +423,25 @@ class Guard:
         described = Model.load(settings.model)
         self.columns = Columns(described.signature, dict(settings.limits))
         if unknown := set(settings.leave_out) - set(self.columns.rules):
-            raise ValueError(f"There are no such columns to leave out: {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"There are no such columns to leave out: {', '.join(sorted(unknown))}"
+            )
         self.model, self.untold = mlflow.sklearn.load_model(settings.model), 1000
         self.kept = [name for name in self.columns.rules if name not in settings.leave_out]
         self.record = Record(settings.record, settings.keep_days) if settings.record else None
-        self.version = {"name": settings.name, "version": settings.version, "key_fingerprint": settings.key_fingerprint}
+        self.version = {
+            "name": settings.name,
+            "version": settings.version,
+            "key_fingerprint": settings.key_fingerprint,
+        }
 
     def answer(self, body: bytes, probabilities: bool) -> tuple[int, bytes]:
         """Return the status and the body of the answer, which are in the record by then."""
-        entry = {"id": secrets.token_hex(16), "name": self.version["name"], "version": self.version["version"]}
+        entry = {
+            "id": secrets.token_hex(16),
+            "name": self.version["name"],
+            "version": self.version["version"],
+        }
         try:
             try:
                 table = self.columns.checked(table_of(body))
@@ -397,9 +473,13 @@ class Guard:
 
     def answered(self, table: dict[str, list], probabilities: bool) -> dict[str, list]:
         """Return what the model says of checked columns."""
-        classes = getattr(self.model, "classes_", None) if hasattr(self.model, "predict_proba") else None
+        classes = (
+            getattr(self.model, "classes_", None) if hasattr(self.model, "predict_proba") else None
+        )
         if probabilities and (classes is None or any(np.ndim(name) for name in classes)):
-            raise RefusedError(400, "this model gives no probabilities of the classes of one target")
+            raise RefusedError(
+                400, "this model gives no probabilities of the classes of one target"
+            )
         rows = self.columns.frame(table)
         try:
             answer = {"predictions": np.asarray(self.model.predict(rows)).tolist()}
@@ -433,11 +513,21 @@ def application(guard: Guard, largest_body: int) -> FastAPI:
 
     @app.post("/invocations")
     async def invocations(request: Request) -> Response:
-        wanted, kind = request.url.query, request.headers.get("content-type", "").lower().replace(" ", "")
-        if kind not in ("application/json", "application/json;charset=utf-8") or "content-encoding" in request.headers:
-            return said(415, "the content type must be application/json, in UTF-8 and not compressed")
+        wanted, kind = (
+            request.url.query,
+            request.headers.get("content-type", "").lower().replace(" ", ""),
+        )
+        if (
+            kind not in ("application/json", "application/json;charset=utf-8")
+            or "content-encoding" in request.headers
+        ):
+            return said(
+                415, "the content type must be application/json, in UTF-8 and not compressed"
+            )
         if wanted not in ("", "probabilities=true", "probabilities=false"):
-            return said(400, "there is no other parameter than probabilities=true or probabilities=false")
+            return said(
+                400, "there is no other parameter than probabilities=true or probabilities=false"
+            )
         body, large = bytearray(), said(413, f"a body must have at most {largest_body} bytes")
         if int(request.headers.get("content-length", 0)) > largest_body:
             return large
@@ -448,7 +538,9 @@ def application(guard: Guard, largest_body: int) -> FastAPI:
                     return large
         except ClientDisconnect:
             return said(400, "the client is gone")
-        status, text = guard.answer(bytes(body), wanted.endswith("true"))  # one at a time, in the order of arrival
+        status, text = guard.answer(
+            bytes(body), wanted.endswith("true")
+        )  # one at a time, in the order of arrival
         return Response(text, status, media_type="application/json")
 
     return app
@@ -494,21 +586,31 @@ class Connection(H11Protocol):
     def end_if_slow(self, seconds: float) -> None:
         """Close the connection if it waits for its client for longer than that."""
         unread = self.transport.get_write_buffer_size()
-        if (unread or self.conn.their_state in (h11.IDLE, h11.SEND_BODY)) and time.monotonic() - self.since > seconds:
+        if (
+            unread or self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        ) and time.monotonic() - self.since > seconds:
             if unread or self.transport.is_closing():
                 self.transport.abort()
             else:
-                self.end("408 Request Timeout", f"the request was not here within {seconds:g} seconds")
+                self.end(
+                    "408 Request Timeout", f"the request was not here within {seconds:g} seconds"
+                )
 
 
 def run(settings: Settings) -> None:
     """Serve until the standard input ends; the first line on the standard output is the address."""
     said = os.dup(1)
-    os.dup2(2, 1)  # what a model prints goes to the log: nobody reads the standard output after the first line
+    os.dup2(
+        2, 1
+    )  # what a model prints goes to the log: nobody reads the standard output after the first line
     guard = Guard(settings)
     warnings.simplefilter("ignore")  # scikit-learn's, which a client could cause without end
-    family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-    listening = socket.socket(family, kind, protocol)  # not create_server: asyncio sends at once only if it sees TCP
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM
+    )[0]
+    listening = socket.socket(
+        family, kind, protocol
+    )  # not create_server: asyncio sends at once only if it sees TCP
     if os.name != "nt":
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(address)

@@ -9,7 +9,8 @@ import itertools
 import sqlite3
 from pathlib import Path
 
-from mlflow_lifecycle.store import StoreUnusableError, local_path, moved_from, split_location
+from mlflow_lifecycle.exceptions import StoreUnusableError
+from mlflow_lifecycle.experiments import local_path, moved_from, split_location
 
 COLUMNS = [
     ("experiments", "artifact_location"),
@@ -37,7 +38,9 @@ def moved_folders(path: Path) -> dict[str, str]:
             for (location,) in database.execute(f'SELECT "{column}" FROM "{table}"'):
                 root, _ = split_location(location or "")
                 if root and local_path(root) in old_folders:
-                    folders[root] = path.parent.as_uri() if root.startswith("file:") else path.parent.as_posix()
+                    folders[root] = (
+                        path.parent.as_uri() if root.startswith("file:") else path.parent.as_posix()
+                    )
     return folders
 
 
@@ -52,7 +55,10 @@ def mend(path: Path, folders: dict[str, str]) -> Path:
     copy = next(name for name in names if not name.exists())
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("BEGIN IMMEDIATE")
-        with contextlib.closing(sqlite3.connect(path)) as reader, contextlib.closing(sqlite3.connect(copy)) as target:
+        with (
+            contextlib.closing(sqlite3.connect(path)) as reader,
+            contextlib.closing(sqlite3.connect(copy)) as target,
+        ):
             reader.backup(target)
         for (table, column), (old, new) in itertools.product(COLUMNS, folders.items()):
             change = f'UPDATE "{table}" SET "{column}" = ? || substr("{column}", ?)'

@@ -10,6 +10,8 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from mlflow_lifecycle.exceptions import InvalidInputError
+
 REMEDY = "Every line must pin one package, as in numpy==1.2.3. Renew the list: make lock"
 
 
@@ -27,17 +29,28 @@ def parse_pins(text: str, source: str) -> list[str]:
     for number, line in enumerate(text.splitlines(), 1):
         if not (line := line.partition(" #")[0].strip()) or line.startswith("#"):
             continue
-        name = re.match(r"[\w.-]*[^\s\w:/@-]?", line).group()  # not more: an address may hold a password
+        name = re.match(
+            r"[\w.-]*[^\s\w:/@-]?", line
+        ).group()  # not more: an address may hold a password
         try:
             requirement = Requirement(line)
         except InvalidRequirement:
-            raise ValueError(f"{source}, line {number}, is not a requirement: {name!r}. {REMEDY}") from None
+            raise InvalidInputError(
+                f"{source}, line {number}, is not a requirement: {name!r}. {REMEDY}"
+            ) from None
         versions = [*requirement.specifier]
-        if requirement.url or len(versions) != 1 or versions[0].operator != "==" or "*" in versions[0].version:
-            raise ValueError(f"{source}, line {number}, leaves the version open: {name!r}. {REMEDY}")
+        if (
+            requirement.url
+            or len(versions) != 1
+            or versions[0].operator != "=="
+            or "*" in versions[0].version
+        ):
+            raise InvalidInputError(
+                f"{source}, line {number}, leaves the version open: {name!r}. {REMEDY}"
+            )
         pins.append(str(requirement))
     if not pins:
-        raise ValueError(f"{source} pins nothing. {REMEDY}")
+        raise InvalidInputError(f"{source} pins nothing. {REMEDY}")
     return pins
 
 
@@ -50,11 +63,17 @@ def read_pins(path: Path) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"There is no {path}. Put it there: git checkout {Path(path).name}") from None
+        raise InvalidInputError(
+            f"There is no {path}. Put it there: git checkout {Path(path).name}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. Write it anew: make lock") from None
+        raise InvalidInputError(
+            f"{path} cannot be read: {error}. Write it anew: make lock"
+        ) from None
     if text.startswith("\ufeff"):
-        raise ValueError(f"{path} begins with a byte order mark, which MLflow would record. Write it anew: make lock")
+        raise InvalidInputError(
+            f"{path} begins with a byte order mark, which MLflow would record. Write it anew: make lock"
+        )
     return parse_pins(text, str(path))
 
 
@@ -78,9 +97,11 @@ def locked(pins: list[str], lock: Path) -> str:
     found = []
     for pin in pins:
         requirement = Requirement(pin)
-        lines = blocks.get((canonicalize_name(requirement.name), requirement.specifier.__str__()[2:]), [])
+        lines = blocks.get(
+            (canonicalize_name(requirement.name), requirement.specifier.__str__()[2:]), []
+        )
         if len(lines) < 2:
-            raise ValueError(
+            raise InvalidInputError(
                 f"{lock} has no hash for {pin}. Give the lock that the pins are from, or renew it: make lock"
             )
         found += lines
@@ -99,4 +120,6 @@ def find_model_requirements(folder: Path = Path()) -> Path:
             read_pins(path)
             return path
     folder = Path(folder).resolve()
-    raise ValueError(f"There is no model_requirements.txt in {folder} or in a folder above. Put it there.")
+    raise InvalidInputError(
+        f"There is no model_requirements.txt in {folder} or in a folder above. Put it there."
+    )

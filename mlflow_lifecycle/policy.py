@@ -14,6 +14,7 @@ import skops.io
 import yaml
 from packaging.utils import canonicalize_name
 
+from mlflow_lifecycle.exceptions import InvalidInputError, UnreviewedContentError
 from mlflow_lifecycle.flavors import Flavor, flavor_of
 from mlflow_lifecycle.pins import parse_pins, read_pins
 
@@ -21,10 +22,6 @@ FILES = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
 EXAMPLES = {"input_example.json", "serving_input_example.json"}
 ENVIRONMENT = {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}
 SAVE_AGAIN = "Save the model again with MLflow, and register it"
-
-
-class UnreviewedContentError(ValueError):
-    """A model is refused; the message begins with the file, and says what to save instead."""
 
 
 def check_contents(
@@ -60,7 +57,9 @@ def check_contents(
     for name, expected in _environment_files(folder, python).items():
         with _refusing(name):
             if yaml.safe_load((folder / name).read_text(encoding="utf-8")) != expected:
-                raise ValueError(f"it asks for other packages than requirements.txt. {SAVE_AGAIN}")
+                raise InvalidInputError(
+                    f"it asks for other packages than requirements.txt. {SAVE_AGAIN}"
+                )
 
 
 def names_and_versions(pins: list[str]) -> list[str]:
@@ -114,14 +113,14 @@ def _check_entries(
     if model_class not in (flavor.model_classes or {None}):
         classes = ", ".join(flavor.model_classes) or "left out"
         wanted = f"and must be one of {classes}"
-        raise ValueError(f"model_class is {model_class!r}, {wanted}. {flavor.advice}")
+        raise InvalidInputError(f"model_class is {model_class!r}, {wanted}. {flavor.advice}")
     _check_equal(entry, flavor.entry, flavor.advice)
     loader = dict(model.flavors["python_function"])
     python = str(loader.pop("python_version", ""))
     _check_equal(loader, flavor.loader | {"env": ENVIRONMENT}, flavor.advice)
     if not re.fullmatch(r"3\.\d+\.\d+", python):
         wanted = "and must be a version of Python 3"
-        raise ValueError(f"python_version is {python!r}, {wanted}. {SAVE_AGAIN}")
+        raise InvalidInputError(f"python_version is {python!r}, {wanted}. {SAVE_AGAIN}")
     _check_types(types, flavor, trusted_types)
     return python
 
@@ -129,12 +128,12 @@ def _check_entries(
 def _check_equal(entry: dict, expected: dict, advice: str) -> None:
     for key, value in expected.items():
         if key not in entry:
-            raise ValueError(f"{key} is missing, and must be {value!r}. {advice}")
+            raise InvalidInputError(f"{key} is missing, and must be {value!r}. {advice}")
         if entry[key] != value:
-            raise ValueError(f"{key} is {entry[key]!r}, and must be {value!r}. {advice}")
+            raise InvalidInputError(f"{key} is {entry[key]!r}, and must be {value!r}. {advice}")
     for key in entry:
         if key not in expected:
-            raise ValueError(f"{key} is not allowed. {advice}")
+            raise InvalidInputError(f"{key} is not allowed. {advice}")
 
 
 def _check_columns(model: mlflow.models.Model, flavor: Flavor) -> None:
@@ -143,7 +142,7 @@ def _check_columns(model: mlflow.models.Model, flavor: Flavor) -> None:
         return
     for column in model.signature.inputs:
         if getattr(column.type, "name", "") == "string":
-            raise ValueError(
+            raise InvalidInputError(
                 f"the column {column.name!r} is text, which {flavor.name} refuses in a request. "
                 "Encode it in a scikit-learn pipeline, and log that with mlflow.sklearn.log_model"
             )
@@ -156,7 +155,7 @@ def _check_types(
 ) -> None:
     unknown = sorted(set(types) - flavor.trusted_types - set(trusted_types))
     if unknown:
-        raise ValueError(
+        raise InvalidInputError(
             f"skops would load types that nobody has reviewed: {', '.join(unknown)}. "
             "Add a type that you have reviewed to trusted_types, or with --trusted-type"
         )
@@ -167,11 +166,13 @@ def _check_pins(requirements: Path, packages: Path, flavor: Flavor) -> None:
     lines = packages.read_text(encoding="utf-8").splitlines()
     locked_lines = [line.rstrip("\\") for line in lines if line[:1] != " "]
     if pins != names_and_versions(locked_lines):
-        raise ValueError(f"its pins are not those whose hashes were kept. {SAVE_AGAIN}")
+        raise InvalidInputError(f"its pins are not those whose hashes were kept. {SAVE_AGAIN}")
     names = {canonicalize_name(pin.partition("==")[0]) for pin in pins}
     if names.isdisjoint(flavor.packages):
         needed = " or ".join(flavor.packages)
-        raise ValueError(f"it does not pin {needed}. Add it to the pins, and log the model again")
+        raise InvalidInputError(
+            f"it does not pin {needed}. Add it to the pins, and log the model again"
+        )
 
 
 def _environment_files(folder: Path, python: str) -> dict[str, dict]:

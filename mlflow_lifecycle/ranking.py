@@ -17,7 +17,9 @@ from mlflow_lifecycle.comparison import Interval, choose, folds_interval
 
 # What a dataset was to a run, as in MLflow's tag ``mlflow.data.context``. The first that the run has counts.
 SCORED, LEARNED = ("validation", "test", "evaluation"), ("train", "training")
-FOLD_SCORES = "fold_scores.json"  # from mlflow.log_table: the columns repeat and fold, and one per score
+FOLD_SCORES = (
+    "fold_scores.json"  # from mlflow.log_table: the columns repeat and fold, and one per score
+)
 BY_FOLDS = (
     "a difference counts when its 95 % interval, over the same folds, leaves out 0. The simplest combination wins, "
     "unless another is better by a difference that counts; of several such, the one with the largest difference. The "
@@ -73,7 +75,11 @@ def is_final(run: Run) -> bool:
 def is_candidate(run: Run) -> bool:
     """Tell whether ``run`` was made to be compared: not as a trial of a search, and not as a final evaluation."""
     tags = run.data.tags
-    return {"model", "feature_set"} <= set(tags) and "mlflow.parentRunId" not in tags and not is_final(run)
+    return (
+        {"model", "feature_set"} <= set(tags)
+        and "mlflow.parentRunId" not in tags
+        and not is_final(run)
+    )
 
 
 def combination_of(run: Run) -> tuple[str, str]:
@@ -86,10 +92,15 @@ def recorded_rows(run: Run, contexts: tuple[str, ...] = SCORED) -> dict[str, str
 
     It is the SHA-256 of the whole table, if the run kept it in the input's tag ``sha256``, else MLflow's digest.
     """
-    inputs = [(item.dataset, {tag.key: tag.value for tag in item.tags}) for item in run.inputs.dataset_inputs]
+    inputs = [
+        (item.dataset, {tag.key: tag.value for tag in item.tags})
+        for item in run.inputs.dataset_inputs
+    ]
     for context in contexts:
         found = {
-            f"SHA-256 {tags['sha256'].lower()}" if tags.get("sha256") else f"digest {dataset.digest}": dataset.name
+            f"SHA-256 {tags['sha256'].lower()}"
+            if tags.get("sha256")
+            else f"digest {dataset.digest}": dataset.name
             for dataset, tags in inputs
             if tags.get("mlflow.data.context") == context
         }
@@ -100,7 +111,9 @@ def recorded_rows(run: Run, contexts: tuple[str, ...] = SCORED) -> dict[str, str
 
 def rows_text(run: Run) -> str:
     """Return the rows that ``run`` was scored on as one reads them: name, and 12 digits of what identifies them."""
-    return ", ".join(sorted(f"{name} ({identity[:20]})" for identity, name in recorded_rows(run).items()))
+    return ", ".join(
+        sorted(f"{name} ({identity[:20]})" for identity, name in recorded_rows(run).items())
+    )
 
 
 def comparable(candidates: list[Run], metric: str) -> tuple[list[Run], dict[str, list[str]]]:
@@ -118,12 +131,16 @@ def comparable(candidates: list[Run], metric: str) -> tuple[list[Run], dict[str,
         if run.info.status != "FINISHED":
             reasons[run.info.run_id] = run.info.status.lower()
         elif value is None or not math.isfinite(value):
-            reasons[run.info.run_id] = f"no {metric}" if value is None else f"{metric} is not a number"
+            reasons[run.info.run_id] = (
+                f"no {metric}" if value is None else f"{metric} is not a number"
+            )
         elif not rows:
             reasons[run.info.run_id] = "no record of the rows that it was scored on"
         else:
             groups[rows].append(run)
-    compared = max(groups.values(), key=lambda group: (len(group), group[-1].info.start_time), default=[])
+    compared = max(
+        groups.values(), key=lambda group: (len(group), group[-1].info.start_time), default=[]
+    )
     kept, left_out = {run.info.run_id for run in compared}, defaultdict(list)
     for run in candidates:
         if run.info.run_id not in kept:
@@ -137,7 +154,9 @@ def score(runs: list[Run], metric: str) -> Score | None:
     values = [run.data.metrics.get(metric, math.nan) for run in runs]
     if not np.isfinite(values).all():
         return None
-    return Score(*(round(float(value), 12) for value in (np.mean(values), min(values), max(values))))
+    return Score(
+        *(round(float(value), 12) for value in (np.mean(values), min(values), max(values)))
+    )
 
 
 def recorded_folds(run: Run, column: str) -> pd.Series | None:
@@ -151,14 +170,18 @@ def recorded_folds(run: Run, column: str) -> pd.Series | None:
     return table.astype({column: float}).groupby(["repeat", "fold"])[column].mean()
 
 
-def fold_scores(members: dict[tuple[str, str], list[Run]], metric: str) -> dict[tuple[str, str], pd.Series] | None:
+def fold_scores(
+    members: dict[tuple[str, str], list[Run]], metric: str
+) -> dict[tuple[str, str], pd.Series] | None:
     """Return each combination's score in each fold, or None if not all runs recorded scores of the same folds.
 
     Folds with the same numbers hold the same rows only where they divide the same table, so all runs must have recorded
     the same training rows, too. Where a combination has several runs, it is the mean of theirs. The column of
     ``validation_f1`` is ``f1``.
     """
-    learned_from = {frozenset(recorded_rows(run, LEARNED)) for runs in members.values() for run in runs}
+    learned_from = {
+        frozenset(recorded_rows(run, LEARNED)) for runs in members.values() for run in runs
+    }
     if len(learned_from) > 1 or frozenset() in learned_from:
         return None
     scores = {}
@@ -168,10 +191,16 @@ def fold_scores(members: dict[tuple[str, str], list[Run]], metric: str) -> dict[
             return None
         scores[key] = pd.concat(of_runs, axis=1).mean(axis=1, skipna=False)
     table = pd.concat(scores, axis=1)  # with a gap where a fold is not in all of them
-    return scores if np.isfinite(table).all(axis=None) and table.index.unique("fold").size > 1 else None
+    return (
+        scores
+        if np.isfinite(table).all(axis=None) and table.index.unique("fold").size > 1
+        else None
+    )
 
 
-def decided(members: dict[tuple[str, str], list[Run]], metric: str) -> tuple[tuple, list[tuple], dict, str]:
+def decided(
+    members: dict[tuple[str, str], list[Run]], metric: str
+) -> tuple[tuple, list[tuple], dict, str]:
     """Return the winner, those tied with it, the difference of each other from it where folds tell, and the rule.
 
     Args:
@@ -182,7 +211,12 @@ def decided(members: dict[tuple[str, str], list[Run]], metric: str) -> tuple[tup
     if scores is None:
         means = {key: score(runs, metric).mean for key, runs in members.items()}
         winner = max(means, key=means.get)  # among equals the first
-        return winner, [key for key in means if means[key] == means[winner] and key != winner], {}, BY_MEANS
+        return (
+            winner,
+            [key for key in means if means[key] == means[winner] and key != winner],
+            {},
+            BY_MEANS,
+        )
 
     def difference(one: tuple[str, str], other: tuple[str, str]) -> Interval:
         folds = scores[one].index.unique("fold").size
@@ -190,7 +224,12 @@ def decided(members: dict[tuple[str, str], list[Run]], metric: str) -> tuple[tup
 
     winner = choose([*members], difference)
     against = {key: difference(key, winner) for key in members if key != winner}
-    return winner, [key for key, interval in against.items() if not interval.counts], against, BY_FOLDS
+    return (
+        winner,
+        [key for key, interval in against.items() if not interval.counts],
+        against,
+        BY_FOLDS,
+    )
 
 
 def ranked(compared: list[Run], metric: str) -> Ranking:
@@ -204,11 +243,15 @@ def ranked(compared: list[Run], metric: str) -> Ranking:
     for run in compared:
         members[combination_of(run)].append(run)
     winner, tied, against, rule = decided(members, metric)
-    usual = [f"{part}_{measure}" for part in ("validation", "train") for measure in ("f1", "accuracy")]
+    usual = [
+        f"{part}_{measure}" for part in ("validation", "train") for measure in ("f1", "accuracy")
+    ]
     combinations = []
     for key, runs in members.items():
         scores = {name: score(runs, name) for name in dict.fromkeys([metric, *usual])}
         scores = {name: value for name, value in scores.items() if value}
         combinations.append(Combination("_".join(key), *key, len(runs), scores, against.get(key)))
-    combinations.sort(key=lambda item: ((item.model, item.feature_set) != winner, -item.scores[metric].mean))
+    combinations.sort(
+        key=lambda item: ((item.model, item.feature_set) != winner, -item.scores[metric].mean)
+    )
     return Ranking(combinations, ["_".join(key) for key in tied], rule)

@@ -15,6 +15,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from mlflow.entities import Run
 
+from mlflow_lifecycle.datasets import in_markdown
+from mlflow_lifecycle.exceptions import InvalidInputError
 from mlflow_lifecycle.ranking import (
     Combination,
     Score,
@@ -25,17 +27,12 @@ from mlflow_lifecycle.ranking import (
     ranked,
     rows_text,
 )
-from mlflow_lifecycle.tables import in_markdown
 
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 CHARTS = {
     "model_comparison.png": "Each model on its best feature set",
     "all_runs_comparison.png": "{metric} of all combinations, by feature set",
 }
-
-
-class NothingToCompareError(ValueError):
-    """The experiment has no run that can be compared; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,9 @@ class Report:
     production: str
 
 
-def make_report(experiment: str, metric: str = "validation_f1", registered_model: str | None = None) -> Report:
+def make_report(
+    experiment: str, metric: str = "validation_f1", registered_model: str | None = None
+) -> Report:
     """Return the report of an experiment in the active store.
 
     Args:
@@ -67,7 +66,7 @@ def make_report(experiment: str, metric: str = "validation_f1", registered_model
         registered_model: whose version in production is named; by default ``<experiment>_best_model``.
 
     Raises:
-        NothingToCompareError: there is no such experiment, or no run in it that can be compared.
+        InvalidInputError: there is no such experiment, or no run in it that can be compared.
     """
     runs = runs_of(experiment)
     finals = [run for run in runs if is_final(run)]
@@ -76,7 +75,9 @@ def make_report(experiment: str, metric: str = "validation_f1", registered_model
     if not compared:
         causes = "; ".join(f"{reason}: {listed(names)}" for reason, names in left_out.items())
         found = f" Left out: {causes}." if causes else ""
-        raise NothingToCompareError(f"{experiment} has no finished run to compare.{found} Execute guide 03 first.")
+        raise InvalidInputError(
+            f"{experiment} has no finished run to compare.{found} Execute guide 03 first."
+        )
     ranking = ranked(compared, metric)
     first = ranking.combinations[0]
     return Report(
@@ -87,7 +88,9 @@ def make_report(experiment: str, metric: str = "validation_f1", registered_model
         rule=ranking.rule,
         combinations=ranking.combinations,
         rows=rows_text(compared[-1]),
-        data=data_of([run for run in compared if combination_of(run) == (first.model, first.feature_set)]),
+        data=data_of(
+            [run for run in compared if combination_of(run) == (first.model, first.feature_set)]
+        ),
         left_out=left_out,
         final_evaluations=len(finals),
         others=len(runs) - len(finals) - len(candidates),
@@ -102,7 +105,9 @@ def runs_of(experiment: str) -> list[Run]:
     if found is None or found.lifecycle_stage != "active":
         names = ", ".join(sorted(other.name for other in mlflow.search_experiments()))
         state = "is deleted" if found else "is not in this store"
-        raise NothingToCompareError(f"The experiment {experiment!r} {state}. Name one that is there: {names}")
+        raise InvalidInputError(
+            f"The experiment {experiment!r} {state}. Name one that is there: {names}"
+        )
     order = ["start_time ASC", "attributes.run_name ASC"]
     return mlflow.search_runs([found.experiment_id], order_by=order, output_format="list")
 
@@ -110,11 +115,21 @@ def runs_of(experiment: str) -> list[Run]:
 def final_evaluation(finals: list[Run], winner: Combination) -> str:
     """Return what the newest final evaluation says that is finished and has scores on test rows."""
     for run in reversed(finals):
-        scores = {name: value for name, value in run.data.metrics.items() if name.startswith("test_")}
-        measured = ", ".join(f"{name} {value:.4f}" for name, value in sorted(scores.items()) if math.isfinite(value))
+        scores = {
+            name: value for name, value in run.data.metrics.items() if name.startswith("test_")
+        }
+        measured = ", ".join(
+            f"{name} {value:.4f}" for name, value in sorted(scores.items()) if math.isfinite(value)
+        )
         if run.info.status == "FINISHED" and measured:
-            model, feature_set = (run.data.tags.get(tag, "an unknown one") for tag in ("model", "feature_set"))
-            won = "won" if (model, feature_set) == (winner.model, winner.feature_set) else "did not win"
+            model, feature_set = (
+                run.data.tags.get(tag, "an unknown one") for tag in ("model", "feature_set")
+            )
+            won = (
+                "won"
+                if (model, feature_set) == (winner.model, winner.feature_set)
+                else "did not win"
+            )
             what = f"The newest is {run.info.run_name}: {model} on {feature_set}, which {won} the comparison."
             return f"{what} On the test rows: {measured}. Data: {data_of([run])}."
     return "There is none yet."
@@ -143,30 +158,51 @@ def if_there(ask: Callable, *arguments: str) -> object | None:
 
 def data_of(runs: list[Run]) -> str:
     """Return the names and digests of all data that ``runs`` recorded."""
-    found = {f"{item.dataset.name} {item.dataset.digest}" for run in runs for item in run.inputs.dataset_inputs}
+    found = {
+        f"{item.dataset.name} {item.dataset.digest}"
+        for run in runs
+        for item in run.inputs.dataset_inputs
+    }
     return ", ".join(sorted(found)) or "not recorded"
 
 
 def listed(names: list[str]) -> str:
     """Return names in one line, each once, with how often it is there if more than once."""
-    return ", ".join(name if count == 1 else f"{name} ({count} runs)" for name, count in Counter(names).items())
+    return ", ".join(
+        name if count == 1 else f"{name} ({count} runs)" for name, count in Counter(names).items()
+    )
 
 
 def verdict(report: Report) -> str:
     """Return who wins, and who is tied with the winner."""
     first = report.combinations[0]
     mean = f", the mean of {first.runs} runs" if first.runs > 1 else ""
-    tie = f"Tied with {', '.join(report.tied)}." if report.tied else "No other combination is tied with it."
-    return f"{report.winner} wins with a {report.metric} of {first.scores[report.metric]}{mean}. {tie}"
+    tie = (
+        f"Tied with {', '.join(report.tied)}."
+        if report.tied
+        else "No other combination is tied with it."
+    )
+    return (
+        f"{report.winner} wins with a {report.metric} of {first.scores[report.metric]}{mean}. {tie}"
+    )
 
 
 def table(report: Report) -> pd.DataFrame:
     """Return a row per combination, the winner first, and a column per number."""
     rows = []
     for item in report.combinations:
-        row = {"combination": item.name, "model": item.model, "feature_set": item.feature_set, "runs": item.runs}
+        row = {
+            "combination": item.name,
+            "model": item.model,
+            "feature_set": item.feature_set,
+            "runs": item.runs,
+        }
         for metric, score in item.scores.items():
-            row |= {metric: score.mean, f"{metric}_lowest": score.lowest, f"{metric}_highest": score.highest}
+            row |= {
+                metric: score.mean,
+                f"{metric}_lowest": score.lowest,
+                f"{metric}_highest": score.highest,
+            }
         if interval := item.against_winner:
             row["minus_winner"] = interval.difference
             row |= {"minus_winner_low": interval.low, "minus_winner_high": interval.high}
@@ -189,7 +225,10 @@ def markdown(report: Report) -> str:
     rows = [cells.columns, ["---"] * cells.shape[1], *cells.to_numpy()]
     runs = sum(item.runs for item in report.combinations)
     left_out = [f"- {reason}: {listed(names)}" for reason, names in report.left_out.items()]
-    winner, sentences = in_markdown(report.winner), in_markdown(verdict(report).removeprefix(report.winner))
+    winner, sentences = (
+        in_markdown(report.winner),
+        in_markdown(verdict(report).removeprefix(report.winner)),
+    )
     paragraphs = [
         f"# Experiment report: {in_markdown(report.experiment)}",
         f"**{winner}** {sentences}",
@@ -215,7 +254,9 @@ def write(report: Report, folder: Path) -> None:
     for name, figure in charts(report).items():
         figure.savefig(folder / name, dpi=100)
     table(report).to_csv(folder / "model_summary.csv", index=False, float_format="%.4f")
-    pictures = "\n\n".join(f"![{title.format(metric=report.metric)}]({name})" for name, title in CHARTS.items())
+    pictures = "\n\n".join(
+        f"![{title.format(metric=report.metric)}]({name})" for name, title in CHARTS.items()
+    )
     legend = "A bar is the mean of a combination's runs. A line across its end is their range, where they differ."
     text = f"{markdown(report)}\n\n## Charts\n\n{legend}\n\n{pictures}\n"
     (folder / "experiment_report.md").write_text(text, encoding="utf-8")
@@ -231,7 +272,9 @@ def charts(report: Report) -> dict[str, Figure]:
         sets.setdefault(item.feature_set, {})[item.model] = item.scores[report.metric]
     groups = [dict(models.values()), sets]
     titles = [title.format(metric=report.metric) for title in CHARTS.values()]
-    return {name: chart(title, bars) for name, title, bars in zip(CHARTS, titles, groups, strict=True)}
+    return {
+        name: chart(title, bars) for name, title, bars in zip(CHARTS, titles, groups, strict=True)
+    }
 
 
 def chart(title: str, groups: dict[str, dict[str, Score]]) -> Figure:
@@ -240,10 +283,15 @@ def chart(title: str, groups: dict[str, dict[str, Score]]) -> Figure:
     figure = Figure(figsize=(max(8, 0.7 * len(groups) * len(labels)), 3.6), layout="constrained")
     axes, width = figure.subplots(), 0.8 / len(labels)
     for number, label in enumerate(labels):
-        found = [(place, bars[label]) for place, bars in enumerate(groups.values()) if label in bars]
+        found = [
+            (place, bars[label]) for place, bars in enumerate(groups.values()) if label in bars
+        ]
         places = [place + (number - (len(labels) - 1) / 2) * width for place, _ in found]
         means = [score.mean for _, score in found]
-        ranges = [[score.mean - score.lowest for _, score in found], [score.highest - score.mean for _, score in found]]
+        ranges = [
+            [score.mean - score.lowest for _, score in found],
+            [score.highest - score.mean for _, score in found],
+        ]
         handles.append(axes.bar(places, means, 0.92 * width, label=label, yerr=ranges))
         axes.bar_label(handles[-1], fmt="%.3f", padding=3, fontsize="small")
     axes.set_xticks(range(len(groups)), list(groups), parse_math=False)

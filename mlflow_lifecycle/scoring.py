@@ -10,8 +10,9 @@ import mlflow
 import numpy as np
 import pandas as pd
 
+from mlflow_lifecycle.datasets import as_text
+from mlflow_lifecycle.exceptions import InvalidInputError
 from mlflow_lifecycle.flavors import REGRESSION, task_of
-from mlflow_lifecycle.tables import as_text
 
 LOG_PROBABILITY, ACCURACY, ABSOLUTE_ERROR = "log probability", "accuracy", "absolute error"
 # XGBoost computes in float32. The same limit holds for all models, so that the comparison is fair.
@@ -27,7 +28,9 @@ def measure_of(model: object, other: object) -> str:
     """
     task = task_of(model)
     if task != task_of(other):
-        raise ValueError(f"A model for {task} cannot be compared with one for {task_of(other)}.")
+        raise InvalidInputError(
+            f"A model for {task} cannot be compared with one for {task_of(other)}."
+        )
     if task == REGRESSION:
         return ABSOLUTE_ERROR
     if hasattr(model, "predict_proba") and hasattr(other, "predict_proba"):
@@ -35,7 +38,9 @@ def measure_of(model: object, other: object) -> str:
     return ACCURACY
 
 
-def score_rows(model: object, features: pd.DataFrame, target: pd.Series, measure: str) -> np.ndarray:
+def score_rows(
+    model: object, features: pd.DataFrame, target: pd.Series, measure: str
+) -> np.ndarray:
     """Return the score of each row; a higher score is better.
 
     Args:
@@ -75,7 +80,7 @@ def order_columns(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     names = signature.inputs.input_names()
     missing = [name for name in names if name not in rows]
     if missing:
-        raise ValueError(f"The test rows lack these columns: {', '.join(missing)}")
+        raise InvalidInputError(f"The test rows lack these columns: {', '.join(missing)}")
     return rows[names]
 
 

@@ -18,7 +18,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from mlflow_lifecycle.tables import fingerprint
+from mlflow_lifecycle.datasets import fingerprint
+from mlflow_lifecycle.exceptions import InvalidInputError, SearchFailedError
 
 if TYPE_CHECKING:
     from mlflow.data.pandas_dataset import PandasDataset
@@ -55,15 +56,19 @@ def run_search(
         RuntimeError: no trial succeeded; with the error of the first.
     """
     if trials < 1:
-        raise ValueError("trials must be at least 1")
+        raise InvalidInputError("trials must be at least 1")
     search = f"{name}, TPE, seed {seed}, data {fingerprint(dataset.df)}"
     study, tags = optuna.create_study(), tags or {}
-    parent, count = begin(study, search, dataset, metric, experiment_id, tags | {"mlflow.runName": f"search {name}"})
+    parent, count = begin(
+        study, search, dataset, metric, experiment_id, tags | {"mlflow.runName": f"search {name}"}
+    )
     study.sampler = optuna.samplers.TPESampler(seed=seed + count)
     status = "KILLED"  # by Ctrl+C, for example
     try:
         callbacks = [log_trials(parent, metric, tags, dataset)]
-        study.optimize(remembered(objective), max(trials - count, 0), catch=Exception, callbacks=callbacks)
+        study.optimize(
+            remembered(objective), max(trials - count, 0), catch=Exception, callbacks=callbacks
+        )
         status = "KILLED" if study.get_trials(states=[TrialState.COMPLETE]) else "FAILED"
         log_best(study, parent, metric)
         status = "FINISHED"
@@ -73,7 +78,12 @@ def run_search(
 
 
 def begin(
-    study: optuna.Study, search: str, dataset: "PandasDataset", metric: str, experiment_id: str, tags: dict[str, str]
+    study: optuna.Study,
+    search: str,
+    dataset: "PandasDataset",
+    metric: str,
+    experiment_id: str,
+    tags: dict[str, str],
 ) -> tuple[Run, int]:
     """Return the run of ``search``, and how many trials ``study`` took up from it: 0 in a new run."""
     client, own_tags = mlflow.MlflowClient(), {"search": search, "process": process_name()}
@@ -97,8 +107,12 @@ def log_best(study: optuna.Study, parent: Run, metric: str) -> None:
     """
     completed = study.get_trials(states=[TrialState.COMPLETE])
     if not completed:
-        errors = [trial.user_attrs["error"] for trial in study.trials if "error" in trial.user_attrs]
-        raise RuntimeError(f"No trial succeeded. The first failed with {errors[0] if errors else 'no record'}")
+        errors = [
+            trial.user_attrs["error"] for trial in study.trials if "error" in trial.user_attrs
+        ]
+        raise SearchFailedError(
+            f"No trial succeeded. The first failed with {errors[0] if errors else 'no record'}"
+        )
     now = milliseconds(datetime.now())
     values = [Metric(metric, study.best_value, now, 0), Metric("trials", len(completed), now, 0)]
     best = [Param(name, str(value)) for name, value in study.best_params.items()]
@@ -107,7 +121,10 @@ def log_best(study: optuna.Study, parent: Run, metric: str) -> None:
 
 def dataset_input(dataset: "PandasDataset") -> DatasetInput:
     """Return ``dataset`` as an input of a run, with its fingerprint as the tag ``sha256``."""
-    tags = [InputTag("mlflow.data.context", "training"), InputTag("sha256", fingerprint(dataset.df))]
+    tags = [
+        InputTag("mlflow.data.context", "training"),
+        InputTag("sha256", fingerprint(dataset.df)),
+    ]
     return DatasetInput(Dataset(**dataset.to_dict()), tags)
 
 
@@ -130,7 +147,9 @@ def remembered(objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.T
     return wrapped
 
 
-def log_trials(parent: Run, metric: str, tags: dict[str, str], dataset: "PandasDataset") -> Callable:
+def log_trials(
+    parent: Run, metric: str, tags: dict[str, str], dataset: "PandasDataset"
+) -> Callable:
     """Return a callback for ``study.optimize`` that logs each trial, as it ends, as a child run of ``parent``.
 
     Args:
@@ -142,7 +161,9 @@ def log_trials(parent: Run, metric: str, tags: dict[str, str], dataset: "PandasD
     client, data = mlflow.MlflowClient(), dataset_input(dataset)
 
     def log_trial(study: optuna.Study, trial: FrozenTrial) -> None:
-        distributions = {name: distribution_to_json(value) for name, value in trial.distributions.items()}
+        distributions = {
+            name: distribution_to_json(value) for name, value in trial.distributions.items()
+        }
         record = {"number": trial.number, "params": trial.params, "distributions": distributions}
         marks = tags | {"mlflow.parentRunId": parent.info.run_id, "trial": json.dumps(record)}
         metrics = {"duration_seconds": trial.duration.total_seconds()}
@@ -152,10 +173,14 @@ def log_trials(parent: Run, metric: str, tags: dict[str, str], dataset: "PandasD
         else:
             marks["error"] = trial.user_attrs.get("error", "")[:5000]
         began, ended = milliseconds(trial.datetime_start), milliseconds(trial.datetime_complete)
-        run = client.create_run(parent.info.experiment_id, began, marks, f"trial {trial.number:03d}").info
+        run = client.create_run(
+            parent.info.experiment_id, began, marks, f"trial {trial.number:03d}"
+        ).info
         values = [Metric(name, value, ended, 0) for name, value in metrics.items()]
         client.log_inputs(run.run_id, [data])
-        client.log_batch(run.run_id, values, [Param(name, str(value)) for name, value in trial.params.items()])
+        client.log_batch(
+            run.run_id, values, [Param(name, str(value)) for name, value in trial.params.items()]
+        )
         client.set_terminated(run.run_id, "FINISHED" if completed else "FAILED", ended)
 
     return log_trial
@@ -179,7 +204,9 @@ def unfinished(search: str, experiment_id: str) -> Run | None:
     """
     filter_string = f"tags.search = {search!r} and status != 'FINISHED' and status != 'FAILED'"
     this = psutil.Process()
-    at_work = {process_name(process) for process in psutil.process_iter(["create_time"]) if process != this}
+    at_work = {
+        process_name(process) for process in psutil.process_iter(["create_time"]) if process != this
+    }
     for run in mlflow.search_runs([experiment_id], filter_string, output_format="list"):
         process = run.data.tags.get("process", "")
         if process.startswith(f"{platform.node()} ") and process not in at_work:
@@ -194,7 +221,9 @@ def take_up(study: optuna.Study, parent: Run, metric: str) -> int:
     """
     filter_string = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     found = mlflow.search_runs([parent.info.experiment_id], filter_string, output_format="list")
-    trials = dict(logged_trial(run, metric) for run in found if run.info.status in ("FINISHED", "FAILED"))
+    trials = dict(
+        logged_trial(run, metric) for run in found if run.info.status in ("FINISHED", "FAILED")
+    )
     for number in range(max(trials, default=-1) + 1):
         study.add_trial(trials.get(number) or create_trial(state=TrialState.FAIL))
     return len(trials)
@@ -204,10 +233,16 @@ def logged_trial(run: Run, metric: str) -> tuple[int, FrozenTrial]:
     """Return the number of the trial that ``run`` records, and the trial."""
     record = json.loads(run.data.tags["trial"])
     state = TrialState.COMPLETE if run.info.status == "FINISHED" else TrialState.FAIL
-    distributions = {name: json_to_distribution(value) for name, value in record["distributions"].items()}
+    distributions = {
+        name: json_to_distribution(value) for name, value in record["distributions"].items()
+    }
     value = run.data.metrics.get(metric)
     error = {"error": run.data.tags["error"]} if "error" in run.data.tags else {}
     trial = create_trial(
-        state=state, params=record["params"], distributions=distributions, value=value, user_attrs=error
+        state=state,
+        params=record["params"],
+        distributions=distributions,
+        value=value,
+        user_attrs=error,
     )
     return record["number"], trial

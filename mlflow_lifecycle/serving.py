@@ -4,7 +4,7 @@
 and goes on when its starter is killed. Here a version is verified, its environment is built with the hashes that were
 signed, and `mlflow_lifecycle.guard` answers for it, run by that environment's Python.
 
-    with serve("models:/iris@champion", own_public_key(Path.cwd()), record=Path("record")) as server:
+    with serve("models:/iris@champion", own_public_key(), record=Path("record")) as server:
         requests.post(f"{server.address}/invocations", json={"inputs": [...]}).json()["predictions"]
 """
 
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from mlflow_lifecycle.environments import built
+from mlflow_lifecycle.exceptions import InvalidInputError, ServingFailedError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mlflow_lifecycle.verification import Verified
+    from mlflow_lifecycle.signing.verify import Verified
 
 GUARD = Path(__file__).with_name("guard.py")
 NUMBERS = {"double", "float", "long", "integer"}
@@ -50,10 +51,6 @@ for _ in range(600):
 """
 
 
-class ServingFailedError(RuntimeError):
-    """A version could not be served; with the last line of the server's log."""
-
-
 @dataclass(frozen=True)
 class Server:
     """A server that answers. `process` ends when the block does."""
@@ -67,7 +64,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(uri: str, public_key: Path, *, trusted_types: tuple[str, ...] = (), **options) -> Iterator[Server]:
+def serve(
+    uri: str, public_key: Path, *, trusted_types: tuple[str, ...] = (), **options
+) -> Iterator[Server]:
     """Serve the release at ``uri`` until the end of the block.
 
     Args:
@@ -81,7 +80,7 @@ def serve(uri: str, public_key: Path, *, trusted_types: tuple[str, ...] = (), **
         EnvironmentNotBuiltError: its environment cannot be built.
         ServingFailedError: it cannot be served.
     """
-    from mlflow_lifecycle.verification import verified
+    from mlflow_lifecycle.signing.verify import verified
 
     with _kept_folder() as folder:
         with verified(uri, public_key, purpose="release", trusted_types=trusted_types) as version:
@@ -114,7 +113,7 @@ def serve_verified(
     stands in `mlflow_lifecycle.guard`.
 
     Args:
-        version: what `mlflow_lifecycle.verification.verified` has given.
+        version: what `mlflow_lifecycle.signing.verify.verified` has given.
         limits: for a column of numbers its lowest and highest value; or the margin for `training_limits`.
         record: a folder, made if need be, in which requests and answers are kept. `read_record` reads it.
         cache: where packages that were downloaded are kept; see `mlflow_lifecycle.environments.built`.
@@ -128,18 +127,45 @@ def serve_verified(
         EnvironmentNotBuiltError: the environment cannot be built.
         ServingFailedError: the model cannot be loaded, has no signature of named columns, or a setting does not fit.
     """
-    limits = limits if limits is None or isinstance(limits, dict) else training_limits(version, limits)
-    name, number, key = version.statement.registered_model, version.statement.version, version.key_fingerprint
-    settings |= {"model": str(version.folder.resolve()), "name": name, "version": number, "key_fingerprint": key}
+    limits = (
+        limits if limits is None or isinstance(limits, dict) else training_limits(version, limits)
+    )
+    name, number, key = (
+        version.statement.registered_model,
+        version.statement.version,
+        version.key_fingerprint,
+    )
+    settings |= {
+        "model": str(version.folder.resolve()),
+        "name": name,
+        "version": number,
+        "key_fingerprint": key,
+    }
     settings |= {"limits": limits or {}, "record": str(Path(record).resolve()) if record else None}
     with _kept_folder() as folder, contextlib.ExitStack() as stack:
         if python is None:
             requirements = version.folder / "requirements.txt"
-            python = built(requirements, folder / "environment", lock=version.packages, cache=cache, offline=offline)
+            python = built(
+                requirements,
+                folder / "environment",
+                lock=version.packages,
+                cache=cache,
+                offline=offline,
+            )
         (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        errors = log or stack.enter_context((folder / "log.txt").open("w+", encoding="utf-8", errors="replace"))
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PYTHON"))}
-        variables |= {"MLFLOW_DISABLE_TELEMETRY": "true", "TMPDIR": str(folder), "TEMP": str(folder)}
+        errors = log or stack.enter_context(
+            (folder / "log.txt").open("w+", encoding="utf-8", errors="replace")
+        )
+        variables = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("MLFLOW_", "PYTHON"))
+        }
+        variables |= {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "TMPDIR": str(folder),
+            "TEMP": str(folder),
+        }
         process = subprocess.Popen(
             [str(Path(python).absolute()), "-I", str(GUARD), str(folder / "settings.json")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=folder, env=variables, text=True,
@@ -160,7 +186,7 @@ def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple
     """Return for each column of numbers the lowest and highest value that the version learned from.
 
     Args:
-        version: what `mlflow_lifecycle.verification.verified` has given.
+        version: what `mlflow_lifecycle.signing.verify.verified` has given.
         margin: by how much a value may be beyond, as a share of the difference of the two.
 
     Raises:
@@ -172,13 +198,20 @@ def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple
     if version.training_rows is None:
         remedy = f"Add it: lifecycle sign {version.uri} --training-data FILE"
         raise ServingFailedError(f"There are no limits: no training data was signed. {remedy}")
-    signature, rows = Model.load(str(version.folder)).signature, pd.read_parquet(version.training_rows)
+    signature, rows = (
+        Model.load(str(version.folder)).signature,
+        pd.read_parquet(version.training_rows),
+    )
     limits = {}
-    for column in signature.inputs if signature and signature.inputs else ():  # the server refuses to be without
+    for column in (
+        signature.inputs if signature and signature.inputs else ()
+    ):  # the server refuses to be without
         if getattr(column.type, "name", "") in NUMBERS and rows[column.name].notna().any():
             low, high = rows[column.name].min().item(), rows[column.name].max().item()
             beyond = margin * (high - low)
-            limits[column.name] = (low - beyond, high + beyond) if beyond else (low, high)  # a long number as it is
+            limits[column.name] = (
+                (low - beyond, high + beyond) if beyond else (low, high)
+            )  # a long number as it is
     return limits
 
 
@@ -204,11 +237,15 @@ def read_record(folder: Path) -> "pd.DataFrame":
             if entry["status"] == 200:
                 if taken := [name for name in (*ABOUT, "prediction") if name in entry["inputs"]]:
                     told = f"{path} holds a column {taken[0]!r} of {entry['name']}, as read_record itself has one"
-                    raise ValueError(f"{told}. Read the file by itself, or leave that column out.")
+                    raise InvalidInputError(
+                        f"{told}. Read the file by itself, or leave that column out."
+                    )
                 about = (entry["id"], pd.Timestamp(entry["time"]), entry["name"], entry["version"])
                 for number, prediction in enumerate(entry["predictions"]):
                     asked = {name: values[number] for name, values in entry["inputs"].items()}
-                    rows.append(asked | dict(zip(ABOUT, about, strict=True)) | {"prediction": prediction})
+                    rows.append(
+                        asked | dict(zip(ABOUT, about, strict=True)) | {"prediction": prediction}
+                    )
     if not rows:
         return pd.DataFrame(columns=[*ABOUT, "prediction"])
     found = pd.DataFrame(rows, dtype=object)

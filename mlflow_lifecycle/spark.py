@@ -19,15 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from mlflow_lifecycle.environments import EnvironmentNotBuiltError, find_overrides
-from mlflow_lifecycle.store import printable
+from mlflow_lifecycle.environments import find_overrides
+from mlflow_lifecycle.exceptions import EnvironmentNotBuiltError, SparkFailedError
+from mlflow_lifecycle.experiments import printable
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
-
-
-class SparkFailedError(RuntimeError):
-    """Spark could not be started, or could not do what it was told."""
 
 
 @contextlib.contextmanager
@@ -46,7 +43,9 @@ def spark_session(master: str, scratch: Path) -> Iterator["SparkSession"]:
     if find_spec("pyspark") is None:
         raise SparkFailedError("PySpark is missing. Install it: make scale")
     if not shutil.which("java") and not os.environ.get("JAVA_HOME"):
-        raise SparkFailedError("Java 17 or later is missing. On Debian: apt-get install openjdk-17-jre-headless")
+        raise SparkFailedError(
+            "Java 17 or later is missing. On Debian: apt-get install openjdk-17-jre-headless"
+        )
     from pyspark import SparkConf, SparkContext
     from pyspark.errors import PySparkRuntimeError
     from pyspark.java_gateway import launch_gateway
@@ -57,16 +56,25 @@ def spark_session(master: str, scratch: Path) -> Iterator["SparkSession"]:
     with log.open("a") as output, contextlib.ExitStack() as stack:
         try:
             with patch.dict(os.environ, python):
-                configuration = SparkConf().setAll(list(spark_settings(master, Path(scratch)).items()))
+                configuration = SparkConf().setAll(
+                    list(spark_settings(master, Path(scratch)).items())
+                )
                 gateway = launch_gateway(configuration, {"stdout": output, "stderr": output})
                 stack.callback(end_java, gateway)
                 with in_a_line("Spark did not start:"):
                     session = SparkSession(SparkContext(conf=configuration, gateway=gateway))
         except ConnectionRefusedError:
-            raise SparkFailedError("Spark has ended in this process and cannot start again. Use a new one.") from None
+            raise SparkFailedError(
+                "Spark has ended in this process and cannot start again. Use a new one."
+            ) from None
         except PySparkRuntimeError:
-            said = re.findall(r"(?im)^(?!\s).*(?:error|exception|unrecognized).*$", log.read_text(errors="replace"))
-            raise SparkFailedError(f"Java, 17 or later, did not start Spark: {' '.join(said[:1])}") from None
+            said = re.findall(
+                r"(?im)^(?!\s).*(?:error|exception|unrecognized).*$",
+                log.read_text(errors="replace"),
+            )
+            raise SparkFailedError(
+                f"Java, 17 or later, did not start Spark: {' '.join(said[:1])}"
+            ) from None
         stack.callback(session.stop)
         yield session
 
@@ -78,9 +86,14 @@ def spark_settings(master: str, scratch: Path) -> dict[str, str]:
     if master.startswith("local"):
         temporary = shlex.quote(f"-Djava.io.tmpdir={scratch}")
         settings |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
-        settings |= {"spark.local.dir": f"{scratch}/spark", "spark.sql.warehouse.dir": f"{scratch}/warehouse"}
+        settings |= {
+            "spark.local.dir": f"{scratch}/spark",
+            "spark.sql.warehouse.dir": f"{scratch}/warehouse",
+        }
         settings |= {"spark.driver.extraJavaOptions": f"{temporary} -XX:-UsePerfData"}
-        settings |= {"spark.sql.artifact.isolation.enabled": "false"}  # its folder would be in the working directory
+        settings |= {
+            "spark.sql.artifact.isolation.enabled": "false"
+        }  # its folder would be in the working directory
     return settings
 
 
@@ -110,8 +123,14 @@ def in_a_line(refusal: str) -> Iterator[None]:
         yield
     except (PySparkException, Py4JError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = [line for line in lines if re.match(r"(: )?[\w.]*(Error|Exception): |\[[A-Z_.]+\] ", line)]
-        raise SparkFailedError(f"{refusal} {printable((told or lines)[-1].removeprefix(': '))}") from None
+        told = [
+            line
+            for line in lines
+            if re.match(r"(: )?[\w.]*(Error|Exception): |\[[A-Z_.]+\] ", line)
+        ]
+        raise SparkFailedError(
+            f"{refusal} {printable((told or lines)[-1].removeprefix(': '))}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -132,14 +151,33 @@ def verified_archives(lock: str | Path) -> Iterator[None]:
     from mlflow.utils.process import ShellCommandException
 
     if not Path(lock).is_file():
-        raise EnvironmentNotBuiltError(f"There is no {lock} with the hashes. Put it there: git checkout {lock}")
+        raise EnvironmentNotBuiltError(
+            f"There is no {lock} with the hashes. Put it there: git checkout {lock}"
+        )
     if " " in tempfile.gettempdir():
-        raise EnvironmentNotBuiltError(f"Set TMPDIR to a folder without a space, not {tempfile.gettempdir()}")
-    programs = [sysconfig.get_path("scripts"), str(Path(sys.executable).resolve().parent), os.environ["PATH"]]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        raise EnvironmentNotBuiltError(
+            f"Set TMPDIR to a folder without a space, not {tempfile.gettempdir()}"
+        )
+    programs = [
+        sysconfig.get_path("scripts"),
+        str(Path(sys.executable).resolve().parent),
+        os.environ["PATH"],
+    ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as log,
+    ):
         shutil.copy(lock, f"{folder}/lock.txt")  # uv takes a space in a path for the end of it
-        variables = {"PATH": os.pathsep.join(programs), "UV_CACHE_DIR": f"{folder}/cache", "UV_NO_BUILD": "true"}
-        variables |= {"UV_REQUIRE_HASHES": "true", "UV_CONSTRAINT": f"{folder}/lock.txt", "UV_NO_CONFIG": "true"}
+        variables = {
+            "PATH": os.pathsep.join(programs),
+            "UV_CACHE_DIR": f"{folder}/cache",
+            "UV_NO_BUILD": "true",
+        }
+        variables |= {
+            "UV_REQUIRE_HASHES": "true",
+            "UV_CONSTRAINT": f"{folder}/lock.txt",
+            "UV_NO_CONFIG": "true",
+        }
         try:
             with patch.dict(os.environ), printing_to(log):
                 for name in find_overrides(list(os.environ)):
@@ -152,7 +190,9 @@ def verified_archives(lock: str | Path) -> Iterator[None]:
             said = re.search(r"(?:error: |\u00d7 )(.+?)(?= Expected:| hint:| \d{4}/\d\d/|$)", text)
             cause = said[1].replace(" ╰─▶", ":") if said else "uv gave no reason"
             what = f"The model's environment was not built. {printable(cause)}."
-            raise EnvironmentNotBuiltError(f"{what} Give the lock that the model was logged with.") from None
+            raise EnvironmentNotBuiltError(
+                f"{what} Give the lock that the model was logged with."
+            ) from None
 
 
 @contextlib.contextmanager

@@ -22,16 +22,13 @@ import optuna
 from mlflow.entities import Run
 from optuna.trial import TrialState
 
-from mlflow_lifecycle.store import printable
+from mlflow_lifecycle.exceptions import InvalidInputError, SearchFailedError
+from mlflow_lifecycle.experiments import printable
 
 HEARTBEAT = 2  # seconds between two signs of life of a trial
 GRACE = 10  # seconds without one after which its worker counts as dead: more than any pause of a living one
 RETRIES = 3  # a trial that so many workers have died of is not begun again
 WANTED = "wanted"  # marks the trials that were put into the queue
-
-
-class QueueUnusableError(RuntimeError):
-    """The queue of a search cannot be used; the message holds no password."""
 
 
 class CutOffError(BaseException):
@@ -49,11 +46,15 @@ def open_storage(address: str, parent: Run | None = None) -> optuna.storages.RDB
         parent: the run of the search, for a worker: it then begins the trials of workers that died again.
 
     Raises:
-        QueueUnusableError: it is not PostgreSQL, or gives no answer.
+        SearchFailedError: it is not PostgreSQL, or gives no answer.
     """
     if not re.match(r"postgresql([+]\w+)?://", address):
-        raise QueueUnusableError("The queue must be in a PostgreSQL: postgresql://user@host/database")
-    url = re.sub(r"^postgresql([+]\w+)?:", "postgresql+psycopg2:", address)  # the driver that is installed
+        raise SearchFailedError(
+            "The queue must be in a PostgreSQL: postgresql://user@host/database"
+        )
+    url = re.sub(
+        r"^postgresql([+]\w+)?:", "postgresql+psycopg2:", address
+    )  # the driver that is installed
     options: dict[str, Any] = {"engine_kwargs": {"connect_args": {"connect_timeout": 10}}}
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         if parent:
@@ -68,20 +69,26 @@ def open_storage(address: str, parent: Run | None = None) -> optuna.storages.RDB
         try:
             return optuna.storages.RDBStorage(url, **options)
         except ImportError:
-            raise QueueUnusableError("The driver of PostgreSQL is missing. Install it: make scale") from None
+            raise SearchFailedError(
+                "The driver of PostgreSQL is missing. Install it: make scale"
+            ) from None
         except Exception as error:
             cause = " ".join(printable(str(error)).split()) or type(error).__name__
-            raise QueueUnusableError(f"Cannot use the PostgreSQL of the search: {cause}") from None
+            raise SearchFailedError(f"Cannot use the PostgreSQL of the search: {cause}") from None
 
 
 def close_run(parent: Run, trial: optuna.trial.FrozenTrial) -> None:
     """Give the child run of a trial whose worker has died the status KILLED."""
-    filter_string = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.trial = '{trial.number}'"
+    filter_string = (
+        f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.trial = '{trial.number}'"
+    )
     for run in mlflow.search_runs([parent.info.experiment_id], filter_string, output_format="list"):
         mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
 
 
-def make_queue(address: str, run_id: str, trials: Sequence[Mapping[str, Any]], metric: str) -> optuna.Study:
+def make_queue(
+    address: str, run_id: str, trials: Sequence[Mapping[str, Any]], metric: str
+) -> optuna.Study:
     """Make the study of a search for the highest value, and put its trials into the queue.
 
     Args:
@@ -91,9 +98,11 @@ def make_queue(address: str, run_id: str, trials: Sequence[Mapping[str, Any]], m
         metric: the name under which workers log what the objective returns.
 
     Raises:
-        QueueUnusableError: as for ``open_storage``.
+        SearchFailedError: as for ``open_storage``.
     """
-    study = optuna.create_study(storage=open_storage(address), study_name=run_id, direction="maximize")
+    study = optuna.create_study(
+        storage=open_storage(address), study_name=run_id, direction="maximize"
+    )
     study.set_user_attr("metric", metric)
     for settings in trials:
         study.enqueue_trial(dict(settings), user_attrs={WANTED: True})
@@ -108,14 +117,18 @@ def load_objective(where: str) -> Callable[[optuna.Trial], float]:
     """
     source, _, name = where.rpartition(":")
     if not Path(source).is_file():
-        raise ValueError(f"There is no file {Path(source).resolve()} with an objective, as in FILE.py:function")
+        raise InvalidInputError(
+            f"There is no file {Path(source).resolve()} with an objective, as in FILE.py:function"
+        )
     found = runpy.run_path(source, run_name=f"objective in {Path(source).stem}").get(name)
     if not callable(found):
-        raise ValueError(f"There is no function {name!r} in {source}")
+        raise InvalidInputError(f"There is no function {name!r} in {source}")
     return found
 
 
-def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping[str, str]) -> Callable:
+def tracked(
+    objective: Callable, study: optuna.Study, parent: Run, tags: Mapping[str, str]
+) -> Callable:
     """Return ``objective`` with each trial as a child run of ``parent``, which has its parameters and its value.
 
     It raises what the objective raises, and `CutOffError` where MLflow fails or somebody presses Ctrl+C.
@@ -127,7 +140,11 @@ def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping
             raise optuna.TrialPruned
         trial.set_user_attr("worker", worker)
         marks = {**tags, "trial": str(trial.number), "worker": worker}
-        place = {"experiment_id": parent.info.experiment_id, "parent_run_id": parent.info.run_id, "nested": True}
+        place = {
+            "experiment_id": parent.info.experiment_id,
+            "parent_run_id": parent.info.run_id,
+            "nested": True,
+        }
         failed = None
         try:
             with mlflow.start_run(run_name=f"trial {trial.number:03d}", tags=marks, **place):
@@ -149,7 +166,9 @@ def tracked(objective: Callable, study: optuna.Study, parent: Run, tags: Mapping
     return run_trial
 
 
-def work(run_id: str, objective: Callable[[optuna.Trial], float], address: str, source: str = "") -> None:
+def work(
+    run_id: str, objective: Callable[[optuna.Trial], float], address: str, source: str = ""
+) -> None:
     """Run trials of the search until none is waiting, and none is running that may have to be begun again.
 
     A trial whose objective fails has failed. A trial that MLflow does not record, or that Ctrl+C cuts off, ends the
@@ -162,17 +181,25 @@ def work(run_id: str, objective: Callable[[optuna.Trial], float], address: str, 
         source: the file of the objective, for the tag of the runs.
 
     Raises:
-        QueueUnusableError: as for ``open_storage``, or the search has no study there.
+        SearchFailedError: as for ``open_storage``, or the search has no study there.
         mlflow.MlflowException: there is no such run, or a trial cannot be recorded.
     """
     parent = mlflow.get_run(run_id)
     storage = open_storage(address, parent)
     try:
         # No seed: every worker must draw other numbers, and the order of their trials is chance anyway.
-        study = optuna.load_study(study_name=run_id, storage=storage, sampler=optuna.samplers.TPESampler())
+        study = optuna.load_study(
+            study_name=run_id, storage=storage, sampler=optuna.samplers.TPESampler()
+        )
     except KeyError:
-        raise QueueUnusableError(f"The PostgreSQL of the search has no study {run_id}. Is it the right one?") from None
-    tags = {name: value for name, value in parent.data.tags.items() if name == "mlflow.source.git.commit"}
+        raise SearchFailedError(
+            f"The PostgreSQL of the search has no study {run_id}. Is it the right one?"
+        ) from None
+    tags = {
+        name: value
+        for name, value in parent.data.tags.items()
+        if name == "mlflow.source.git.commit"
+    }
     run_trial = tracked(objective, study, parent, tags | {"mlflow.source.name": source})
     while True:
         if study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
@@ -180,21 +207,40 @@ def work(run_id: str, objective: Callable[[optuna.Trial], float], address: str, 
                 study.optimize(run_trial, n_trials=1, catch=Exception)
             except CutOffError as error:
                 raise error.__cause__ from None
-        elif any("worker" in trial.user_attrs for trial in study.get_trials(states=[TrialState.RUNNING])):
+        elif any(
+            "worker" in trial.user_attrs for trial in study.get_trials(states=[TrialState.RUNNING])
+        ):
             time.sleep(1)
-            with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+            with warnings.catch_warnings(
+                action="ignore", category=optuna.exceptions.ExperimentalWarning
+            ):
                 optuna.storages.fail_stale_trials(study)
         else:
             break
 
 
 @contextlib.contextmanager
-def worker_process(run_id: str, objective: str, address: str, log: Path) -> Iterator[subprocess.Popen]:
+def worker_process(
+    run_id: str, objective: str, address: str, log: Path
+) -> Iterator[subprocess.Popen]:
     """Start a worker on this machine, by the command; at the end of the block it is killed if it still runs."""
-    command = [sys.executable, "-m", "mlflow_lifecycle", "search-worker", run_id, "--objective", objective]
-    variables = os.environ | {"SEARCH_STORAGE": address, "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow_lifecycle",
+        "search-worker",
+        run_id,
+        "--objective",
+        objective,
+    ]
+    variables = os.environ | {
+        "SEARCH_STORAGE": address,
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+    }
     with Path(log).open("a") as output:
-        process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
     try:
         yield process
     finally:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from mlflow_lifecycle.store import printable, source_tags
+from mlflow_lifecycle.experiments import printable, source_tags
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # MLflow by itself waits minutes for a tracking server that is down or silent.
 TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 # Creates the tables of a new SQLite store, all or none. If that fails, the notebook's own cell shows the error.
-PREPARE = '__import__("mlflow_lifecycle.store").store.prepare_store(".")'
+PREPARE = '__import__("mlflow_lifecycle.experiments").experiments.prepare_store(".")'
 MESSAGE_LENGTH = 3000
 
 

@@ -216,9 +216,10 @@ from pathlib import Path
 import mlflow
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
-from mlflow_lifecycle.keys import own_key
-from mlflow_lifecycle.release import release
-from mlflow_lifecycle.signing import register_candidate
+from mlflow_lifecycle.signing.keys import own_key
+from mlflow_lifecycle.releases.gate import GateSettings
+from mlflow_lifecycle.releases.release import release
+from mlflow_lifecycle.signing.statement import register_candidate
 
 iris = load_iris(as_frame=True)
 rows = iris.data.assign(species=iris.target_names[iris.target])
@@ -229,10 +230,10 @@ with mlflow.start_run():
     signature = mlflow.models.infer_signature(train.drop(columns="species"), train["species"])
     pins = {"pip_requirements": "model_requirements.txt", "input_example": train.drop(columns="species").head(3)}
     mlflow.sklearn.save_model(model, "/tmp/model", signature=signature, **pins)
-    key, lock = own_key(Path.cwd()), Path("requirements.txt")
+    key, lock = own_key(), Path("requirements.txt")
     register_candidate(Path("/tmp/model"), "served", key=key, lock=lock, training_rows=train)
-told = {"intended_use": "a test", "limits": "all else", "rebuild": False, "allow_unchecked": True}
-release("models:/served/1", test, "species", key=key, thresholds={"accuracy_score": 0.8}, **told)
+settings = GateSettings({"accuracy_score": 0.8}, rebuild=False)
+release("models:/served/1", test, "species", settings, key=key, intended_use="a test", limits="all else")
 """
 
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import pandas as pd
 from versions import LOCK
 
-from mlflow_lifecycle.signing import Statement
-from mlflow_lifecycle.verification import Verified
+from mlflow_lifecycle.signing.statement import Statement
+from mlflow_lifecycle.signing.verify import Verified
 
 
 def as_verified(model: Path, rows: pd.DataFrame | None = None) -> Verified:

@@ -34,6 +34,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     isolated = {
         "TMPDIR": str(temporary),
         "TEMP": str(temporary),
+        "LIFECYCLE_KEYS": str(folder / "keys"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # processes for judging language models

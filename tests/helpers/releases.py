@@ -7,12 +7,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from versions import iris_rows, register, store_in
 
-from mlflow_lifecycle.keys import own_key
-from mlflow_lifecycle.release import Release, release
+from mlflow_lifecycle.releases.gate import GateSettings
+from mlflow_lifecycle.releases.release import Release, release
+from mlflow_lifecycle.signing.keys import own_key
 
 ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
 SENTENCES = {"intended_use": "To learn with.", "limits": "Three species only."}
-OPTIONS = {"thresholds": {"accuracy_score": 0.5}, "rebuild": False, "allow_unchecked": True, **SENTENCES}
+SETTINGS = GateSettings({"accuracy_score": 0.5}, rebuild=False)
 
 
 def make_store(folder: Path, *numbers: int) -> Path:
@@ -22,10 +23,10 @@ def make_store(folder: Path, *numbers: int) -> Path:
         for strength in (0.01, 1.0, 0.01):
             register(folder, LogisticRegression(C=strength, max_iter=1000), ROWS_TRAIN)
         for number in numbers:
-            released(folder, f"models:/iris/{number}")
+            released(f"models:/iris/{number}")
     return folder
 
 
-def released(folder: Path, uri: str = "models:/iris/2", **options) -> Release:
-    """Release a version, without building its environment, unless ``options`` say otherwise."""
-    return release(uri, **({"rows": ROWS_TEST, "target": "species", "key": own_key(folder)} | OPTIONS | options))
+def released(uri: str = "models:/iris/2", rows=ROWS_TEST, target="species", settings=SETTINGS, **options) -> Release:
+    """Release a version, without building its environment, unless ``settings`` say otherwise."""
+    return release(uri, rows, target, settings, **({"key": own_key()} | SENTENCES | options))

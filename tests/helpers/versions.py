@@ -16,9 +16,9 @@ from mlflow.models import infer_signature
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 
-from mlflow_lifecycle.keys import own_key
-from mlflow_lifecycle.signing import register_candidate
-from mlflow_lifecycle.store import make_sqlite_store, open_experiment
+from mlflow_lifecycle.experiments import make_sqlite_store, open_experiment
+from mlflow_lifecycle.signing.keys import own_key
+from mlflow_lifecycle.signing.statement import register_candidate
 
 LOCK = ROOT / "requirements.txt"
 NAME = "iris"
@@ -55,7 +55,7 @@ def register(folder: Path, model=None, rows: pd.DataFrame | None = None, name: s
     rows = iris_rows() if rows is None else rows
     with mlflow.start_run() as run:
         saved = save(Path(folder) / f"saved-{run.info.run_id}", model, rows, **options)
-        return register_candidate(saved, name, key=own_key(folder), lock=LOCK, training_rows=rows)
+        return register_candidate(saved, name, key=own_key(), lock=LOCK, training_rows=rows)
 
 
 @contextlib.contextmanager
@@ -65,6 +65,7 @@ def store_in(folder: Path, monkeypatch) -> Iterator[mlflow.MlflowClient]:
     if not database.exists():
         database.write_bytes(empty_store())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database.as_posix()}")
+    monkeypatch.setenv("LIFECYCLE_KEYS", str(Path(folder) / "keys"))
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     open_experiment("versions", "Versions to test with.", folder)
     yield mlflow.MlflowClient()

@@ -8,9 +8,9 @@ import pytest
 from releases import make_store
 from versions import NAME, iris_rows, register, restored, store_in
 
-from mlflow_lifecycle.keys import own_public_key
-from mlflow_lifecycle.monitoring import baseline
-from mlflow_lifecycle.verification import verified
+from mlflow_lifecycle.monitoring.judge import baseline
+from mlflow_lifecycle.signing.keys import own_public_key
+from mlflow_lifecycle.signing.verify import verified
 
 DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABAQAAAAA3bvkkAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
@@ -64,7 +64,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def version(store):
     """Give that version, verified."""
-    with verified(f"models:/{NAME}/1", own_public_key(store)) as version:
+    with verified(f"models:/{NAME}/1", own_public_key()) as version:
         yield version
 
 

@@ -13,14 +13,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from versions import LOCK, iris_rows, register, restored, store_in
 
-from mlflow_lifecycle.__main__ import main
-from mlflow_lifecycle.adoption import sign_version
-from mlflow_lifecycle.keys import own_key, own_public_key
-from mlflow_lifecycle.monitoring import baseline
-from mlflow_lifecycle.policy import UnreviewedContentError
-from mlflow_lifecycle.serving import ServingFailedError, training_limits
-from mlflow_lifecycle.tables import fingerprint
-from mlflow_lifecycle.verification import NotVerifiedError, verified
+from mlflow_lifecycle.cli import main
+from mlflow_lifecycle.datasets import fingerprint
+from mlflow_lifecycle.exceptions import NotVerifiedError, ServingFailedError, UnreviewedContentError
+from mlflow_lifecycle.monitoring.judge import baseline
+from mlflow_lifecycle.serving import training_limits
+from mlflow_lifecycle.signing.adopt import sign_version
+from mlflow_lifecycle.signing.keys import own_key, own_public_key
+from mlflow_lifecycle.signing.verify import verified
 
 PINS = str(ROOT / "model_requirements.txt")
 PLAIN, PICKLED, LOOSE = (f"models:/plain/{number}" for number in (1, 2, 3))
@@ -48,7 +48,7 @@ def made(tmp_path_factory):
         log_plainly()
         log_plainly(serialization_format="pickle")
         log_plainly(pip_requirements=["scikit-learn>=1"])
-        own_key(folder)
+        own_key()
     return folder
 
 
@@ -62,12 +62,12 @@ def folder(made, monkeypatch):
 @pytest.fixture
 def sign(folder):
     """Give the function that signs a version with the key beside the store."""
-    return lambda uri=PLAIN, **options: sign_version(uri, key=own_key(folder), lock=LOCK, **options)
+    return lambda uri=PLAIN, **options: sign_version(uri, key=own_key(), lock=LOCK, **options)
 
 
 def test_version_is_signed_with_its_training_data_and_then_verifies(folder, sign):
     statement = sign(training_data=iris_rows())
-    with verified(PLAIN, own_public_key(folder)) as copy:
+    with verified(PLAIN, own_public_key()) as copy:
         assert copy.statement == statement
         assert pd.read_parquet(copy.training_rows).equals(iris_rows())
     assert (statement.purpose, statement.task, statement.commit) == ("candidate", "classification", "c0ffee")
@@ -113,7 +113,7 @@ def test_second_time_changes_nothing_or_adds_the_training_data(folder, sign):
     assert snapshot(folder / "mlruns") == before
     # when the training data is given later, then it is added once
     assert sign(training_data=iris_rows()).training_rows == fingerprint(iris_rows())
-    with verified(PLAIN, own_public_key(folder)) as copy:
+    with verified(PLAIN, own_public_key()) as copy:
         assert len(pd.read_parquet(copy.training_rows)) == 150
     with pytest.raises(ValueError, match="is signed with its training data already"):
         sign(training_data=iris_rows())
@@ -122,7 +122,7 @@ def test_second_time_changes_nothing_or_adds_the_training_data(folder, sign):
 def test_what_needs_training_data_names_the_command_that_adds_it(folder, sign):
     sign()
     command = f"no training data was signed. Add it: lifecycle sign {PLAIN} --training-data FILE"
-    with verified(PLAIN, own_public_key(folder)) as copy:
+    with verified(PLAIN, own_public_key()) as copy:
         assert (copy.training_rows, copy.statement.training_rows) == (None, "")
         with pytest.raises(ServingFailedError, match=command):
             training_limits(copy)
@@ -144,10 +144,10 @@ def test_statement_from_before_the_later_fields_still_verifies(folder, monkeypat
     # given a version that was signed before the statement had what its run held
     later = ("task", "commit", "parameters", "metrics")
     with monkeypatch.context() as patch:
-        patch.setattr("mlflow_lifecycle.signing.asdict", lambda statement: without(asdict(statement), later))
+        patch.setattr("mlflow_lifecycle.signing.statement.asdict", lambda statement: without(asdict(statement), later))
         register(folder, name="old")
     # then it verifies, with nothing in their place
-    with verified("models:/old/1", own_public_key(folder)) as copy:
+    with verified("models:/old/1", own_public_key()) as copy:
         assert "task" not in (copy.folder.parent / "statement.json").read_text()
         assert [getattr(copy.statement, name) for name in later] == ["", "", {}, {}]
 

@@ -27,10 +27,10 @@ from versions import register, store_in
 
 from mlflow_lifecycle import batch as scoring
 from mlflow_lifecycle import spark as sparks
-from mlflow_lifecycle.__main__ import main
-from mlflow_lifecycle.keys import own_key
+from mlflow_lifecycle.cli import main
+from mlflow_lifecycle.exceptions import NotVerifiedError
 from mlflow_lifecycle.pins import read_pins
-from mlflow_lifecycle.verification import NotVerifiedError
+from mlflow_lifecycle.signing.keys import own_key
 
 COLUMNS = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
 LOCK = ROOT / "requirements.txt"
@@ -130,7 +130,7 @@ def test_data_set_that_cannot_be_scored_is_refused(session, signature, tmp_path,
     rows = pd.DataFrame({"id": range(3), **dict.fromkeys(COLUMNS, 1.0)})
     change(rows).to_parquet(tmp_path / "bad.parquet", index=False)
     # when, then
-    with pytest.raises(scoring.UnfitRowsError) as error:
+    with pytest.raises(scoring.InvalidInputError) as error:
         scoring.check_rows(session, tmp_path / "bad.parquet", signature)
     assert str(error.value).startswith(f"Cannot score {tmp_path / 'bad.parquet'}: ")
     assert reason in str(error.value)
@@ -141,7 +141,7 @@ def test_nan_in_a_file_is_refused(session, signature, tmp_path):
     names = ", ".join(f"double('NaN') AS `{name}`" for name in COLUMNS)
     session.sql(f"SELECT 1 AS id, {names}").write.parquet(str(tmp_path / "nan"))
     # when, then
-    with pytest.raises(scoring.UnfitRowsError, match=re.escape("sepal length (cm) (1)")):
+    with pytest.raises(scoring.InvalidInputError, match=re.escape("sepal length (cm) (1)")):
         scoring.check_rows(session, tmp_path / "nan", signature)
 
 
@@ -153,7 +153,7 @@ def test_model_that_learned_from_gaps_gets_them_but_nothing_infinite(session, tm
     rows.assign(**{COLUMNS[2]: [np.inf, 1.0, 1.0]}).to_parquet(tmp_path / "both.parquet", index=False)
     # when, then
     assert scoring.check_rows(session, tmp_path / "gap.parquet", signature).count == 3
-    with pytest.raises(scoring.UnfitRowsError, match=re.escape(": petal length (cm) (1)")):
+    with pytest.raises(scoring.InvalidInputError, match=re.escape(": petal length (cm) (1)")):
         scoring.check_rows(session, tmp_path / "both.parquet", signature)
 
 
@@ -162,7 +162,7 @@ def test_gap_in_a_text_is_refused_although_the_model_learned_from_some(session, 
     signature = ModelSignature(Schema([ColSpec("string", "group", required=False)]))
     pd.DataFrame({"id": range(3), "group": ["a", None, "b"]}).to_parquet(tmp_path / "gap.parquet", index=False)
     # when, then
-    with pytest.raises(scoring.UnfitRowsError, match=re.escape(": group (1)")):
+    with pytest.raises(scoring.InvalidInputError, match=re.escape(": group (1)")):
         scoring.check_rows(session, tmp_path / "gap.parquet", signature)
 
 
@@ -178,17 +178,17 @@ def test_columns_of_every_type_come_from_the_signature(session, tmp_path):
     # when, then
     checked = scoring.check_rows(session, tmp_path / "good.parquet", signature, "number")
     assert checked.frame.columns == ["number", "gaps", "a `name`", "open", "time"]
-    with pytest.raises(scoring.UnfitRowsError, match=re.escape("a `name` (1)")):
+    with pytest.raises(scoring.InvalidInputError, match=re.escape("a `name` (1)")):
         scoring.check_rows(session, tmp_path / "bad.parquet", signature, "number")
     # and the number with gaps may not lack as a whole
     rows.drop(columns="gaps").to_parquet(tmp_path / "less.parquet", index=False)
-    with pytest.raises(scoring.UnfitRowsError, match="gaps is missing"):
+    with pytest.raises(scoring.InvalidInputError, match="gaps is missing"):
         scoring.check_rows(session, tmp_path / "less.parquet", signature, "number")
 
 
 @pytest.mark.parametrize("inputs", [None, Schema([TensorSpec(np.dtype("float64"), (-1, 4))])], ids=["none", "tensor"])
 def test_model_without_named_columns_is_refused(inputs):
-    with pytest.raises(scoring.UnfitRowsError, match="no signature with named columns"):
+    with pytest.raises(scoring.InvalidInputError, match="no signature with named columns"):
         scoring.input_types(ModelSignature(inputs, Schema([ColSpec("double")])) if inputs else None)
 
 
@@ -376,7 +376,7 @@ def test_java_that_does_not_start_is_named(spark, tmp_path, monkeypatch):
 TWICE = """
     import sys
     from click.testing import CliRunner
-    from mlflow_lifecycle.__main__ import main
+    from mlflow_lifecycle.cli import main
 
     for result in sys.argv[-2:]:
         answer = CliRunner().invoke(main, [*sys.argv[1:-2], "--result", result])
@@ -445,7 +445,7 @@ def test_result_that_exists_is_refused_in_a_line(folder, uri, monkeypatch):
 def test_version_that_another_key_signed_is_refused_before_spark_starts(folder, uri, tmp_path, monkeypatch):
     # given somebody else's key
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    public = own_key(tmp_path).with_suffix(".pub")
+    public = own_key().with_suffix(".pub")
     # when
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow.get_tracking_uri())
@@ -461,7 +461,7 @@ def test_alias_that_was_moved_to_a_candidate_is_not_scored(uri, folder, tmp_path
     # given an alias on a version that was never released
     mlflow.MlflowClient().set_registered_model_alias("iris", "champion", "1")
     # then
-    public_key = own_key(folder).with_suffix(".pub")
+    public_key = own_key().with_suffix(".pub")
     with pytest.raises(NotVerifiedError, match="There is no release as champion"):
         scoring.score("models:/iris@champion", "data", str(tmp_path / "scored"), public_key=public_key)
 

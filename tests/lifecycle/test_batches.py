@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from sklearn.dummy import DummyClassifier
 from versions import NAME, iris_rows, save
 
-from mlflow_lifecycle.batches import log_batch, plot_drift, recorded
-from mlflow_lifecycle.drift import drift
-from mlflow_lifecycle.monitoring import Judgement, Verdict, judge
+from mlflow_lifecycle.monitoring.batches import log_batch, plot_drift, recorded
+from mlflow_lifecycle.monitoring.drift import drift
+from mlflow_lifecycle.monitoring.judge import Judgement, Verdict, judge
 
 ROWS = iris_rows()
 FEATURES = ROWS.columns[:-1].tolist()

@@ -11,8 +11,8 @@ from sklearn.metrics import log_loss
 from versions import LOCK, NAME, iris_rows
 
 from mlflow_lifecycle.challenger import NoChallengeError, challenge, contest
-from mlflow_lifecycle.keys import own_key, own_public_key
-from mlflow_lifecycle.verification import verified
+from mlflow_lifecycle.signing.keys import own_key, own_public_key
+from mlflow_lifecycle.signing.verify import verified
 
 ROWS = iris_rows()
 FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"
@@ -40,7 +40,7 @@ def challenged(version, known, store):
     """Give a function that challenges the champion with rows."""
 
     def run(usual, new):
-        files = {"key": own_key(store), "lock": LOCK}
+        files = {"key": own_key(), "lock": LOCK}
         return challenge(version, known, usual, new, **files)
 
     return run
@@ -132,7 +132,7 @@ def test_challenger_learns_from_old_and_new_rows_and_is_signed_as_a_candidate(st
     candidate, found = challenged(usual, new)
     # then it won, on usual rows and on the half of the new ones that it has not learned from
     assert found.winner == "challenger"
-    with verified(f"models:/{NAME}/{candidate.version}", own_public_key(store)) as challenger:
+    with verified(f"models:/{NAME}/{candidate.version}", own_public_key()) as challenger:
         assert challenger.statement.purpose == "candidate"
         learned = pd.read_parquet(challenger.training_rows)
     old = pd.read_parquet(version.training_rows)
@@ -153,7 +153,7 @@ def test_classes_of_text_are_found_in_new_rows_that_a_file_gives_as_numbers(stor
     model = clone(known.estimator).fit(rows[FEATURES], rows[TARGET])
     champion = dataclasses.replace(known, rows=rows, predictions=model.predict(rows[FEATURES]), estimator=model)
     # when the labels are numbers
-    files = {"key": own_key(store), "lock": LOCK}
+    files = {"key": own_key(), "lock": LOCK}
     batches = [batch.assign(species=batch[TARGET].map(numbers)) for batch in (usual, changed())]
     _, found = challenge(version, champion, *batches, **files)
     # then

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from execution import ROOT, environment, finished
 
-from mlflow_lifecycle import check
-from mlflow_lifecycle.__main__ import main
+from mlflow_lifecycle import doctor as check
+from mlflow_lifecycle.cli import main
 
 
 def test_this_environment_has_no_problem():
@@ -150,6 +150,6 @@ def test_command_finds_nothing_wrong_with_the_project(tmp_path):
 
 def test_help_imports_no_heavy_library():
     heavy = {"mlflow", "pandas", "sklearn", "numpy"}
-    code = f"import sys, mlflow_lifecycle.__main__; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, mlflow_lifecycle.cli; print(sorted({heavy} & set(sys.modules)))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout == "[]\n"

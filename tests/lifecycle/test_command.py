@@ -1,4 +1,4 @@
-"""__main__: what commands share: errors in one line without a secret; reading a store makes none."""
+"""The command as a whole: how it prints errors and values from the store, and what its help says."""
 
 import sqlite3
 from pathlib import Path
@@ -8,46 +8,79 @@ import mlflow
 import pytest
 from click.testing import CliRunner
 
-from mlflow_lifecycle.__main__ import in_one_line, main
-from mlflow_lifecycle.store import StoreUnusableError
+from mlflow_lifecycle.cli import Commands, main
+from mlflow_lifecycle.cli.options import print_lines
+from mlflow_lifecycle.exceptions import InvalidInputError, StoreUnusableError
 
 SECRET = "cannot reach\nhttp://user:hunter2@host:5000\n"
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError(SECRET),
-        RuntimeError(SECRET),
-        OSError(SECRET),
-        sqlite3.OperationalError(SECRET),
-        mlflow.MlflowException(SECRET),
-        StoreUnusableError(SECRET, ""),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_expected_error_ends_a_command_in_one_line_without_its_secret(error):
-    # given a command that fails in this way
-    @click.command()
-    def command():
-        with in_one_line():
-            raise error
+def failing(error: Exception) -> click.Group:
+    """Return a group with a command that raises an error."""
 
-    # when
-    answer = CliRunner().invoke(command)
-    # then
+    @click.group(cls=Commands)
+    @click.option("--debug", is_flag=True)
+    def group(debug: bool) -> None:
+        pass
+
+    @group.command()
+    def fail() -> None:
+        raise error
+
+    return group
+
+
+EXPECTED = [
+    InvalidInputError(SECRET),
+    StoreUnusableError(SECRET, ""),
+    OSError(SECRET),
+    sqlite3.OperationalError(SECRET),
+    mlflow.MlflowException(SECRET),
+]
+
+
+@pytest.mark.parametrize("error", EXPECTED, ids=lambda error: type(error).__name__)
+def test_expected_error_ends_a_command_in_one_line_without_its_secret(error):
+    answer = CliRunner().invoke(failing(error), ["fail"])
     assert (answer.exit_code, answer.stdout) == (1, "")
     assert answer.stderr == "Error: cannot reach http://host:5000\n"
 
 
-def test_mistake_in_a_program_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), in_one_line():
-        1 / 0  # noqa: B018
+@pytest.mark.parametrize("error", EXPECTED, ids=lambda error: type(error).__name__)
+def test_debug_shows_the_traceback_of_an_expected_error(error):
+    assert CliRunner().invoke(failing(error), ["--debug", "fail"]).exception is error
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), ModuleNotFoundError("x", name="x")])
+def test_error_that_is_ours_keeps_its_traceback(error):
+    assert CliRunner().invoke(failing(error), ["fail"]).exception is error
+
+
+def test_missing_extra_is_named_with_the_command_that_installs_it():
+    answer = CliRunner().invoke(failing(ModuleNotFoundError("no", name="optuna.samplers")), ["fail"])
+    assert answer.exit_code == 1
+    assert answer.stderr.endswith("Run: pip install 'mlflow-quickstart-lifecycle[search]'\n")
+
+
+def test_value_from_the_store_forges_no_line_and_no_colour(capsys):
+    """Attack 36."""
+    print_lines(["released by a\n2026-01-01 release of iris\x1b[2K\u202e \x9b31m"])
+    assert capsys.readouterr().out == "released by a 2026-01-01 release of iris [2K 31m\n"
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_command_says_in_a_line_what_it_does_and_gives_an_example(name):
+    command = main.commands[name]
+    line = next(line for line in CliRunner().invoke(main, ["--help"]).stdout.splitlines() if f"  {name} " in line)
+    assert line.endswith(command.short_help)
+    assert f"Example: lifecycle {name}" in CliRunner().invoke(main, [name, "--help"]).stdout
 
 
 READING = {
     "report": ["report", "an experiment"],
-    "score": ["score", "models:/a/1", "--rows", "rows", "--result", "result"],
+    "history": ["history", "iris"],
+    "verify": ["verify", "models:/iris/1"],
+    "score": ["score", "models:/a/1", "--data", "rows", "--output", "result"],
     "search-worker": ["search-worker", "0", "--objective", "objective.py:score"],
 }
 
@@ -63,6 +96,6 @@ def test_command_that_reads_a_store_makes_none(arguments, tmp_path, monkeypatch)
     # then
     assert (answer.exit_code, answer.stdout) == (1, "")
     (line,) = answer.stderr.splitlines()
-    assert f"There is no store at sqlite:///{tmp_path.as_posix()}/mlflow.db yet." in line
-    assert line.endswith("Make one first: make run")
+    assert f"There is no store at sqlite:///{tmp_path.as_posix()}/mlflow.db." in line
+    assert line.endswith("Log a model in this folder, or set MLFLOW_TRACKING_URI.")
     assert [path.name for path in tmp_path.iterdir()] == ["objective.py"]

@@ -6,7 +6,8 @@ import pytest
 from scipy import stats
 from sklearn.datasets import load_iris
 
-from mlflow_lifecycle.drift import ColumnsDifferError, Limits, drift, false_alarms, out_of_range, share
+from mlflow_lifecycle.exceptions import ColumnsDifferError
+from mlflow_lifecycle.monitoring.drift import Limits, drift, false_alarms, out_of_range, share
 
 FLOWERS = load_iris(as_frame=True).data
 

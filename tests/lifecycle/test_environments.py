@@ -30,7 +30,8 @@ from sklearn.preprocessing import OneHotEncoder
 from versions import save
 
 from mlflow_lifecycle import environments
-from mlflow_lifecycle.environments import EnvironmentNotBuiltError, PredictionFailedError, built, predict
+from mlflow_lifecycle.environments import built, predict
+from mlflow_lifecycle.exceptions import EnvironmentNotBuiltError, PredictionFailedError
 from mlflow_lifecycle.pins import read_pins
 
 LOCK = ROOT / "requirements.txt"

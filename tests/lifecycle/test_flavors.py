@@ -15,9 +15,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from versions import LOCK, save
 
+from mlflow_lifecycle.exceptions import UnreviewedContentError
 from mlflow_lifecycle.flavors import FLAVORS, load_estimator, stored_task, task_of
 from mlflow_lifecycle.pins import locked, read_pins
-from mlflow_lifecycle.policy import UnreviewedContentError, check_contents
+from mlflow_lifecycle.policy import check_contents
 
 INSTALL = ".venv/bin/uv pip install xgboost-cpu==3.2.0 lightgbm==4.7.0"
 PINS = {"sklearn": "scikit-learn", "xgboost": "xgboost-cpu==3.2.0", "lightgbm": "lightgbm==4.7.0"}

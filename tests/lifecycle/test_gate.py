@@ -22,12 +22,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from versions import LOCK, iris_rows, save, store_in
 
-from mlflow_lifecycle.gate import (
+from mlflow_lifecycle.datasets import fingerprint, read_table
+from mlflow_lifecycle.exceptions import GateClosedError
+from mlflow_lifecycle.pins import locked, read_pins
+from mlflow_lifecycle.releases.gate import (
     DEFAULT_CHECKS,
     CheckResult,
-    GateClosedError,
     GateContext,
-    Rule,
+    GateSettings,
     Verdict,
     check_exact_pins,
     check_fresh_environment,
@@ -37,9 +39,7 @@ from mlflow_lifecycle.gate import (
     gate,
     gate_context,
 )
-from mlflow_lifecycle.pins import locked, read_pins
-from mlflow_lifecycle.tables import fingerprint, read_table
-from mlflow_lifecycle.verification import Statement, Verified
+from mlflow_lifecycle.signing.verify import Statement, Verified
 
 ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
 THRESHOLDS = {"accuracy_score": 0.8}
@@ -74,19 +74,19 @@ def cautious(version):
 
 
 def context_of(
-    candidate, baseline=None, rows=ROWS_TEST, target="species", thresholds=THRESHOLDS, rebuild=False, **options
+    candidate, baseline=None, rows=ROWS_TEST, target="species", thresholds=THRESHOLDS, rebuild=False, **settings
 ) -> GateContext:
-    return gate_context(candidate, baseline, rows, target, thresholds=thresholds, rebuild=rebuild, **options)
+    return gate_context(candidate, baseline, rows, target, GateSettings(thresholds, rebuild=rebuild, **settings))
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory, no_pictures):
     """Give the function that takes a version through the gate in a run, without building its environment."""
 
-    def check(*arguments, checks=DEFAULT_CHECKS, **options) -> Verdict:
+    def check(*arguments, **options) -> Verdict:
         context = context_of(*arguments, **options)
         with mlflow.start_run():
-            return gate(context, checks)
+            return gate(context)
 
     with pytest.MonkeyPatch.context() as monkeypatch, store_in(tmp_path_factory.mktemp("store"), monkeypatch):
         yield check
@@ -180,7 +180,7 @@ def test_worse_version_stays_out(judge, good, cautious):
     with pytest.raises(
         GateClosedError, match=r"baseline failed \(log probability -0\..* not better by more than chance"
     ):
-        verdict.require(allow_unchecked=True)
+        verdict.require()
 
 
 def test_equal_version_is_not_better(judge, good):
@@ -189,28 +189,27 @@ def test_equal_version_is_not_better(judge, good):
 
 @pytest.mark.parametrize(("gain", "result"), [(0.3, "passed"), (0.48, "failed")])
 def test_minimum_gain_is_below_the_whole_interval(judge, good, cautious, gain, result):
-    verdict = judge(good, cautious, rule=Rule(minimum_gain=gain))
+    verdict = judge(good, cautious, minimum_gain=gain)
     assert verdict.difference.low < 0.48 < verdict.difference.difference
     assert results(verdict)["baseline"] == result
 
 
 @pytest.mark.parametrize(("margin", "result"), [(0.4, "failed"), (0.6, "passed")])
 def test_margin_is_above_the_whole_interval(judge, good, cautious, margin, result):
-    verdict = judge(cautious, good, rule=Rule(margin=margin))
+    verdict = judge(cautious, good, margin=margin)
     assert -0.6 < verdict.difference.low < -0.4
     assert results(verdict)["baseline"] == result
 
 
 def test_models_that_are_right_on_the_same_thirty_rows_are_not_within_a_small_margin(judge, version):
     ridge = version(RidgeClassifier())
-    assert results(judge(ridge, replace(ridge), rule=Rule(margin=0.02)))["baseline"] == "failed"
+    assert results(judge(ridge, replace(ridge), margin=0.02))["baseline"] == "failed"
 
 
 def test_same_predictions_pass_and_others_do_not(judge, good, cautious, version):
-    rule = Rule(same_predictions=True)
     renewed = version(LogisticRegression(max_iter=1000))
-    assert results(judge(renewed, good, rule=rule))["baseline"] == "passed"
-    verdict = judge(cautious, good, rule=rule)
+    assert results(judge(renewed, good, same_predictions=True))["baseline"] == "passed"
+    verdict = judge(cautious, good, same_predictions=True)
     assert results(verdict)["baseline"] == "failed"
     assert "of 30 predictions are the same (probabilities differ by at most 0." in detail(verdict, "baseline")
 
@@ -218,17 +217,17 @@ def test_same_predictions_pass_and_others_do_not(judge, good, cautious, version)
 def test_same_predictions_with_other_probabilities_fail(judge, good, version):
     # given a model that predicts the same classes, a little less sure of them
     other = version(LogisticRegression(C=0.999, max_iter=1000))
-    verdict = judge(other, good, rule=Rule(same_predictions=True))
+    verdict = judge(other, good, same_predictions=True)
     assert detail(verdict, "baseline").startswith("30 of 30 predictions are the same (probabilities differ")
     assert results(verdict)["baseline"] == "failed"
 
 
 def test_same_predictions_need_a_baseline(judge, good):
-    assert results(judge(good, rule=Rule(same_predictions=True)))["baseline"] == "failed"
+    assert results(judge(good, same_predictions=True))["baseline"] == "failed"
 
 
 def test_gate_says_which_difference_the_rows_can_show(judge, good, cautious):
-    for verdict in (judge(good, cautious), judge(cautious, good), judge(cautious, good, rule=Rule(margin=1))):
+    for verdict in (judge(good, cautious), judge(cautious, good), judge(cautious, good, margin=1)):
         found = re.search(r"show a difference of (\S+) or more with 80 % power", detail(verdict, "baseline"))
         width = verdict.difference.high - verdict.difference.low
         assert float(found[1]) == pytest.approx(width / 2 / 1.96 * 2.8, rel=0.1)
@@ -246,7 +245,7 @@ def test_gate_says_which_difference_the_rows_can_show(judge, good, cautious):
 )
 def test_rule_that_contradicts_itself_is_refused(rule, refusal):
     with pytest.raises(ValueError, match=refusal):
-        Rule(**rule)
+        GateSettings(THRESHOLDS, **rule)
 
 
 # Regression
@@ -332,7 +331,7 @@ def test_version_without_training_rows_is_checked_as_far_as_that_goes(judge, goo
     assert results(verdict)["test rows"] == "not checked"
     assert detail(verdict, "test rows") == "no training data was signed"
     assert list(results(verdict).values()).count("passed") == 5
-    verdict.require(allow_unchecked=True)
+    verdict.require()
     with pytest.raises(ValueError, match=r"The test rows lack these columns: petal width \(cm\)"):
         context_of(replace(good, training_rows=None), rows=ROWS_TEST.drop(columns="petal width (cm)"))
 
@@ -369,18 +368,18 @@ def test_classes_learned_as_text_are_known_where_a_csv_has_numbers(judge, versio
     rows = read_table(tmp_path / "test.csv")
     assert rows["species"].dtype == int
     # then every check passes, against a baseline, too, and a class that is new is still told
-    verdict = judge(candidate, replace(candidate), rows=rows, rule=Rule(same_predictions=True))
+    verdict = judge(candidate, replace(candidate), rows=rows, same_predictions=True)
     assert set(results(verdict).values()) == {"passed", "not checked"}
     assert verdict.metrics["accuracy_score"] > 0.9
     (check,) = [check for check in judge(candidate, rows=rows.replace(2, 3)).checks if check.name == "test rows"]
     assert check.detail.endswith("it never learned these classes: 3")
 
 
-def test_environment_that_was_not_built_is_no_pass(judge, good, cautious):
+def test_environment_that_was_not_built_as_asked_is_said_and_does_not_stop_a_version(judge, good, cautious):
     verdict = judge(good, cautious)
-    with pytest.raises(GateClosedError, match="fresh environment not checked"):
-        verdict.require()
-    verdict.require(allow_unchecked=True)
+    assert results(verdict)["fresh environment"] == "not checked"
+    assert detail(verdict, "fresh environment") == "no environment was built, as was asked for"
+    verdict.require()
 
 
 def test_model_that_cannot_be_scored_fails(judge, good, tmp_path):
@@ -494,12 +493,12 @@ def test_model_that_answers_differently_elsewhere_fails(good, tmp_path, monkeypa
     sys.modules.pop("oddity")
 
 
-def test_verdict_names_every_check_that_did_not_pass():
+def test_verdict_names_every_check_that_failed():
     checks = [CheckResult("one", "failed", "because"), CheckResult("two", "passed", "fine")]
-    checks.append(CheckResult("fresh environment", "not checked", "left"))
+    checks.append(CheckResult("three", "failed", "really"))
     with pytest.raises(GateClosedError) as caught:
         Verdict(checks, {}, None).require()
-    assert "one failed (because); fresh environment not checked (left). The alias stays" in str(caught.value)
+    assert "one failed (because); three failed (really). The alias stays" in str(caught.value)
 
 
 @pytest.mark.parametrize("open_before", [0, 1])
@@ -521,12 +520,12 @@ def test_notebook_still_shows_its_figures_after_an_evaluation(tmp_path, good):
 from pathlib import Path
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, mlflow, pandas as pd
-from mlflow_lifecycle.gate import check_thresholds, gate_context
+from mlflow_lifecycle.releases.gate import GateSettings, check_thresholds, gate_context
 mlflow.set_tracking_uri("sqlite:///{(tmp_path / "mlflow.db").as_posix()}")
 rows = pd.read_parquet({str(tmp_path / "rows.parquet")!r})
 with mlflow.start_run():
     version = SimpleNamespace(folder=Path({str(good.folder)!r}), training_rows=None)
-    check_thresholds(gate_context(version, None, rows, "species", thresholds={{"accuracy_score": 0.5}}))
+    check_thresholds(gate_context(version, None, rows, "species", GateSettings({{"accuracy_score": 0.5}})))
 ===
 plt.plot([1, 2]);"""
     notebook = new_notebook(cells=[new_code_cell(source) for source in sources.split("===")])

@@ -9,8 +9,10 @@ import pytest
 from execution import snapshot
 from versions import iris_rows, register, store_in
 
-from mlflow_lifecycle.git_tag import TagRefusedError, check_tag, make_tag
-from mlflow_lifecycle.store import source_tags
+from mlflow_lifecycle.exceptions import TagRefusedError
+from mlflow_lifecycle.experiments import source_tags
+from mlflow_lifecycle.releases.release import check_tag, make_tag
+from mlflow_lifecycle.signing.statement import candidate_statement
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -51,8 +53,12 @@ def run_id(model: str = "iris") -> str:
     return mlflow.MlflowClient().get_model_version(model, 1).run_id
 
 
+def statement_of(model: str = "iris"):
+    return candidate_statement(model, "1", mlflow.get_run(run_id(model)), "classification", "")
+
+
 def tag(project: Path, remote: str = "", model: str = "iris") -> str:
-    name = check_tag(project, model, "1", remote)
+    name = check_tag(project, statement_of(model), remote)
     make_tag(project, name, f"{model}, version 1\n\nrun: {run_id(model)}", remote)
     return name
 
@@ -97,12 +103,12 @@ def tagged_remote(folder: Path) -> str:
 
 
 REFUSALS = {
-    dirty: "the tree is dirty, commit or stash first: ?? notes.txt",
-    tagged: "another tag of that name exists",
+    dirty: "The work tree has changes. Commit or stash them: ?? notes.txt",
+    tagged: "There is another tag iris-v1. Delete it: git tag --delete iris-v1",
     another_commit: "and the commit here is",
-    no_repository: "is in no git repository with a commit",
-    no_remote: "there is no remote 'nowhere' to reach",
-    tagged_remote: "the remote 'origin' has it already",
+    no_repository: "git rev-parse failed, and no tag was made: fatal: not a git repository",
+    no_remote: "git ls-remote failed, and no tag was made: fatal: 'nowhere' does not appear",
+    tagged_remote: "The remote 'origin' has a tag iris-v1 already.",
 }
 
 
@@ -110,8 +116,8 @@ REFUSALS = {
 def test_tag_that_would_not_be_true_is_refused_and_nothing_changed(prepare, reason, project):
     remote = prepare(project)
     before = snapshot(project.parent)
-    with pytest.raises(TagRefusedError, match=r"Refused to make the tag iris-v1: .* Nothing was changed\.") as caught:
-        check_tag(project, "iris", "1", remote)
+    with pytest.raises(TagRefusedError) as caught:
+        check_tag(project, statement_of(), remote)
     assert reason in str(caught.value)
     assert snapshot(project.parent) == before
 
@@ -145,7 +151,7 @@ def test_rejected_push_leaves_no_tag_and_can_be_repeated(project):
     hook.write_text("#!/bin/sh\necho 'not on a Friday'\nexit 1\n")
     hook.chmod(0o755)
     # when
-    with pytest.raises(TagRefusedError, match=r"could not be made and pushed; nothing was changed: .*not on a Friday"):
+    with pytest.raises(TagRefusedError, match=r"git push failed, and no tag was made: .*not on a Friday"):
         tag(project, "origin")
     # then no tag is left, and when the remote accepts, the second attempt works
     assert git(project, "tag") == ""

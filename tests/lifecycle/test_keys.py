@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import click
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
@@ -19,13 +20,14 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from mlflow_lifecycle.keys import KeyRefusedError, fingerprint_of, load_private, new_key, own_key, own_public_key
+from mlflow_lifecycle.exceptions import KeyRefusedError
+from mlflow_lifecycle.signing.keys import fingerprint_of, load_private, new_key, own_key, own_public_key
 
 
 @pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch):
-    """Name a store in the test's own folder."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
+def keys(tmp_path, monkeypatch):
+    """Name a folder of the test for the keys."""
+    monkeypatch.setenv("LIFECYCLE_KEYS", str(tmp_path / "keys"))
 
 
 def pem_of(key, encryption=None) -> bytes:
@@ -63,7 +65,7 @@ def test_key_that_cannot_sign_is_refused(kind, tmp_path):
     with pytest.raises(KeyRefusedError) as caught:
         load_private(tmp_path / "own.pem")
     assert str(caught.value).startswith(f"Cannot sign with {tmp_path / 'own.pem'}: ")
-    assert "A PEM file with a private EC key on the curve P-256, without a password, is wanted" in str(caught.value)
+    assert "It must be a PEM file with a private EC key on the curve P-256, without a password" in str(caught.value)
 
 
 def test_key_made_as_the_refusal_says_is_taken(tmp_path, lacking):
@@ -79,28 +81,37 @@ def test_key_made_as_the_refusal_says_is_taken(tmp_path, lacking):
 
 
 def test_key_that_others_can_read_is_refused(tmp_path):
-    key = own_key(tmp_path)
+    key = own_key()
     key.chmod(0o640)
-    with pytest.raises(KeyRefusedError, match=f"others can read it. Close it: chmod 600 {key}"):
-        own_key(tmp_path)
+    with pytest.raises(KeyRefusedError, match=f"it is readable by other users. Run: chmod 600 '{key}'"):
+        own_key()
 
 
 def test_key_is_made_once_for_its_owner_only(tmp_path):
-    private = own_key(tmp_path)
+    private = own_key()
     assert private == tmp_path / "keys/signing_key.pem"
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
     assert stat.S_IMODE(private.parent.stat().st_mode) == 0o700
     assert sorted(path.name for path in private.parent.iterdir()) == ["signing_key.pem", "signing_key.pub"]
-    before = private.read_bytes(), own_public_key(tmp_path).read_bytes()
-    assert own_key(tmp_path) == private
-    assert (private.read_bytes(), own_public_key(tmp_path).read_bytes()) == before
+    before = private.read_bytes(), own_public_key().read_bytes()
+    assert own_key() == private
+    assert (private.read_bytes(), own_public_key().read_bytes()) == before
 
 
-def test_key_is_beside_the_store_and_for_a_server_in_the_project(tmp_path, monkeypatch):
-    (tmp_path / "project").mkdir()
-    assert own_key(tmp_path / "project").parent == tmp_path / "keys"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    assert own_key(tmp_path / "project").parent == tmp_path / "project/keys"
+def test_key_is_in_the_configuration_folder_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.delenv("LIFECYCLE_KEYS")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home/.config"))
+    assert own_key() == Path(click.get_app_dir("lifecycle")) / "keys/signing_key.pem"
+    assert (tmp_path / "home").is_dir()
+
+
+def test_key_in_a_folder_that_other_users_can_write_is_refused(tmp_path):
+    """Attack 33."""
+    own_key().parent.chmod(0o777)
+    for function in (own_key, own_public_key):
+        with pytest.raises(KeyRefusedError, match=r"Other users can replace the keys in .*chmod go-w"):
+            function()
 
 
 def test_starts_at_the_same_moment_make_one_key(tmp_path):
@@ -110,7 +121,7 @@ def test_starts_at_the_same_moment_make_one_key(tmp_path):
 
     def fingerprint(_) -> tuple[bytes, str]:
         barrier.wait()
-        return own_key(tmp_path).read_bytes(), fingerprint_of(own_public_key(tmp_path))
+        return own_key().read_bytes(), fingerprint_of(own_public_key())
 
     with ThreadPoolExecutor(several) as pool:
         found = set(pool.map(fingerprint, range(several)))
@@ -121,35 +132,35 @@ def test_starts_at_the_same_moment_make_one_key(tmp_path):
 
 def test_lost_private_half_is_not_replaced_without_being_asked(tmp_path):
     # given a key whose private half is gone
-    own_key(tmp_path).unlink()
-    before = own_public_key(tmp_path).read_bytes()
+    own_key().unlink()
+    before = own_public_key().read_bytes()
     # then signing says what to do, and the public half stays
-    with pytest.raises(KeyRefusedError, match=r"only its public half is left.*make a new one: lifecycle new-key"):
-        own_key(tmp_path)
-    assert own_public_key(tmp_path).read_bytes() == before
+    with pytest.raises(KeyRefusedError, match=r"only its public half is left.*make a new key: lifecycle new-key"):
+        own_key()
+    assert own_public_key().read_bytes() == before
 
 
 @pytest.mark.parametrize("lost", [True, False], ids=["lost", "rotated"])
 def test_new_key_keeps_the_public_half_of_the_one_before(tmp_path, lost):
-    key = own_key(tmp_path)
-    private, public = key.read_bytes(), own_public_key(tmp_path).read_bytes()
+    key = own_key()
+    private, public = key.read_bytes(), own_public_key().read_bytes()
     if lost:
         key.unlink()
-    new, before = new_key(tmp_path)
+    new, before = new_key()
     assert before.read_bytes() == public
     assert before.name == f"signing_key-{fingerprint_of(before)[:16]}.pub"
     assert before.with_suffix(".pem").exists() != lost
     assert new.read_bytes() != private
-    assert fingerprint_of(own_public_key(tmp_path)) != fingerprint_of(before)
+    assert fingerprint_of(own_public_key()) != fingerprint_of(before)
 
 
 def test_new_key_replaces_a_private_half_whose_public_half_is_missing(tmp_path):
     # given that only the private half is there
-    key = own_key(tmp_path)
-    private, public = key.read_bytes(), own_public_key(tmp_path).read_bytes()
-    own_public_key(tmp_path).unlink()
+    key = own_key()
+    private, public = key.read_bytes(), own_public_key().read_bytes()
+    own_public_key().unlink()
     # when
-    new, before = new_key(tmp_path)
+    new, before = new_key()
     # then the key is another one, and both halves of the old one are kept
     assert new.read_bytes() != private
     assert before.read_bytes() == public
@@ -157,18 +168,18 @@ def test_new_key_replaces_a_private_half_whose_public_half_is_missing(tmp_path):
 
 
 def test_first_key_has_none_before_it(tmp_path):
-    assert new_key(tmp_path) == (tmp_path / "keys/signing_key.pem", None)
+    assert new_key() == (tmp_path / "keys/signing_key.pem", None)
 
 
 def test_missing_public_key_is_refused(tmp_path):
     with pytest.raises(KeyRefusedError, match=r"There is no public key .*--public-key"):
-        own_public_key(tmp_path)
+        own_public_key()
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "no key", "with a password", "another curve", "RSA"])
 def test_file_that_is_no_public_key_is_refused(tmp_path, kind):
     wrong_key(kind, tmp_path / "key.pub")
-    with pytest.raises(KeyRefusedError, match=r"Cannot verify with .*: .* A PEM file with a public EC key"):
+    with pytest.raises(KeyRefusedError, match=r"Cannot verify with .*: .* It must be a PEM file with a public EC key"):
         fingerprint_of(tmp_path / "key.pub")
 
 

@@ -12,10 +12,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from versions import iris_rows, save
 
-from mlflow_lifecycle.drift import Limits, false_alarms, share
-from mlflow_lifecycle.monitoring import Verdict, answered, baseline, judge
-from mlflow_lifecycle.signing import Statement
-from mlflow_lifecycle.verification import Verified
+from mlflow_lifecycle.monitoring.drift import Limits, false_alarms, share
+from mlflow_lifecycle.monitoring.judge import Verdict, answered, baseline, judge
+from mlflow_lifecycle.signing.statement import Statement
+from mlflow_lifecycle.signing.verify import Verified
 
 ROWS = iris_rows()
 FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"

@@ -11,11 +11,12 @@ from click.testing import CliRunner
 from execution import snapshot
 from mlflow.pyfunc import PythonModel
 
-from mlflow_lifecycle.__main__ import main
-from mlflow_lifecycle.check import store_problems
-from mlflow_lifecycle.interface import labelled_links
+from mlflow_lifecycle.cli import main
+from mlflow_lifecycle.doctor import store_problems
+from mlflow_lifecycle.exceptions import StoreUnusableError
+from mlflow_lifecycle.experiments import check_store, open_experiment, tracking_uri
 from mlflow_lifecycle.moved import mend, moved_folders
-from mlflow_lifecycle.store import StoreUnusableError, check_store, open_experiment, tracking_uri
+from mlflow_lifecycle.ui import labelled_links
 
 
 class Echo(PythonModel):

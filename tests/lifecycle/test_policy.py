@@ -11,8 +11,9 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from versions import LOCK, save
 
+from mlflow_lifecycle.exceptions import UnreviewedContentError
 from mlflow_lifecycle.pins import locked, read_pins
-from mlflow_lifecycle.policy import UnreviewedContentError, check_contents
+from mlflow_lifecycle.policy import check_contents
 
 FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
 FILES += ["input_example.json", "serving_input_example.json"]

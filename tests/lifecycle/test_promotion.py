@@ -1,34 +1,36 @@
 """Promotion from one store to another: between two files, and between two real tracking servers."""
 
+from dataclasses import replace
+
 import mlflow
 import pytest
 from execution import tracking_server
-from releases import OPTIONS, ROWS_TEST, ROWS_TRAIN, released
+from releases import ROWS_TEST, ROWS_TRAIN, SENTENCES, SETTINGS, released
 from sklearn.linear_model import LogisticRegression
 from versions import register
 
-import mlflow_lifecycle.promotion
-from mlflow_lifecycle.gate import GateClosedError
-from mlflow_lifecycle.keys import own_key, own_public_key
-from mlflow_lifecycle.promotion import promote
-from mlflow_lifecycle.signing import register_candidate
-from mlflow_lifecycle.verification import NotVerifiedError, release_tag, verified
+import mlflow_lifecycle.releases.promote
+from mlflow_lifecycle.exceptions import GateClosedError, NotVerifiedError
+from mlflow_lifecycle.releases.promote import promote
+from mlflow_lifecycle.signing.keys import own_key, own_public_key
+from mlflow_lifecycle.signing.statement import register_candidate
+from mlflow_lifecycle.signing.verify import release_tag, verified
+
+TOO_HIGH = replace(SETTINGS, thresholds={"accuracy_score": 0.999})
 
 
 def test_promotion_to_another_file_leaves_nothing_if_the_gate_refuses(folder, tmp_path):
     # given another store, with nothing in it
     here, to = mlflow.get_tracking_uri(), f"sqlite:///{tmp_path.as_posix()}/other.db"
     there = mlflow.MlflowClient(to)
-    options = OPTIONS | {"key": own_key(folder)}
+    options = SENTENCES | {"key": own_key()}
     # when a version is promoted that the gate there refuses, then it is deleted again
     with pytest.raises(GateClosedError, match="thresholds failed"):
-        promote(
-            "models:/iris@production", to, ROWS_TEST, "species", **options | {"thresholds": {"accuracy_score": 0.999}}
-        )
+        promote("models:/iris@production", to, ROWS_TEST, "species", TOO_HIGH, **options)
     assert there.search_registered_models() == []
     assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
     # and once it passes, it is in production there, and this process still works with the first store
-    promote("models:/iris@production", to, ROWS_TEST, "species", **options)
+    promote("models:/iris@production", to, ROWS_TEST, "species", SETTINGS, **options)
     assert there.get_model_version_by_alias("iris", "production").tags["promoted_from"] == here
     assert mlflow.get_tracking_uri() == here
 
@@ -44,11 +46,10 @@ def test_promotion_that_fails_deletes_no_version_that_somebody_else_registered_m
         there.set_registered_model_alias("iris", "theirs", theirs.version)
         return version
 
-    monkeypatch.setattr(mlflow_lifecycle.promotion, "register_candidate", meanwhile)
+    monkeypatch.setattr(mlflow_lifecycle.releases.promote, "register_candidate", meanwhile)
     # when the gate refuses the promoted one
-    refusing = OPTIONS | {"thresholds": {"accuracy_score": 0.999}}
     with pytest.raises(GateClosedError, match="thresholds failed"):
-        promote("models:/iris@production", to, ROWS_TEST, "species", key=own_key(folder), **refusing)
+        promote("models:/iris@production", to, ROWS_TEST, "species", TOO_HIGH, key=own_key(), **SENTENCES)
     # then that one is gone, and the other one is there
     assert str(there.get_model_version_by_alias("iris", "theirs").version) == "2"
     assert [str(version.version) for version in there.search_model_versions("name = 'iris'")] == ["2"]
@@ -68,9 +69,9 @@ def test_promotion_that_fails_after_the_alias_has_moved_leaves_production_usable
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.MlflowClient, "set_model_version_tag", failing)
         with pytest.raises(OSError, match="the store is gone"):
-            promote("models:/iris@production", to, ROWS_TEST, "species", key=own_key(folder), **OPTIONS)
+            promote("models:/iris@production", to, ROWS_TEST, "species", SETTINGS, key=own_key(), **SENTENCES)
     # then
-    public = own_public_key(folder)
+    public = own_public_key()
     mlflow.set_tracking_uri(to)
     with verified("models:/iris@production", public, purpose="release") as copy:
         assert copy.statement.version == "1"
@@ -85,27 +86,28 @@ def servers(tmp_path_factory):
     with tracking_server(folder / "one") as one, tracking_server(folder / "two") as two:
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setenv("MLFLOW_TRACKING_URI", one)
+            monkeypatch.setenv("LIFECYCLE_KEYS", str(folder / "keys"))
             mlflow.set_tracking_uri(one)
             mlflow.set_experiment("versions")
             register(folder, LogisticRegression(max_iter=1000), ROWS_TRAIN)
             register(folder, LogisticRegression(C=0.01, max_iter=1000), ROWS_TRAIN)
-            released(folder, "models:/iris/1")
+            released("models:/iris/1")
             yield folder, one, two
         mlflow.set_tracking_uri(None)
 
 
-def promoted(servers, uri: str, **options):
-    folder, _, two = servers
-    return promote(uri, two, ROWS_TEST, "species", key=own_key(folder), **(OPTIONS | options))
+def promoted(servers, uri: str, settings=SETTINGS):
+    _, _, two = servers
+    return promote(uri, two, ROWS_TEST, "species", settings, key=own_key(), **SENTENCES)
 
 
 @pytest.mark.extended  # two servers
 def test_version_is_released_on_the_other_server_with_tags_that_lead_back(servers):
-    folder, one, two = servers
+    _, one, two = servers
     here = mlflow.MlflowClient().get_model_version("iris", 1)
     # when a version that the gate refuses is promoted, then nothing is left there
     with pytest.raises(GateClosedError, match="thresholds failed"):
-        promoted(servers, "models:/iris/1", thresholds={"accuracy_score": 0.999})
+        promoted(servers, "models:/iris/1", TOO_HIGH)
     there = mlflow.MlflowClient(two)
     assert there.search_registered_models() == []
     assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
@@ -123,7 +125,7 @@ def test_version_is_released_on_the_other_server_with_tags_that_lead_back(server
     # and it verifies there, under its own number
     mlflow.set_tracking_uri(two)
     try:
-        with verified("models:/iris@production", own_public_key(folder), purpose="release") as copy:
+        with verified("models:/iris@production", own_public_key(), purpose="release") as copy:
             assert copy.statement.run_id == version.run_id
     finally:
         mlflow.set_tracking_uri(one)

@@ -12,25 +12,27 @@ from pathlib import Path
 import mlflow
 import pytest
 from execution import ROOT, environment
-from releases import ROWS_TEST, released
+from releases import ROWS_TEST, SETTINGS, released
 from versions import store_in
 
-import mlflow_lifecycle.release
-from mlflow_lifecycle.card import make_card
-from mlflow_lifecycle.gate import GateClosedError, gate
-from mlflow_lifecycle.keys import KeyRefusedError, own_key, own_public_key
-from mlflow_lifecycle.release import history, rollback, sign_anew, try_gate
-from mlflow_lifecycle.verification import NotVerifiedError, release_tag, verified
+import mlflow_lifecycle.releases.release
+from mlflow_lifecycle.exceptions import GateClosedError, KeyRefusedError, NotVerifiedError
+from mlflow_lifecycle.releases.card import make_card
+from mlflow_lifecycle.releases.gate import gate
+from mlflow_lifecycle.releases.release import history, rollback, try_gate
+from mlflow_lifecycle.signing.adopt import sign_anew
+from mlflow_lifecycle.signing.keys import own_key, own_public_key
+from mlflow_lifecycle.signing.verify import release_tag, verified
 
 
 def production(folder: Path) -> str:
     """Return the version that is handed out as the one in production."""
-    with verified("models:/iris@production", own_public_key(folder), purpose="release") as copy:
+    with verified("models:/iris@production", own_public_key(), purpose="release") as copy:
         return copy.statement.version
 
 
 def test_better_version_takes_the_alias_and_its_run_says_so(folder):
-    made = released(folder)
+    made = released()
     assert production(folder) == "2"
     assert (made.version, made.before, made.kind, made.status) == ("2", "1", "release", "FINISHED")
     assert made == history("iris")[0]
@@ -44,17 +46,11 @@ def test_better_version_takes_the_alias_and_its_run_says_so(folder):
 
 def test_version_that_is_not_better_leaves_everything_as_it_was(twice):
     with pytest.raises(GateClosedError, match="The version is not released: baseline failed"):
-        released(twice, "models:/iris/3")
+        released("models:/iris/3")
     assert production(twice) == "2"
     assert history("iris")[0].status == "FAILED"
     with pytest.raises(NotVerifiedError, match="no release"):
-        verified("models:/iris/3", own_public_key(twice), purpose="release").__enter__()
-
-
-def test_unchecked_environment_stops_a_release(folder):
-    with pytest.raises(GateClosedError, match="fresh environment not checked"):
-        released(folder, allow_unchecked=False)
-    assert production(folder) == "1"
+        verified("models:/iris/3", own_public_key(), purpose="release").__enter__()
 
 
 def test_version_that_was_never_signed_is_not_even_loaded(folder, tmp_path):
@@ -68,7 +64,7 @@ def test_version_that_was_never_signed_is_not_even_loaded(folder, tmp_path):
     # then
     for number in (version.version, 2):
         with pytest.raises(NotVerifiedError):
-            released(folder, f"models:/iris/{number}")
+            released(f"models:/iris/{number}")
     assert not (tmp_path / "ran").exists()
 
 
@@ -80,29 +76,23 @@ def test_baseline_that_was_changed_is_not_loaded_and_the_remedy_works(folder, tm
     (place / "MLmodel").write_text(text.replace("loader_module: mlflow.sklearn", "loader_module: evil_loader"))
     # when another one is to be released
     with pytest.raises(NotVerifiedError, match="It has the alias production, and the gate compares with it") as caught:
-        released(folder)
+        released()
     # then the line in the message is the way on
     exec(re.search(r"client\..*", str(caught.value))[0], {"client": mlflow.MlflowClient()})
-    assert released(folder).before == ""
+    assert released().before == ""
 
 
 def test_key_that_cannot_sign_is_refused_before_anything_is_written(folder):
     before = len(history("iris"))
     with pytest.raises(KeyRefusedError):
-        released(folder, key=folder / "none.pem")
+        released(key=folder / "none.pem")
     assert len(history("iris")) == before
 
 
 @pytest.mark.parametrize("name", ["intended_use", "limits"])
 def test_card_needs_its_two_sentences(folder, name):
     with pytest.raises(ValueError, match=f"needs a sentence on the {name.replace('_', ' ')}"):
-        released(folder, **{name: " "})
-    assert production(folder) == "1"
-
-
-def test_release_needs_a_threshold(folder):
-    with pytest.raises(ValueError, match="State at least one threshold"):
-        released(folder, thresholds={})
+        released(**{name: " "})
     assert production(folder) == "1"
 
 
@@ -115,12 +105,12 @@ REFUSED = {
 @pytest.mark.parametrize(("wrong", "refusal"), REFUSED.values(), ids=REFUSED)
 def test_what_is_no_test_of_a_version_is_refused_before_anything_is_written(folder, wrong, refusal):
     before = len(mlflow.search_runs(search_all_experiments=True))
-    arguments = {"rows": ROWS_TEST, "target": "species", "thresholds": {"accuracy_score": 0.9}} | wrong
+    arguments = {"rows": ROWS_TEST, "target": "species", "settings": SETTINGS} | wrong
     # when it is to be released, or only to be tried
     with pytest.raises(ValueError, match=refusal):
-        released(folder, **arguments)
+        released(**arguments)
     with pytest.raises(ValueError, match=refusal):
-        try_gate("models:/iris/2", public_key=own_public_key(folder), **arguments)
+        try_gate("models:/iris/2", public_key=own_public_key(), **arguments)
     # then there is no run of it
     assert len(mlflow.search_runs(search_all_experiments=True)) == before
 
@@ -130,20 +120,20 @@ def test_record_that_was_left_open_after_the_alias_is_finished(folder):
     (made,) = history("iris")
     mlflow.MlflowClient().update_run(made.run_id, status="RUNNING")
     # when the same release is asked for, then it is the same one, and its record is closed
-    assert released(folder, "models:/iris/1") == made
+    assert released("models:/iris/1") == made
     assert history("iris") == [made]
 
 
 def test_version_in_production_whose_record_was_deleted_is_not_released_again(folder):
     mlflow.MlflowClient().delete_run(history("iris")[0].run_id)
     with pytest.raises(ValueError, match="is production already, and the record of its release is gone"):
-        released(folder, "models:/iris/1")
+        released("models:/iris/1")
     assert production(folder) == "1"
 
 
 def test_release_of_the_version_in_production_changes_nothing(folder):
     before = history("iris")
-    assert released(folder, "models:/iris/1") == before[0]
+    assert released("models:/iris/1") == before[0]
     assert history("iris") == before
 
 
@@ -153,7 +143,7 @@ def test_release_of_the_version_in_production_changes_nothing(folder):
 @pytest.mark.parametrize("step", ["gate", "sign"])
 def test_release_does_not_take_the_alias_from_one_that_it_was_not_compared_with(folder, monkeypatch, step):
     # given a release during which, after one step, another one is finished
-    original = getattr(mlflow_lifecycle.release, step)
+    original = getattr(mlflow_lifecycle.releases.release, step)
 
     def interrupted(*arguments, **options):
         result = original(*arguments, **options)
@@ -161,9 +151,9 @@ def test_release_does_not_take_the_alias_from_one_that_it_was_not_compared_with(
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT / "tests/helpers")!r})
-from mlflow_lifecycle.gate import Rule
+from mlflow_lifecycle.releases.gate import GateSettings
 from releases import released
-released(Path({str(folder)!r}), "models:/iris/3", rule=Rule(same_predictions=True))
+released("models:/iris/3", settings=GateSettings({{"accuracy_score": 0.5}}, same_predictions=True, rebuild=False))
 """
         variables = environment(folder, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
         subprocess.run([sys.executable, "-c", program], env=variables, check=True)
@@ -171,12 +161,12 @@ released(Path({str(folder)!r}), "models:/iris/3", rule=Rule(same_predictions=Tru
 
     # when it goes on, then it is refused, and the other one stays usable
     with monkeypatch.context() as patch:
-        patch.setattr(mlflow_lifecycle.release, step, interrupted)
+        patch.setattr(mlflow_lifecycle.releases.release, step, interrupted)
         with pytest.raises(GateClosedError, match="Meanwhile production moved from version 1 of iris to version 3"):
-            released(folder)
+            released()
     assert production(folder) == "3"
     # and the same call again is compared with that one
-    assert released(folder).before == "3"
+    assert released().before == "3"
     assert production(folder) == "2"
 
 
@@ -190,9 +180,9 @@ def test_release_tells_of_itself_although_another_one_has_begun_since(folder, mo
         client.create_run(experiment, int(time.time() * 1000) + 1000, tags)
         return gate(*arguments, **options)
 
-    monkeypatch.setattr(mlflow_lifecycle.release, "gate", checked)
+    monkeypatch.setattr(mlflow_lifecycle.releases.release, "gate", checked)
     # when, then
-    made = released(folder)
+    made = released()
     assert (made.version, made.status) == ("2", "FINISHED")
 
 
@@ -214,12 +204,12 @@ def test_step_that_fails_leaves_production_usable_and_the_same_call_finishes(fol
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.MlflowClient, step, failing)
         with pytest.raises(OSError, match="the store is gone"):
-            released(folder)
+            released()
     # then whoever asks for production gets the version that the alias names
     alias = mlflow.MlflowClient().get_model_version_by_alias("iris", "production").version
     assert str(alias) == production(folder) == ("2" if step == "set_model_version_tag" else "1")
     # and the same call again finishes
-    assert released(folder).status == "FINISHED"
+    assert released().status == "FINISHED"
     assert production(folder) == "2"
     assert mlflow.MlflowClient().get_model_version("iris", 2).tags[release_tag("production")]
 
@@ -242,15 +232,15 @@ def killing(self, *arguments, **options):
         original(self, *arguments, **options)
     os.kill(os.getpid(), 9)
 mlflow.MlflowClient.{step} = killing
-released(Path({str(folder)!r}))
+released()
 """
-    variables = environment(tmp_path, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
+    variables = environment(folder, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
     child = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
     assert child.returncode == -9, child.stderr
     # then production can be used, and the same call again finishes
     alias = mlflow.MlflowClient().get_model_version_by_alias("iris", "production").version
     assert str(alias) == production(folder)
-    assert released(folder).status == "FINISHED"
+    assert released().status == "FINISHED"
     assert production(folder) == "2"
     assert "RUNNING" not in {item.status for item in history("iris")}
 
@@ -259,25 +249,26 @@ released(Path({str(folder)!r}))
 
 
 def test_rollback_goes_to_the_version_before_and_is_recorded(twice):
-    back = rollback("iris", key=own_key(twice))
+    back = rollback("iris", key=own_key())
     assert production(twice) == "1"
     assert (back.kind, back.version, back.before) == ("rollback", "1", "2")
-    assert [item.kind for item in history("iris", "production")] == ["rollback", "release", "release"]
+    kinds = [(item.kind, item.status) for item in history("iris", "production")]
+    assert kinds == [("rollback", "FINISHED"), ("release", "FINISHED"), ("release", "FINISHED")]
 
 
 def test_rollback_ignores_a_tag_that_was_not_signed(twice):
     mlflow.MlflowClient().set_model_version_tag("iris", 3, release_tag("production"), "9999-12-31T23:59:59.999999Z")
-    assert rollback("iris", key=own_key(twice)).version == "1"
+    assert rollback("iris", key=own_key()).version == "1"
 
 
 def test_rollback_can_name_the_version(twice):
-    assert rollback("iris", key=own_key(twice), to="1").version == "1"
+    assert rollback("iris", key=own_key(), to="1").version == "1"
 
 
 def test_rollback_works_although_the_present_version_is_broken(twice):
     model_id = mlflow.MlflowClient().get_model_version("iris", 2).source.rpartition("/")[2]
     shutil.rmtree(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
-    rollback("iris", key=own_key(twice))
+    rollback("iris", key=own_key())
     assert production(twice) == "1"
 
 
@@ -289,22 +280,22 @@ def test_rollback_goes_back_from_a_release_that_was_cut_off_after_the_alias(fold
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.MlflowClient, "set_model_version_tag", failing)
         with pytest.raises(OSError, match="the store is gone"):
-            released(folder)
+            released()
     assert production(folder) == "2"
     # when
-    rollback("iris", key=own_key(folder))
+    rollback("iris", key=own_key())
     # then
     assert production(folder) == "1"
 
 
 def test_first_release_has_nothing_to_go_back_to(folder):
     with pytest.raises(ValueError, match="There is nothing to go back to"):
-        rollback("iris", key=own_key(folder))
+        rollback("iris", key=own_key())
 
 
 def test_version_that_was_never_released_is_no_way_back(folder):
     with pytest.raises(NotVerifiedError, match="no release"):
-        rollback("iris", key=own_key(folder), to="3")
+        rollback("iris", key=own_key(), to="3")
     assert production(folder) == "1"
 
 
@@ -322,15 +313,15 @@ def test_store_without_releases_has_an_empty_history(tmp_path, monkeypatch):
 
 def test_versions_are_signed_anew_after_the_key_was_lost(folder):
     # given that the private half is lost
-    own_key(folder).unlink()
+    own_key().unlink()
     # when what the old public half verifies is signed anew, with a new key
-    _, before, signed = sign_anew(["iris"], folder)
+    _, before, signed = sign_anew(["iris"])
     assert [statement.version for statement in signed] == ["1"]
-    assert before != own_public_key(folder)
+    assert before != own_public_key()
     # then it can be used and replaced again
     assert production(folder) == "1"
     with pytest.raises(NotVerifiedError, match="has not signed it"):
-        released(folder)
+        released()
 
 
 # The card
@@ -356,7 +347,7 @@ def masked(text: str) -> str:
 
 @pytest.mark.parametrize("suffix", ["json", "md"])
 def test_card_is_the_golden_one(twice, suffix):
-    with verified("models:/iris/2", own_public_key(twice)) as copy:
+    with verified("models:/iris/2", own_public_key()) as copy:
         text = masked((copy.folder.parent / f"model_card.{suffix}").read_text())
     golden = ROOT / f"tests/golden/model_card.{suffix}"
     if os.environ.get("RENEW_GOLDEN"):
@@ -378,8 +369,8 @@ def test_card_says_what_was_signed_whatever_the_run_says_later(folder):
     client.log_metric(run_id, "cv_score", 1.0)
     client.log_param(run_id, "C", 7)
     # when the version is released, then its card does not know of it
-    released(folder)
-    with verified("models:/iris@production", own_public_key(folder)) as copy:
+    released()
+    with verified("models:/iris@production", own_public_key()) as copy:
         facts = json.loads((copy.folder.parent / "model_card.json").read_text())
     assert (facts["git_commit"], facts["metrics"], facts["parameters"]) == ("not recorded", {}, {})
 

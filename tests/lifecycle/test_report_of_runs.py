@@ -17,9 +17,10 @@ from execution import environment, finished, snapshot
 from matplotlib.container import BarContainer
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
-from mlflow_lifecycle.__main__ import main
+from mlflow_lifecycle.cli import main
 from mlflow_lifecycle.comparison import folds_interval
-from mlflow_lifecycle.report import NothingToCompareError, charts, make_report, markdown, write
+from mlflow_lifecycle.exceptions import InvalidInputError
+from mlflow_lifecycle.report import charts, make_report, markdown, write
 
 EXPERIMENT = "iris_classification"
 MODEL = "iris_classification_best_model"
@@ -531,14 +532,14 @@ def test_nothing_is_written_to_the_store(store, tmp_path):
 
 
 def test_experiment_without_a_run_is_refused_with_the_remedy(store):
-    with pytest.raises(NothingToCompareError, match=r"no finished run to compare\. Execute guide 03 first\."):
+    with pytest.raises(InvalidInputError, match=r"no finished run to compare\. Execute guide 03 first\."):
         make_report(EXPERIMENT)
 
 
 def test_experiment_with_nothing_to_compare_is_refused_with_the_reasons(store):
     store.candidate(WINNER, 0.9, status="RUNNING")
     store.run("RandomForest_basic", validation_f1=0.9)
-    with pytest.raises(NothingToCompareError) as refusal:
+    with pytest.raises(InvalidInputError) as refusal:
         make_report(EXPERIMENT)
     causes = "running: LogisticRegression_basic; no record of the rows that it was scored on: RandomForest_basic"
     assert str(refusal.value) == (
@@ -547,14 +548,14 @@ def test_experiment_with_nothing_to_compare_is_refused_with_the_reasons(store):
 
 
 def test_unknown_experiment_is_refused_with_those_that_are_there(store):
-    with pytest.raises(NothingToCompareError, match=r"'iris' is not in this store.*: Default, iris_classification"):
+    with pytest.raises(InvalidInputError, match=r"'iris' is not in this store.*: Default, iris_classification"):
         make_report("iris")
 
 
 def test_deleted_experiment_is_refused(store):
     store.candidate(WINNER, 0.9)
     store.client.delete_experiment(store.experiment)
-    with pytest.raises(NothingToCompareError, match="'iris_classification' is deleted"):
+    with pytest.raises(InvalidInputError, match="'iris_classification' is deleted"):
         make_report(EXPERIMENT)
 
 

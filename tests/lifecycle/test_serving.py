@@ -22,10 +22,11 @@ from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier
 from versions import iris_rows, register, save, store_in
 
-from mlflow_lifecycle.keys import own_key, own_public_key
-from mlflow_lifecycle.serving import ServingFailedError, read_record, serve, serve_verified, training_limits
-from mlflow_lifecycle.signing import sign
-from mlflow_lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
+from mlflow_lifecycle.exceptions import NotVerifiedError, ServingFailedError
+from mlflow_lifecycle.serving import read_record, serve, serve_verified, training_limits
+from mlflow_lifecycle.signing.keys import own_key, own_public_key
+from mlflow_lifecycle.signing.statement import sign
+from mlflow_lifecycle.signing.verify import release_tag, released_now, verified
 
 HERE = {"python": Path(sys.executable)}  # an environment that is there
 FEATURES = iris_rows().drop(columns="species")
@@ -45,10 +46,10 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
         for _ in range(2):
             register(folder, RandomForestClassifier(3, random_state=0), skops_trusted_types=[TREE])
-        with verified("models:/iris/1", own_public_key(folder), trusted_types=[TREE]) as version:
-            moment = released_now("iris", "champion", own_public_key(folder))
+        with verified("models:/iris/1", own_public_key(), trusted_types=[TREE]) as version:
+            moment = released_now("iris", "champion", own_public_key())
             statement = replace(version.statement, purpose="release", alias="champion", released_at=moment)
-            sign(version.folder.parent, statement, own_key(folder))
+            sign(version.folder.parent, statement, own_key())
         client = mlflow.MlflowClient()
         client.set_registered_model_alias("iris", "champion", "1")
         client.set_model_version_tag("iris", "1", release_tag("champion"), moment)
@@ -280,14 +281,14 @@ def test_empty_record_has_no_rows(tmp_path):
 def test_candidate_and_unreviewed_type_are_not_served(folder, temporary, monkeypatch):
     with store_in(folder, monkeypatch):
         for uri, trusted in (("models:/iris/2", (TREE,)), ("models:/iris@champion", ())):
-            with pytest.raises(NotVerifiedError), serve(uri, own_public_key(folder), trusted_types=trusted):
+            with pytest.raises(NotVerifiedError), serve(uri, own_public_key(), trusted_types=trusted):
                 pass
 
 
 def test_release_is_served_from_its_store(folder, temporary, monkeypatch):
     with (
         store_in(folder, monkeypatch),
-        serve("models:/iris@champion", own_public_key(folder), trusted_types=(TREE,), limits=1.0, **HERE) as server,
+        serve("models:/iris@champion", own_public_key(), trusted_types=(TREE,), limits=1.0, **HERE) as server,
     ):
         assert [path.name[:8] for path in temporary.iterdir()] == ["serving-"] * 2  # nothing of the verification
         assert json.loads(ask(server.address, split(FEATURES))[1])["predictions"] == iris_rows()["species"].tolist()

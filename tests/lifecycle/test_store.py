@@ -16,8 +16,8 @@ import mlflow
 import pytest
 from execution import ROOT, commit_all, environment, free_port, git, snapshot, tracking_server
 
-from mlflow_lifecycle.store import (
-    StoreUnusableError,
+from mlflow_lifecycle.exceptions import StoreUnusableError
+from mlflow_lifecycle.experiments import (
     check_store,
     make_sqlite_store,
     open_experiment,
@@ -31,7 +31,7 @@ OPEN = """
 import sys
 import mlflow
 from pathlib import Path
-from mlflow_lifecycle.store import open_experiment
+from mlflow_lifecycle.experiments import open_experiment
 print(open_experiment("an experiment", "What it is for.", Path(sys.argv[1])).experiment_id)
 with mlflow.start_run() as run:
     print(run.info.experiment_id)
@@ -376,7 +376,7 @@ def test_other_paths_are_taken(name, empty_store, tmp_path):
 REFUSE = """
 import sys
 from pathlib import Path
-from mlflow_lifecycle.store import StoreUnusableError, open_experiment
+from mlflow_lifecycle.experiments import open_experiment
 for folder in sys.argv[1:]:
     try:
         open_experiment("an experiment", "What it is for.", Path(folder))
@@ -582,7 +582,7 @@ def test_filter_in_the_settings_of_the_user_is_applied(tmp_path, monkeypatch):
 
 def test_import_is_cheap():
     heavy = {"mlflow", "sqlalchemy", "alembic"}
-    code = f"import sys, mlflow_lifecycle.store; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, mlflow_lifecycle.experiments; print(sorted({heavy} & set(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout == "[]\n"
 

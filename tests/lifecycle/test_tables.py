@@ -11,8 +11,8 @@ import pytest
 from execution import free_port
 from serving import NAME, serving
 
-from mlflow_lifecycle import tables
-from mlflow_lifecycle.tables import check_table, fingerprint, read_table
+from mlflow_lifecycle import datasets as tables
+from mlflow_lifecycle.datasets import check_table, fingerprint, read_table
 
 GOOD = "weight,kind\n" + "".join(f"{number},{'ab'[number % 2]}\n" for number in range(40))
 UNREADABLE = {

@@ -18,7 +18,7 @@ from execution import environment
 from optuna.trial import TrialState
 
 from mlflow_lifecycle import search
-from mlflow_lifecycle.tables import fingerprint
+from mlflow_lifecycle.datasets import fingerprint
 
 METRIC = "loss"
 ROWS = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [0.0, 1.0, 0.0]})

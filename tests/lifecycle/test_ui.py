@@ -55,7 +55,7 @@ def labelled_links(monkeypatch):
     for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    from mlflow_lifecycle.interface import labelled_links
+    from mlflow_lifecycle.ui import labelled_links
 
     return labelled_links
 

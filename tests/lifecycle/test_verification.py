@@ -21,12 +21,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from execution import tracking_server
 from versions import LOCK, iris_rows, register, restored, save, store_in
 
-from mlflow_lifecycle.keys import KeyRefusedError, new_key, own_key, own_public_key
-from mlflow_lifecycle.signing import Statement, register_candidate, sign
-from mlflow_lifecycle.tables import fingerprint
-from mlflow_lifecycle.verification import NotVerifiedError, release_tag, released_now, verified
-from mlflow_lifecycle.verification import _is_in_active_store as is_in_active_store
-from mlflow_lifecycle.verification import _refuse_older as refuse_older
+from mlflow_lifecycle.datasets import fingerprint
+from mlflow_lifecycle.exceptions import KeyRefusedError, NotVerifiedError
+from mlflow_lifecycle.signing.keys import new_key, own_key, own_public_key
+from mlflow_lifecycle.signing.statement import Statement, register_candidate, sign
+from mlflow_lifecycle.signing.verify import _is_in_active_store as is_in_active_store
+from mlflow_lifecycle.signing.verify import _refuse_older as refuse_older
+from mlflow_lifecycle.signing.verify import release_tag, released_now, verified
 
 INVISIBLE = ["a\u00a0b", "a\u200bb", "a\tb"]
 FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
@@ -36,11 +37,11 @@ EVIDENCE = ["statement.json", "packages.txt", "training_rows.parquet"]
 
 def release(uri: str, folder: Path, alias: str = "production", moment: str = "") -> Statement:
     """Sign a version as released, by default now, and move the alias, as a release does once the gate is open."""
-    with verified(uri, own_public_key(folder)) as copy:
+    with verified(uri, own_public_key()) as copy:
         name, number = copy.statement.registered_model, copy.statement.version
-        moment = moment or released_now(name, alias, own_public_key(folder))
+        moment = moment or released_now(name, alias, own_public_key())
         statement = replace(copy.statement, purpose="release", alias=alias, released_at=moment)
-        sign(copy.folder.parent, statement, own_key(folder))
+        sign(copy.folder.parent, statement, own_key())
     client = mlflow.MlflowClient()
     client.set_registered_model_alias(name, alias, number)
     client.set_model_version_tag(name, number, release_tag(alias), moment)
@@ -69,7 +70,7 @@ def folder(made, monkeypatch):
 
 
 def accepted(folder: Path, uri: str = "models:/iris/2", **options) -> Statement:
-    with verified(uri, own_public_key(folder), **options) as copy:
+    with verified(uri, own_public_key(), **options) as copy:
         return copy.statement
 
 
@@ -95,7 +96,7 @@ def evidence_of(number: int, name: str = "iris") -> list[Path]:
 
 
 def test_version_is_handed_out_as_it_was_saved(folder):
-    with verified("models:/iris@production", own_public_key(folder), purpose="release") as copy:
+    with verified("models:/iris@production", own_public_key(), purpose="release") as copy:
         assert sorted(path.name for path in copy.folder.iterdir()) == sorted(FILES)
         assert mlflow.pyfunc.load_model(str(copy.folder)).predict(iris_rows().drop(columns="species"))[0] == "setosa"
         assert pd.read_parquet(copy.training_rows).equals(iris_rows())
@@ -221,14 +222,14 @@ def test_model_with_a_loose_pin_is_not_registered(folder, tmp_path):
     saved = save(tmp_path / "loose", pip_requirements=["scikit-learn"])
     # then
     with mlflow.start_run() as run, pytest.raises(ValueError, match="leaves the version open"):
-        register_candidate(saved, "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
+        register_candidate(saved, "iris", key=own_key(), lock=LOCK, training_rows=iris_rows())
     assert mlflow.get_run(run.info.run_id).outputs.model_outputs == []
 
 
 def test_model_whose_pin_has_no_hash_is_not_registered(folder, tmp_path):
     saved = save(tmp_path / "unknown", pip_requirements=["scikit-learn==0.1"])
     with mlflow.start_run(), pytest.raises(ValueError, match=r"has no hash for scikit-learn==0\.1"):
-        register_candidate(saved, "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
+        register_candidate(saved, "iris", key=own_key(), lock=LOCK, training_rows=iris_rows())
 
 
 @pytest.mark.parametrize("values", [["red", 1], [1j, 2j]], ids=["text and number", "complex"])
@@ -239,14 +240,14 @@ def test_column_that_parquet_cannot_hold_is_named_before_anything_is_logged(fold
     # then
     refusal = r"Parquet cannot hold the training rows: .+ column colour .+\. Give each column values of one type"
     with mlflow.start_run(), pytest.raises(ValueError, match=refusal):
-        register_candidate(saved, "iris", key=own_key(folder), lock=LOCK, training_rows=rows)
+        register_candidate(saved, "iris", key=own_key(), lock=LOCK, training_rows=rows)
     assert len(mlflow.search_logged_models(output_format="list")) == 3
     assert (saved / "MLmodel").read_text() == content
 
 
 def test_candidate_without_a_run_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="A candidate belongs to a run"):
-        register_candidate(save(tmp_path / "m"), "iris", key=own_key(folder), lock=LOCK, training_rows=iris_rows())
+        register_candidate(save(tmp_path / "m"), "iris", key=own_key(), lock=LOCK, training_rows=iris_rows())
 
 
 # On another host
@@ -428,7 +429,7 @@ def test_older_version_put_back_is_refused_where_the_newer_release_was_seen(fold
 
 def test_models_that_are_loaded_at_the_same_moment_are_each_remembered(folder):
     # given releases of many models, which are seen at the same moment
-    names, public = [f"model{number}" for number in range(40)], own_public_key(folder)
+    names, public = [f"model{number}" for number in range(40)], own_public_key()
     statement = accepted(folder, "models:/iris@production", purpose="release")
     with ThreadPoolExecutor(8) as executor:
         list(executor.map(lambda name: refuse_older(name, "production", statement, public), names))
@@ -451,7 +452,7 @@ def test_older_version_can_be_had_by_its_number(folder):
 
 def test_public_key_in_a_read_only_folder_serves(folder, tmp_path, monkeypatch):
     # given a folder in which nothing can be remembered: a file stands where the folder of notes would be made
-    public = Path(shutil.copy(own_public_key(folder), tmp_path / "key.pub"))
+    public = Path(shutil.copy(own_public_key(), tmp_path / "key.pub"))
     (tmp_path / "seen_releases").touch()
     with verified("models:/iris@production", public, purpose="release") as copy:
         assert copy.statement.version == "2"
@@ -462,7 +463,7 @@ def test_clock_that_went_backwards_makes_no_older_release(folder):
     ahead = datetime.now(UTC) + timedelta(hours=1)
     release("models:/iris/1", folder, moment=f"{ahead:%Y-%m-%dT%H}:00:00.000000Z")
     # then the next one is after it
-    later = released_now("iris", "production", own_public_key(folder))
+    later = released_now("iris", "production", own_public_key())
     assert later == f"{ahead:%Y-%m-%dT%H}:00:00.000001Z"
 
 
@@ -472,7 +473,7 @@ def test_tag_that_was_not_signed_stops_no_release(folder, forged):
     mlflow.MlflowClient().set_model_version_tag("iris", 1, release_tag("production"), forged)
     # then the release is handed out, and the next one can be signed
     assert accepted(folder, "models:/iris@production").version == "2"
-    assert released_now("iris", "production", own_public_key(folder)) < "2999"
+    assert released_now("iris", "production", own_public_key()) < "2999"
 
 
 def test_tag_that_lies_about_the_time_stops_no_release(folder):
@@ -502,7 +503,7 @@ def test_release_that_was_signed_in_the_future_is_refused(folder):
 
 def test_signature_with_anothers_key_is_refused(folder):
     # given a version that another key has signed
-    other, before = new_key(folder)
+    other, before = new_key()
     message = refused(folder)
     assert "has not signed it (signed by: " in message
     assert "Give the key that did" in message
@@ -520,7 +521,7 @@ def test_signature_that_claims_our_key_is_refused(folder):
     key = ec.generate_private_key(ec.SECP256R1())
     theirs.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     theirs.chmod(0o600)
-    with verified("models:/iris/2", own_public_key(folder)) as copy:
+    with verified("models:/iris/2", own_public_key()) as copy:
         sign(copy.folder.parent, copy.statement, theirs)
     (made,) = set(evidence_of(2)[-1].glob("*.sig")) - {ours}
     ours.write_text(json.dumps(json.loads(made.read_text()) | {"verificationMaterial": material}))
@@ -558,7 +559,7 @@ def test_key_that_is_none_is_refused(folder, tmp_path):
 
 def test_private_key_is_in_no_file_of_the_store(folder):
     # given the key as it stands in its file, line by line, and the secret number in it
-    pem = own_key(folder).read_bytes()
+    pem = own_key().read_bytes()
     number = load_pem_private_key(pem, None).private_numbers().private_value
     secrets = [*pem.splitlines()[1:-1], number.to_bytes(32, "big"), b"%x" % number, b"%d" % number]
     # then nothing else has any of it
@@ -569,10 +570,10 @@ def test_private_key_is_in_no_file_of_the_store(folder):
 
 def test_signature_verifies_with_model_signings_own_command(folder):
     # given a version as anybody downloads it: the model, and what was signed beside it
-    with verified("models:/iris/2", own_public_key(folder)) as copy:
+    with verified("models:/iris/2", own_public_key()) as copy:
         (signature,) = evidence_of(2)[-1].glob("*.sig")
         command = [sys.executable, "-m", "model_signing", "verify", "key", "--no-ignore-git-paths"]
-        command += ["--signature", signature, "--public_key", own_public_key(folder), copy.folder.parent]
+        command += ["--signature", signature, "--public_key", own_public_key(), copy.folder.parent]
         # then it verifies, and with a file more it does not
         assert subprocess.run(command, capture_output=True).returncode == 0
         (copy.folder / ".gitignore").write_text("*")

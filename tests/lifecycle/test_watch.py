@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from execution import environment, finished
 from versions import NAME, iris_rows
 
-from mlflow_lifecycle.__main__ import main
+from mlflow_lifecycle.cli import main
 
 ROWS = iris_rows()
 FEATURES, TARGET = ROWS.columns[:-1].tolist(), "species"

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from postgresql import postgresql
 
 from mlflow_lifecycle import workers
-from mlflow_lifecycle.__main__ import main
+from mlflow_lifecycle.cli import main
 
 OBJECTIVE = """
     import os, time
@@ -321,7 +321,7 @@ ADDRESSES = {
 
 @pytest.mark.parametrize(("change", "reason"), ADDRESSES.values(), ids=ADDRESSES)
 def test_storage_that_cannot_be_used_is_named_without_the_password(storage, change, reason):
-    with pytest.raises(workers.QueueUnusableError, match=reason) as error:
+    with pytest.raises(workers.SearchFailedError, match=reason) as error:
         workers.open_storage(change(storage))
     assert not re.search("hidden|secret", str(error.value))
     assert error.value.__suppress_context__ or not error.value.__context__  # nor in its traceback
@@ -329,12 +329,12 @@ def test_storage_that_cannot_be_used_is_named_without_the_password(storage, chan
 
 def test_missing_driver_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg2", None)
-    with pytest.raises(workers.QueueUnusableError, match="Install it: make scale"):
+    with pytest.raises(workers.SearchFailedError, match="Install it: make scale"):
         workers.open_storage("postgresql://me@127.0.0.1:1/x")
 
 
 def test_search_that_has_no_study_is_refused(parent, storage):
-    with pytest.raises(workers.QueueUnusableError, match=f"has no study {parent.info.run_id}"):
+    with pytest.raises(workers.SearchFailedError, match=f"has no study {parent.info.run_id}"):
         workers.work(parent.info.run_id, lambda trial: 1.0, storage)
 
 

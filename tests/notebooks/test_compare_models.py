@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 from mlflow_lifecycle.comparison import choose, folds_interval
-from mlflow_lifecycle.tables import fingerprint
+from mlflow_lifecycle.datasets import fingerprint
 
 pytestmark = pytest.mark.extended  # it takes long
 

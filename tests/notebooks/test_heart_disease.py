@@ -22,7 +22,7 @@ from sklearn.model_selection import (
 )
 
 from mlflow_lifecycle.comparison import folds_interval
-from mlflow_lifecycle.tables import fingerprint
+from mlflow_lifecycle.datasets import fingerprint
 
 pytestmark = pytest.mark.extended  # it takes long
 

@@ -13,8 +13,8 @@ import pytest
 from execution import copy_project, differing_outputs, executed, papermill, text_outputs
 from kernels import execute_in
 
-from mlflow_lifecycle.release import history
-from mlflow_lifecycle.verification import verified
+from mlflow_lifecycle.releases.release import history
+from mlflow_lifecycle.signing.verify import verified
 
 pytestmark = pytest.mark.extended  # it takes long
 

@@ -17,8 +17,8 @@ from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 
-from mlflow_lifecycle.tables import fingerprint
-from mlflow_lifecycle.verification import verified
+from mlflow_lifecycle.datasets import fingerprint
+from mlflow_lifecycle.signing.verify import verified
 
 pytestmark = pytest.mark.extended  # it takes long
 

@@ -16,7 +16,7 @@ from execution import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mlflow_lifecycle import check
+from mlflow_lifecycle import doctor as check
 
 MODEL, BASIC, SERVER = "model_requirements.txt", "requirements.txt", "deploy/requirements.txt"
 DEVELOPMENT, SCALE = "requirements-dev.txt", "requirements-scale.txt"

@@ -18,7 +18,7 @@ import nbformat
 import pytest
 from execution import ROOT, environment, finished, git
 
-from mlflow_lifecycle.__main__ import main
+from mlflow_lifecycle.cli import main
 
 pytestmark = pytest.mark.extended  # it takes long
 
@@ -170,9 +170,9 @@ def test_notebooks_have_their_stored_outputs(pages, notebook):
 
 def test_api_has_every_function_with_a_docstring(pages):
     names = {
-        f"mlflow_lifecycle.{path.stem}.{node.name}"
-        for path in (ROOT / "mlflow_lifecycle").glob("[!_]*.py")
-        if not path.stem.endswith("_commands")  # they have a page of their own
+        f"{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}.{node.name}"
+        for path in (ROOT / "mlflow_lifecycle").rglob("[!_]*.py")
+        if path.parent.name not in ("cli", "server")  # the commands have a page of their own
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) and node.name[0] != "_"
     }

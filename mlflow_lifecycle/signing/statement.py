@@ -17,10 +17,11 @@ import pandas as pd
 from mlflow.entities import LoggedModelOutput, Run
 from mlflow.entities.model_registry import ModelVersion
 
+from mlflow_lifecycle.datasets import fingerprint
+from mlflow_lifecycle.exceptions import InvalidInputError
 from mlflow_lifecycle.flavors import stored_task
-from mlflow_lifecycle.keys import fingerprint_of, load_private, public_half
 from mlflow_lifecycle.pins import locked, read_pins
-from mlflow_lifecycle.tables import fingerprint
+from mlflow_lifecycle.signing.keys import fingerprint_of, load_private, public_half
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def register_candidate(
     load_private(key)
     packages, run = locked(read_pins(Path(folder) / "requirements.txt"), lock), mlflow.active_run()
     if run is None:
-        raise ValueError("A candidate belongs to a run. Call this within: with mlflow.start_run(...)")
+        raise InvalidInputError(
+            "A candidate belongs to a run. Call this within: with mlflow.start_run(...)"
+        )
     client, run_id = mlflow.MlflowClient(), run.info.run_id
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "version"
@@ -100,7 +103,7 @@ def check_name(name: str) -> None:
         ValueError: it has such a character.
     """
     if re.search(r"""[#?@'"\\]""", name) or not name.isprintable():
-        raise ValueError(
+        raise InvalidInputError(
             f"A registered model's name must have no # ? @ \\ quote or new line, or other invisible character: {name!r}"
         )
 
@@ -117,11 +120,13 @@ def keep_training_rows(rows: pd.DataFrame, root: Path) -> str:
     except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
         told = f"Parquet cannot hold the training rows: {'. '.join(map(str, error.args))}"
         remedy = "Give each column values of one type, and train the model again."
-        raise ValueError(f"{told}. {remedy}") from None
+        raise InvalidInputError(f"{told}. {remedy}") from None
     return fingerprint(pd.read_parquet(path))
 
 
-def candidate_statement(name: str, number: str, run: Run, task: str, training_rows: str) -> Statement:
+def candidate_statement(
+    name: str, number: str, run: Run, task: str, training_rows: str
+) -> Statement:
     """Return the statement of a candidate, with what its run holds now.
 
     Args:
@@ -153,14 +158,18 @@ def sign(root: Path, statement: Statement, key: Path) -> None:
         statement: what the version is.
         key: the private key.
     """
-    (root / "statement.json").write_text(json.dumps(asdict(statement), indent=2) + "\n", encoding="utf-8")
+    (root / "statement.json").write_text(
+        json.dumps(asdict(statement), indent=2) + "\n", encoding="utf-8"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         public, evidence = public_half(key, Path(scratch)), Path(scratch) / "evidence"
         shutil.copytree(root, evidence, ignore=shutil.ignore_patterns("model"))
         signer = model_signing.signing.Config().set_hashing_config(every_file())
         signature = evidence / f"{fingerprint_of(public)[:16]}.sig"
         signer.use_elliptic_key_signer(private_key=Path(key)).sign(root, signature)
-        mlflow.MlflowClient().log_artifacts(statement.run_id, str(evidence), evidence_place(statement))
+        mlflow.MlflowClient().log_artifacts(
+            statement.run_id, str(evidence), evidence_place(statement)
+        )
 
 
 def every_file() -> model_signing.hashing.Config:
@@ -170,5 +179,9 @@ def every_file() -> model_signing.hashing.Config:
 
 def evidence_place(statement: Statement) -> str:
     """Return where the evidence is, among the artifacts of the version's run."""
-    last = "candidate" if statement.purpose == "candidate" else f"{statement.alias}@{statement.released_at}"
+    last = (
+        "candidate"
+        if statement.purpose == "candidate"
+        else f"{statement.alias}@{statement.released_at}"
+    )
     return f"signed/{statement.registered_model}/{statement.version}/{re.sub('[:.]', '', last)}"

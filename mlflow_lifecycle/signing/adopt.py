@@ -2,12 +2,13 @@
 
 ``mlflow.sklearn.log_model(..., registered_model_name=...)`` uploads a model before anybody can sign it. So what is
 signed here is what the store holds now. A training job that does not trust the store signs what it has saved itself,
-with ``mlflow_lifecycle.signing.register_candidate``.
+with ``mlflow_lifecycle.signing.statement.register_candidate``.
 """
 
+import contextlib
 import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +16,24 @@ import mlflow
 import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 
+from mlflow_lifecycle.exceptions import InvalidInputError, KeyRefusedError
 from mlflow_lifecycle.flavors import stored_task
-from mlflow_lifecycle.keys import load_private, public_half
 from mlflow_lifecycle.pins import locked, parse_pins
 from mlflow_lifecycle.policy import check_contents
-from mlflow_lifecycle.signing import (
+from mlflow_lifecycle.signing.keys import (
+    load_private,
+    new_key,
+    present_public_key,
+    public_half,
+)
+from mlflow_lifecycle.signing.statement import (
     Statement,
     candidate_statement,
     check_name,
     keep_training_rows,
     sign,
 )
-from mlflow_lifecycle.verification import find_version, verified
+from mlflow_lifecycle.signing.verify import find_version, verified
 
 
 def sign_version(
@@ -63,14 +70,16 @@ def sign_version(
     check_name(name)
     if not version.run_id:
         remedy = "Log the model within a run: with mlflow.start_run()"
-        raise ValueError(f"Version {version.version} of {name} has no run. {remedy}")
+        raise InvalidInputError(f"Version {version.version} of {name} has no run. {remedy}")
     above = f"signed/{name}/{version.version}"
     if mlflow.MlflowClient().list_artifacts(version.run_id, above):
         return _add_training_data(uri, key, training_data, trusted_types)
     with tempfile.TemporaryDirectory(prefix="signing-") as scratch:
         root = Path(scratch)
         folder = _download(version, root / "model")
-        pins = parse_pins((folder / "requirements.txt").read_text(encoding="utf-8"), "requirements.txt")
+        pins = parse_pins(
+            (folder / "requirements.txt").read_text(encoding="utf-8"), "requirements.txt"
+        )
         (root / "packages.txt").write_text(locked(pins, lock), encoding="utf-8")
         check_contents(folder, root / "packages.txt", trusted_types)
         task = stored_task(folder)
@@ -97,7 +106,7 @@ def _add_training_data(
             if training_data is None:
                 return copy.statement
             if copy.training_rows:
-                raise ValueError(f"{uri} is signed with its training data already.")
+                raise InvalidInputError(f"{uri} is signed with its training data already.")
             _check_columns(copy.folder, training_data)
             root = copy.folder.parent
             rows_fingerprint = keep_training_rows(training_data, root)
@@ -114,13 +123,17 @@ def _download(version: ModelVersion, folder: Path) -> Path:
     """
     logged = re.fullmatch(r"models:/(m-[\w-]+)", version.source)
     if logged is None:
-        raise ValueError(f"The version is not a logged model of this store: {version.source}. Log the model again.")
+        raise InvalidInputError(
+            f"The version is not a logged model of this store: {version.source}. Log the model again."
+        )
     model = mlflow.get_logged_model(logged[1])
     experiment = mlflow.get_experiment(model.experiment_id)
     inside = model.artifact_location.startswith(f"{experiment.artifact_location.rstrip('/')}/")
     elsewhere = re.match(r"(https?|mlflow-artifacts)://[^/]", model.artifact_location)
     if elsewhere or not inside or ".." in model.artifact_location:
-        raise ValueError(f"The files of the model are outside of this store: {model.artifact_location}")
+        raise InvalidInputError(
+            f"The files of the model are outside of this store: {model.artifact_location}"
+        )
     folder.mkdir(parents=True)
     mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder))
     (folder / "registered_model_meta").unlink(missing_ok=True)  # MLflow's note of name and number
@@ -133,8 +146,46 @@ def _check_columns(folder: Path, training_data: pd.DataFrame) -> None:
     inputs = signature.inputs.input_names() if signature and signature.inputs else []
     missing = [name for name in inputs if name not in training_data]
     if missing:
-        raise ValueError(f"These columns are missing in the training data: {', '.join(missing)}")
+        raise InvalidInputError(
+            f"These columns are missing in the training data: {', '.join(missing)}"
+        )
     others = [str(name) for name in training_data if name not in inputs]
     if len(others) != 1:
         found = ", ".join(others) or "none"
-        raise ValueError(f"The training data must have one column beside the inputs, the target, got {found}")
+        raise InvalidInputError(
+            f"The training data must have one column beside the inputs, the target, got {found}"
+        )
+
+
+def sign_anew(
+    names: Iterable[str],
+    trusted_types: Collection[str] = (),
+) -> tuple[Path, Path, list[Statement]]:
+    """Make a new key, and sign with it each version of ``names`` that has an alias.
+
+    All versions are verified with the present key before anything is changed. Its private half may
+    be lost.
+
+    Returns:
+        The new key, the public half of the one before it, and the statements of the versions.
+
+    Raises:
+        NotVerifiedError: a version is not what the present key signed.
+        KeyRefusedError: there is no key yet, or it cannot be used.
+        mlflow.MlflowException: there is no such model, or the store gives no answer.
+    """
+    present = present_public_key()
+    if present is None:
+        raise KeyRefusedError("There is no key yet that could have signed a version.")
+    client = mlflow.MlflowClient()
+    with contextlib.ExitStack() as stack:
+        copies = []
+        for name in names:
+            for alias in sorted(client.get_registered_model(name).aliases):
+                uri = f"models:/{name}@{alias}"
+                copy = verified(uri, present, purpose="candidate", trusted_types=trusted_types)
+                copies.append(stack.enter_context(copy))
+        key, before = new_key()
+        for copy in copies:
+            sign(copy.folder.parent, copy.statement, key)
+    return key, before, [copy.statement for copy in copies]

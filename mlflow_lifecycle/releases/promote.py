@@ -6,42 +6,60 @@
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import mlflow
 import pandas as pd
 
-from mlflow_lifecycle.keys import public_half
-from mlflow_lifecycle.release import Release, release
-from mlflow_lifecycle.signing import register_candidate
-from mlflow_lifecycle.store import create_experiment, printable
-from mlflow_lifecycle.verification import Verified, verified
+from mlflow_lifecycle.experiments import create_experiment, printable
+from mlflow_lifecycle.releases.card import check_sentences
+from mlflow_lifecycle.releases.gate import GateSettings
+from mlflow_lifecycle.releases.release import Release, release
+from mlflow_lifecycle.signing.keys import public_half
+from mlflow_lifecycle.signing.statement import register_candidate
+from mlflow_lifecycle.signing.verify import Verified, verified
 
 EXPERIMENT = "promoted"
 
 
-def promote(uri: str, to: str, rows: pd.DataFrame, target: str, *, key: Path, trusted_types=(), **settings) -> Release:
+def promote(
+    uri: str,
+    to: str,
+    rows: pd.DataFrame,
+    target: str,
+    settings: GateSettings,
+    *,
+    key: Path,
+    intended_use: str,
+    limits: str,
+    alias: str = "production",
+    trusted_types: Collection[str] = (),
+) -> Release:
     """Release a version of the active store on the server ``to``, under the same name.
 
-    The version is verified here and registered there, with the parameters and metrics of its run. There it passes the
-    gate against the baseline on that server. If anything fails before the alias moves there, what was registered there
-    is deleted again.
+    The version is verified here and registered there, with the parameters and metrics of its run.
+    There it passes the gate against the baseline on that server. If anything fails before the alias
+    moves there, the version that was registered there is deleted again.
 
     Args:
         uri: the version here: ``models:/name/3`` or ``models:/name@production``.
         to: the address of the other server.
         rows: the test rows, target included.
         target: the column with the true values.
+        settings: what the version must reach there.
         key: the private key, which signed the version here and signs it there.
-        trusted_types: see ``mlflow_lifecycle.verification.verified``.
-        settings: those of ``mlflow_lifecycle.release.release``.
+        intended_use: for the card: what the model is for.
+        limits: for the card: what the model is not for.
+        alias: the alias to move there.
+        trusted_types: see ``mlflow_lifecycle.signing.verify.verified``.
 
     Raises:
         NotVerifiedError: the version is not what was signed.
         GateClosedError: it did not pass the gate there.
         KeyRefusedError: the key cannot be used.
     """
+    check_sentences(intended_use=intended_use, limits=limits)
     here = mlflow.get_tracking_uri()
     with tempfile.TemporaryDirectory() as scratch:
         public = public_half(key, Path(scratch))
@@ -55,27 +73,49 @@ def promote(uri: str, to: str, rows: pd.DataFrame, target: str, *, key: Path, tr
             mlflow.set_tracking_uri(to)
             try:
                 with _registered(copy, run, tags, key, Path(scratch)) as there:
-                    return release(there, rows, target, key=key, trusted_types=trusted_types, **settings)
+                    return release(
+                        there,
+                        rows,
+                        target,
+                        settings,
+                        key=key,
+                        intended_use=intended_use,
+                        limits=limits,
+                        alias=alias,
+                        trusted_types=trusted_types,
+                    )
             finally:
                 mlflow.set_tracking_uri(here)
 
 
 @contextlib.contextmanager
-def _registered(copy: Verified, run, tags: dict[str, str], key: Path, scratch: Path) -> Iterator[str]:
+def _registered(
+    copy: Verified, run, tags: dict[str, str], key: Path, scratch: Path
+) -> Iterator[str]:
     """Register the version in the active store and give its address to the block; if that fails, delete it again."""
     client, name = mlflow.MlflowClient(), copy.statement.registered_model
     is_new = not client.search_registered_models(f"name = '{name}'")
-    experiment = create_experiment(mlflow.get_tracking_uri(), EXPERIMENT, "Versions from another server.")
+    experiment = create_experiment(
+        mlflow.get_tracking_uri(), EXPERIMENT, "Versions from another server."
+    )
     folder, made = Path(shutil.copytree(copy.folder, scratch / "model")), {}
     try:
-        with mlflow.start_run(experiment_id=experiment.experiment_id, run_name=f"promoted {name}") as there:
+        with mlflow.start_run(
+            experiment_id=experiment.experiment_id, run_name=f"promoted {name}"
+        ) as there:
             made["run"] = there.info.run_id
-            mlflow.set_tags({tag: text for tag, text in tags.items() if not tag.startswith("mlflow.")})
-            mlflow.set_tag("mlflow.source.git.commit", tags.get("mlflow.source.git.commit", "not recorded"))
+            mlflow.set_tags(
+                {tag: text for tag, text in tags.items() if not tag.startswith("mlflow.")}
+            )
+            mlflow.set_tag(
+                "mlflow.source.git.commit", tags.get("mlflow.source.git.commit", "not recorded")
+            )
             mlflow.log_params(run.data.params)
             mlflow.log_metrics(run.data.metrics)
             rows = pd.read_parquet(copy.training_rows) if copy.training_rows else None
-            version = register_candidate(folder, name, key=key, lock=copy.packages, training_rows=rows)
+            version = register_candidate(
+                folder, name, key=key, lock=copy.packages, training_rows=rows
+            )
         for tag in ("promoted_from", "promoted_version", "promoted_run"):
             client.set_model_version_tag(name, version.version, tag, tags[tag])
         yield f"models:/{name}/{version.version}"
@@ -94,7 +134,9 @@ def _delete(client: mlflow.MlflowClient, name: str, run_id: str | None, is_new: 
                 if client.get_model_version(name, version.version).aliases:
                     return
                 client.delete_model_version(name, version.version)
-        if is_new and not client.search_model_versions(f"name = '{name}'"):  # nobody else has registered one since
+        if is_new and not client.search_model_versions(
+            f"name = '{name}'"
+        ):  # nobody else has registered one since
             client.delete_registered_model(name)
     for output in client.get_run(run_id).outputs.model_outputs:
         client.delete_logged_model(output.model_id)

@@ -14,13 +14,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from mlflow_lifecycle.exceptions import InvalidInputError
+
 if TYPE_CHECKING:
     from mlflow.data.pandas_dataset import PandasDataset
     from mlflow.entities import Run
 
 
 def verified_file(
-    address: str, sha256: str, variable: str, *, cache: Path | None = None, timeout_seconds: float = 10
+    address: str,
+    sha256: str,
+    variable: str,
+    *,
+    cache: Path | None = None,
+    timeout_seconds: float = 10,
 ) -> Path:
     """Return the path of a file with the SHA-256 ``sha256``, downloaded once.
 
@@ -42,14 +49,21 @@ def verified_file(
         if not address.startswith("http"):
             if pooch.file_hash(address) == sha256:
                 return Path(address)
-            raise ValueError(f"its SHA-256 is not {sha256}, so it is another file")
+            raise InvalidInputError(f"its SHA-256 is not {sha256}, so it is another file")
         pooch.get_logger().setLevel("WARNING")
         downloader = pooch.HTTPDownloader(timeout=timeout_seconds)
-        name, folder = re.split("[?#]", address)[0].rpartition("/")[2], cache or pooch.os_cache("mlflow_quickstart")
-        return Path(pooch.retrieve(address, f"sha256:{sha256}", fname=name, path=folder, downloader=downloader))
+        name, folder = (
+            re.split("[?#]", address)[0].rpartition("/")[2],
+            cache or pooch.os_cache("mlflow_quickstart"),
+        )
+        return Path(
+            pooch.retrieve(
+                address, f"sha256:{sha256}", fname=name, path=folder, downloader=downloader
+            )
+        )
     except (OSError, ValueError) as error:
         told = re.sub(r"(//)\S*@|[?]\w\S*", r"\1", f"Cannot use the data at {address} : {error}")
-        raise ValueError(f"{told}\n{remedy}") from None
+        raise InvalidInputError(f"{told}\n{remedy}") from None
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -62,24 +76,34 @@ def read_table(path: str | Path) -> pd.DataFrame:
         try:
             return pd.read_parquet(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"Cannot use {path}: {error}") from None
+            raise InvalidInputError(f"Cannot use {path}: {error}") from None
     try:
         names = pd.read_csv(path, header=None, nrows=1, dtype=str).fillna("").iloc[0].tolist()
-        rows = pd.read_csv(path, float_precision="round_trip")  # by default the last bit of a number may be another
+        rows = pd.read_csv(
+            path, float_precision="round_trip"
+        )  # by default the last bit of a number may be another
     except FileNotFoundError:
-        raise ValueError(f"Cannot use {path}: there is no such file (looked for {Path(path).resolve()})") from None
+        raise InvalidInputError(
+            f"Cannot use {path}: there is no such file (looked for {Path(path).resolve()})"
+        ) from None
     except pd.errors.EmptyDataError:
-        raise ValueError(f"Cannot use {path}: the file is empty") from None
+        raise InvalidInputError(f"Cannot use {path}: the file is empty") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise ValueError(f"Cannot use {path}: this is not a CSV file in UTF-8: {str(error).strip()}") from None
+        raise InvalidInputError(
+            f"Cannot use {path}: this is not a CSV file in UTF-8: {str(error).strip()}"
+        ) from None
     if not isinstance(rows.index, pd.RangeIndex):
-        raise ValueError(f"Cannot use {path}: its lines have more fields than its header")
+        raise InvalidInputError(f"Cannot use {path}: its lines have more fields than its header")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Cannot use {path}: these column names are there more than once: {', '.join(repeated)}")
+        raise InvalidInputError(
+            f"Cannot use {path}: these column names are there more than once: {', '.join(repeated)}"
+        )
     return rows
 
 
-def check_table(rows: pd.DataFrame, target: str, *, test_share: float = 0.2, folds: int = 5) -> None:
+def check_table(
+    rows: pd.DataFrame, target: str, *, test_share: float = 0.2, folds: int = 5
+) -> None:
     """Refuse ``rows`` that cannot be split by class into a test part, and the rest into folds.
 
     Args:
@@ -92,31 +116,45 @@ def check_table(rows: pd.DataFrame, target: str, *, test_share: float = 0.2, fol
         ValueError: with the reason, and what to do.
     """
     if rows.empty or rows.shape[1] < 2:
-        raise ValueError("There must be rows, and columns beside the target, separated by commas.")
+        raise InvalidInputError(
+            "There must be rows, and columns beside the target, separated by commas."
+        )
     if target not in rows:
-        raise ValueError(f"There is no column {target!r}. The columns are: {', '.join(map(str, rows))}")
+        raise InvalidInputError(
+            f"There is no column {target!r}. The columns are: {', '.join(map(str, rows))}"
+        )
     if missing := int(rows[target].isna().sum()):
-        raise ValueError(f"The target {target!r} is missing in {missing} of {len(rows)} rows (NA counts as missing).")
+        raise InvalidInputError(
+            f"The target {target!r} is missing in {missing} of {len(rows)} rows (NA counts as missing)."
+        )
     if endless := [name for name in rows.select_dtypes("float") if np.isinf(rows[name]).any()]:
-        raise ValueError(f"These columns have infinite values: {', '.join(endless)}")
+        raise InvalidInputError(f"These columns have infinite values: {', '.join(endless)}")
     counts = rows[target].value_counts()
     if len(counts) < 2:
-        raise ValueError(f"The target {target!r} has one class only: {counts.index[0]}")
+        raise InvalidInputError(f"The target {target!r} has one class only: {counts.index[0]}")
     if (counts * (1 - test_share)).min() < folds:
         few = f"Class {counts.index[-1]} of {target!r} has {counts.iloc[-1]} rows, too few for {folds} folds"
-        raise ValueError(f"{few} of {1 - test_share:.0%} of them. Take fewer folds, or a target with fewer classes.")
+        raise InvalidInputError(
+            f"{few} of {1 - test_share:.0%} of them. Take fewer folds, or a target with fewer classes."
+        )
     if len(rows) * test_share < len(counts):
-        raise ValueError(f"A test share of {test_share} of {len(rows)} rows is too small for {len(counts)} classes.")
+        raise InvalidInputError(
+            f"A test share of {test_share} of {len(rows)} rows is too small for {len(counts)} classes."
+        )
 
 
 def in_markdown(value: object) -> str:
     """Return a value from the store so that Markdown shows it: in one line, ending no cell and beginning no HTML."""
-    return " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
+    return (
+        " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
+    )
 
 
 def as_text(column: pd.Series) -> pd.Series:
     """Return the values as text, and gaps as they are. 1 and 1.0 are the same: one gap makes whole numbers decimal."""
-    return column.astype(object).map(lambda value: re.sub(r"^(-?\d+)\.0$", r"\1", str(value)), na_action="ignore")
+    return column.astype(object).map(
+        lambda value: re.sub(r"^(-?\d+)\.0$", r"\1", str(value)), na_action="ignore"
+    )
 
 
 def as_classes(known: pd.Series, column: pd.Series) -> pd.Series:
@@ -154,10 +192,14 @@ def runs_with(dataset: "PandasDataset") -> "list[Run]":
 
     sha256 = fingerprint(dataset.df)
     filter_string = f"dataset.digest = '{dataset.digest}'"
-    found = mlflow.search_runs(search_all_experiments=True, filter_string=filter_string, output_format="list")
+    found = mlflow.search_runs(
+        search_all_experiments=True, filter_string=filter_string, output_format="list"
+    )
     runs = []
     for run in found:
-        inputs = [item for item in run.inputs.dataset_inputs if item.dataset.digest == dataset.digest]
+        inputs = [
+            item for item in run.inputs.dataset_inputs if item.dataset.digest == dataset.digest
+        ]
         kept = {tag.value for item in inputs for tag in item.tags if tag.key == "sha256"}
         if sha256 in (kept or {sha256}):
             runs.append(run)

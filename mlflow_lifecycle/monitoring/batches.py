@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from mlflow.models import Model
 
-from mlflow_lifecycle.monitoring import PREDICTION, Baseline, Judgement, answered
+from mlflow_lifecycle.exceptions import InvalidInputError
+from mlflow_lifecycle.monitoring.judge import PREDICTION, Baseline, Judgement, answered
 from mlflow_lifecycle.serving import read_record
-from mlflow_lifecycle.verification import Verified
+from mlflow_lifecycle.signing.verify import Verified
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,21 +36,28 @@ def recorded(record: Path, version: Verified, ids: Iterable[str] | None = None) 
     Raises:
         ValueError: an answer is not in the record, or there is none.
     """
-    rows, asked = read_record(record), (version.statement.registered_model, version.statement.version)
-    rows = rows[(rows["model_name"] == asked[0]) & (rows["model_version"] == asked[1])].set_index("request_id")
+    rows, asked = (
+        read_record(record),
+        (version.statement.registered_model, version.statement.version),
+    )
+    rows = rows[(rows["model_name"] == asked[0]) & (rows["model_version"] == asked[1])].set_index(
+        "request_id"
+    )
     rows = rows.drop(columns=["request_time", "model_name", "model_version"])
     signature = Model.load(str(version.folder)).signature
     for column in signature.inputs if signature else ():
         if getattr(column.type, "name", "") == "datetime" and column.name in rows:
             rows[column.name] = pd.to_datetime(rows[column.name], format="ISO8601")  # JSON has text
     if rows.empty:
-        raise ValueError(f"There is no answer of {version.uri} in the record {record}.")
+        raise InvalidInputError(f"There is no answer of {version.uri} in the record {record}.")
     if ids is None:
         return rows
     chosen, known = list(ids), set(rows.index)
     if lacking := [name for name in chosen if name not in known]:
         what = f"{len(lacking)} of {len(chosen)} answers of {version.uri}"
-        raise ValueError(f"{what} are not in the record {record}, the first is {lacking[0]}.")
+        raise InvalidInputError(
+            f"{what} are not in the record {record}, the first is {lacking[0]}."
+        )
     return rows.loc[chosen]
 
 
@@ -65,7 +73,11 @@ def plot_drift(judgement: Judgement, axes: "Axes", title: str = "") -> None:
 
 
 def log_batch(
-    version: Verified, known: Baseline, rows: pd.DataFrame, judgement: Judgement, name: str = "batch"
+    version: Verified,
+    known: Baseline,
+    rows: pd.DataFrame,
+    judgement: Judgement,
+    name: str = "batch",
 ) -> "Run":
     """Log a batch as a run in the active experiment, and return the run.
 
@@ -89,10 +101,14 @@ def log_batch(
     data = mlflow.data.from_pandas(rows, name=name, **columns)
     figure = Figure(figsize=(7, 3), layout="constrained")
     plot_drift(judgement, figure.subplots())
-    with mlflow.start_run(run_name=name, tags={"verdict": judgement.verdict.value, "model": version.uri}) as run:
+    with mlflow.start_run(
+        run_name=name, tags={"verdict": judgement.verdict.value, "model": version.uri}
+    ) as run:
         mlflow.log_input(data, context="monitoring", model=LoggedModelInput(version.model_id))
         if judgement.accuracy:
-            mlflow.log_metric("accuracy", judgement.accuracy.value, model_id=version.model_id, dataset=data)
+            mlflow.log_metric(
+                "accuracy", judgement.accuracy.value, model_id=version.model_id, dataset=data
+            )
         mlflow.log_table(rows, "batch.json")
         mlflow.log_dict(asdict(judgement), "judgement.json")
         mlflow.log_figure(figure, "drift.png")

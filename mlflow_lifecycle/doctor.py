@@ -11,8 +11,9 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
+from mlflow_lifecycle.exceptions import StoreUnusableError
+from mlflow_lifecycle.experiments import check_store
 from mlflow_lifecycle.pins import read_pins
-from mlflow_lifecycle.store import StoreUnusableError, check_store
 
 PYTHONS = ((3, 11), (3, 15))  # from, and up to but without
 FREE_BYTES = 200_000_000  # a first run writes about 5 MB, and the environment that it builds 330 MB in uv's cache
@@ -62,8 +63,12 @@ def package_problems(lock: Path) -> list[Problem]:
     remedy = f"Install them anew: touch {lock.name} && make run"
     problems = []
     if different:
-        listed = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
-        problems.append(Problem(f"The installed packages are not those of {lock.name}: {listed}.", remedy))
+        listed = ", ".join(different[:5]) + (
+            f" and {len(different) - 5} more" if len(different) > 5 else ""
+        )
+        problems.append(
+            Problem(f"The installed packages are not those of {lock.name}: {listed}.", remedy)
+        )
     if incomplete:
         what = f"Files of installed packages are missing: {', '.join(incomplete[:5])}."
         problems.append(Problem(what, "make clean run"))
@@ -108,7 +113,7 @@ def store_problems(folder: Path) -> list[Problem]:
     try:
         check_store(folder)
     except StoreUnusableError as error:
-        return [Problem(error.what, error.remedy)]
+        return [Problem(error.problem, error.remedy)]
     except ImportError as error:
         return [Problem(f"The store cannot be looked at: {error}.", "make clean run")]
     return []

@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mlflow_lifecycle.tables import as_text
+from mlflow_lifecycle.datasets import as_text
+from mlflow_lifecycle.exceptions import ColumnsDifferError, InvalidInputError
 
 MOST_VALUES = 50  # of a column of text; rarer ones are taken together
-TABLES, MOST_TABLES = 9_999, 1_000_000  # drawn at random for a column of categories with small counts
-
-
-class ColumnsDifferError(ValueError):
-    """The rows lack a column of the reference, or hold something else in it."""
+TABLES, MOST_TABLES = (
+    9_999,
+    1_000_000,
+)  # drawn at random for a column of categories with small counts
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def share(count: int, cases: int) -> Share:
     return Share(int(count), int(cases), float(interval.low), float(interval.high))
 
 
-def drift(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) -> tuple[ColumnDrift, ...]:
+def drift(
+    reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS
+) -> tuple[ColumnDrift, ...]:
     """Return the drift of each column of ``reference`` in ``rows``.
 
     Numbers are compared by the Kolmogorov-Smirnov test. Their size is the Wasserstein distance in standard deviations
@@ -128,24 +130,56 @@ def drift(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) 
     for name in names:
         gaps = _missing(reference[name]), _missing(rows[name])
         if _is_number(reference[name]):
-            numbers = [table[name][~gap].astype(float) for table, gap in zip((reference, rows), gaps, strict=True)]
+            numbers = [
+                table[name][~gap].astype(float)
+                for table, gap in zip((reference, rows), gaps, strict=True)
+            ]
             if min(map(len, numbers)):
-                found.append((name, "Kolmogorov-Smirnov", *_numbers(*numbers), "standard deviations", limits.shift))
+                found.append(
+                    (
+                        name,
+                        "Kolmogorov-Smirnov",
+                        *_numbers(*numbers),
+                        "standard deviations",
+                        limits.shift,
+                    )
+                )
             if any(gap.any() for gap in gaps):
                 found.append(
-                    (f"{name} (gaps)", "chi-squared", *_categories(*gaps, tables), "of the rows", limits.share)
+                    (
+                        f"{name} (gaps)",
+                        "chi-squared",
+                        *_categories(*gaps, tables),
+                        "of the rows",
+                        limits.share,
+                    )
                 )
         else:
             values = [as_text(table[name]).fillna("(gap)") for table in (reference, rows)]
-            found.append((name, "chi-squared", *_categories(*values, tables), "of the rows", limits.share))
+            found.append(
+                (name, "chi-squared", *_categories(*values, tables), "of the rows", limits.share)
+            )
     corrected = stats.false_discovery_control([p for _, _, _, p, *_ in found]) if found else []
     return tuple(
-        ColumnDrift(name, test, statistic, float(p), size, unit, smallest, bool(p < limits.level and size >= smallest))
-        for (name, test, statistic, _, size, unit, smallest), p in zip(found, corrected, strict=True)
+        ColumnDrift(
+            name,
+            test,
+            statistic,
+            float(p),
+            size,
+            unit,
+            smallest,
+            bool(p < limits.level and size >= smallest),
+        )
+        for (name, test, statistic, _, size, unit, smallest), p in zip(
+            found, corrected, strict=True
+        )
     )
 
 
-def out_of_range(reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS) -> tuple[OutOfRange, ...]:
+def out_of_range(
+    reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS
+) -> tuple[OutOfRange, ...]:
     """Return for each column of ``reference`` how many ``rows`` hold a value beyond all that was seen in training.
 
     There the model guesses, and most often the cause is a fault: another unit, a broken instrument, a new code. Refuse
@@ -223,15 +257,19 @@ def false_alarms(
 def _compared(reference: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     """Return the columns to compare; refuse rows that cannot be compared with the reference."""
     if len(reference) < 2 or not len(rows):
-        raise ValueError(f"{len(rows)} rows cannot be compared with {len(reference)}.")
+        raise InvalidInputError(f"{len(rows)} rows cannot be compared with {len(reference)}.")
     if lacking := [str(name) for name in reference if name not in rows]:
-        raise ColumnsDifferError(f"The rows lack a column that the model learned from: {', '.join(lacking)}.")
+        raise ColumnsDifferError(
+            f"The rows lack a column that the model learned from: {', '.join(lacking)}."
+        )
     for name in filter(lambda name: _is_number(reference[name]), reference):
         values = rows[name][~_missing(rows[name])]
         odd = values[pd.to_numeric(values, errors="coerce").isna()]
         if len(odd) or pd.api.types.is_datetime64_any_dtype(values):
             found = (odd if len(odd) else values).iloc[0]
-            raise ColumnsDifferError(f"Column {name!r} holds numbers in training, and here {str(found)!r}.")
+            raise ColumnsDifferError(
+                f"Column {name!r} holds numbers in training, and here {str(found)!r}."
+            )
     return [name for name in reference if not pd.api.types.is_datetime64_any_dtype(reference[name])]
 
 
@@ -246,9 +284,15 @@ def _missing(column: pd.Series) -> pd.Series:
 
 def _numbers(reference: pd.Series, rows: pd.Series) -> tuple[float, float, float]:
     """Return the statistic and the p-value of the Kolmogorov-Smirnov test, and the size."""
-    test = stats.ks_2samp(reference, rows, method="asymp" if len(reference) * len(rows) > 10**6 else "auto")
+    test = stats.ks_2samp(
+        reference, rows, method="asymp" if len(reference) * len(rows) > 10**6 else "auto"
+    )
     scale = float(reference.std(ddof=0)) or abs(float(reference.mean())) or 1.0
-    return float(test.statistic), float(test.pvalue), float(stats.wasserstein_distance(reference, rows)) / scale
+    return (
+        float(test.statistic),
+        float(test.pvalue),
+        float(stats.wasserstein_distance(reference, rows)) / scale,
+    )
 
 
 def _categories(reference: pd.Series, rows: pd.Series, tables: int) -> tuple[float, float, float]:
@@ -258,13 +302,18 @@ def _categories(reference: pd.Series, rows: pd.Series, tables: int) -> tuple[flo
     """
     counts = pd.concat([reference, rows]).value_counts()
     frequent = counts[counts > 1].index[:MOST_VALUES]
-    counted = [column.where(column.isin(frequent), "(rarer)").value_counts() for column in (reference, rows)]
+    counted = [
+        column.where(column.isin(frequent), "(rarer)").value_counts()
+        for column in (reference, rows)
+    ]
     table = pd.concat(counted, axis=1).fillna(0).to_numpy().T
     if table.shape[1] < 2:
         return 0.0, 1.0, 0.0
     small = stats.contingency.expected_freq(table).min() < 5
     test = _chi_squared(table, TABLES if small else 0)
-    if small and tables > TABLES and test.pvalue < 2 / (TABLES + 1):  # none of the tables was as unlike
+    if (
+        small and tables > TABLES and test.pvalue < 2 / (TABLES + 1)
+    ):  # none of the tables was as unlike
         test = _chi_squared(table, tables)
     shares = table / table.sum(axis=1, keepdims=True)
     return float(test.statistic), float(test.pvalue), float(np.abs(shares[0] - shares[1]).sum() / 2)
@@ -272,5 +321,9 @@ def _categories(reference: pd.Series, rows: pd.Series, tables: int) -> tuple[flo
 
 def _chi_squared(table: np.ndarray, tables: int) -> stats.contingency.Chi2ContingencyResult:
     """Return scipy's chi-squared test, by so many tables drawn at random, or with 0 by the approximation."""
-    drawn = stats.MonteCarloMethod(tables, batch=10_000, rng=np.random.default_rng(0)) if tables else None
+    drawn = (
+        stats.MonteCarloMethod(tables, batch=10_000, rng=np.random.default_rng(0))
+        if tables
+        else None
+    )
     return stats.chi2_contingency(table.astype(int), correction=False, method=drawn)

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, quote_plus, unquote
 
+from mlflow_lifecycle.exceptions import StoreUnusableError
+
 if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
@@ -34,33 +36,37 @@ REMEDIES = {  # what an error says: what to do; the first that fits
 }
 
 
-class StoreUnusableError(RuntimeError):
-    """The store cannot be used; the message says what is wrong and the remedy, and holds no secret."""
-
-    def __init__(self, what: str, remedy: str) -> None:
-        """Keep both, for whoever shows them apart."""
-        super().__init__(f"{what} {remedy}")
-        self.what, self.remedy = what, remedy
-
-
 def printable(text: str) -> str:
     """Return ``text`` without the users, passwords and tokens in it or in the settings of MLflow."""
     address = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")[2]
     user_info = address.rpartition("@")[0]
-    secrets = {user_info, user_info.partition(":")[2], *re.findall(r"(?i)(?:password|token)=([^&#]+)", address)}
+    secrets = {
+        user_info,
+        user_info.partition(":")[2],
+        *re.findall(r"(?i)(?:password|token)=([^&#]+)", address),
+    }
     secrets |= {os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("PASSWORD", "TOKEN")}
     forms = (str, html.escape, quote, lambda secret: quote(secret, safe=""), quote_plus, unquote)
-    for secret in sorted({form(secret) for secret in secrets for form in forms} - {""}, key=len, reverse=True):
+    for secret in sorted(
+        {form(secret) for secret in secrets for form in forms} - {""}, key=len, reverse=True
+    ):
         text = text.replace(f"{secret}@", "").replace(secret, "***")
-    text = re.sub(r"(?<!sqlite)(?<!file)://[^\s/@:\[]*:(?!\d+(?:[/?#\s]|$)).*@", "://", text)  # spaces, too
+    text = re.sub(
+        r"(?<!sqlite)(?<!file)://[^\s/@:\[]*:(?!\d+(?:[/?#\s]|$)).*@", "://", text
+    )  # spaces, too
     text = re.sub(r"(?<!sqlite)(?<!file)://\S*@", "://", text)
-    text = re.sub(r"(?i)((?:password|passwd|pwd|token|secret|api_?key)[\w-]*=)[^&\s'\"]+", r"\1***", text)
+    text = re.sub(
+        r"(?i)((?:password|passwd|pwd|token|secret|api_?key)[\w-]*=)[^&\s'\"]+", r"\1***", text
+    )
     return re.sub(r"(?i)([?&]user(?:name)?=|\buser(?:name)? [\"'])[^&\s'\"]+", r"\1***", text)
 
 
 def tracking_uri(folder: Path) -> str:
     """Return the address in MLFLOW_TRACKING_URI, else that of the SQLite file ``mlflow.db`` in ``folder``."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(Path(folder).resolve() / 'mlflow.db').as_posix()}"
+    return (
+        os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{(Path(folder).resolve() / 'mlflow.db').as_posix()}"
+    )
 
 
 def store_folder(folder: Path) -> Path:
@@ -73,8 +79,12 @@ def _unusable(store: object, cause: object, remedy: str = "") -> StoreUnusableEr
     """Return the refusal of ``store``; the remedy for an error is found by what the error says."""
     cause = str(cause).strip().split("\n")[0][:300].rstrip(". ")
     known = (text for pattern, text in REMEDIES.items() if re.search(pattern, cause))
-    remedy = remedy or next(known, "Check MLFLOW_TRACKING_URI; see 'When something fails' in the README.")
-    return StoreUnusableError(printable(f"Cannot use the MLflow store {store}: {cause}."), printable(remedy))
+    remedy = remedy or next(
+        known, "Check MLFLOW_TRACKING_URI; see 'When something fails' in the README."
+    )
+    return StoreUnusableError(
+        printable(f"Cannot use the MLflow store {store}: {cause}."), printable(remedy)
+    )
 
 
 @contextlib.contextmanager
@@ -92,7 +102,9 @@ def _sqlite_path(uri: str) -> Path | None:
     """Return the file of a SQLite address, None for any other store."""
     found = re.fullmatch(r"sqlite(?:\+\w+)?:///(?!:memory:)(.+)", uri)
     if found and re.search(r"[?]|%[0-9A-Fa-f]{2}", found[1]):
-        raise _unusable(uri, "MLflow misreads a path with ? or %20", f"Rename the folder, {ELSEWHERE}")
+        raise _unusable(
+            uri, "MLflow misreads a path with ? or %20", f"Rename the folder, {ELSEWHERE}"
+        )
     return Path(found[1]).resolve() if found else None
 
 
@@ -101,9 +113,16 @@ def _read(path: Path) -> tuple[str | None, bool]:
 
     MLflow makes the experiment Default last, so a file without experiments is half made.
     """
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=5)) as database:
-        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        rows = {name: database.execute(f'SELECT * FROM "{name}" LIMIT 2').fetchall() for name in names}
+    with contextlib.closing(
+        sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=5)
+    ) as database:
+        names = [
+            name
+            for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        ]
+        rows = {
+            name: database.execute(f'SELECT * FROM "{name}" LIMIT 2').fetchall() for name in names
+        }
         database.execute("BEGIN IMMEDIATE")  # fails if the store is locked or read-only
     revision = rows.pop("alembic_version", [])
     experiments = rows.pop("experiments", [])
@@ -137,10 +156,14 @@ def _replace_half_made(path: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f"{path.name}.new-", dir=path.parent))
     try:
         mlflow.MlflowClient(f"sqlite:///{(folder / 'tables.db').as_posix()}").search_experiments()
-        with contextlib.closing(sqlite3.connect(folder / "tables.db")) as database:  # MLflow keeps that file open
+        with contextlib.closing(
+            sqlite3.connect(folder / "tables.db")
+        ) as database:  # MLflow keeps that file open
             database.execute("VACUUM INTO ?", (str(folder / "whole.db"),))
         if path.exists():
-            aside = (path.with_name(f"{path.name}.incomplete-{number}") for number in range(1, 10**6))
+            aside = (
+                path.with_name(f"{path.name}.incomplete-{number}") for number in range(1, 10**6)
+            )
             path.rename(next(name for name in aside if not name.exists()))
         (folder / "whole.db").replace(path)
     finally:
@@ -165,12 +188,16 @@ def make_sqlite_store(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(lock, timeout=120)) as database:
             try:
                 database.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError:  # SQLite says so too if another process has finished, and the file is gone
+            except (
+                sqlite3.OperationalError
+            ):  # SQLite says so too if another process has finished, and the file is gone
                 if not _is_complete(path):
                     raise
             if not _is_complete(path):
                 _replace_half_made(path)
-        with contextlib.suppress(OSError):  # only now: whoever still waits for it finds the store complete
+        with contextlib.suppress(
+            OSError
+        ):  # only now: whoever still waits for it finds the store complete
             lock.unlink(missing_ok=True)
 
 
@@ -194,7 +221,11 @@ def _refuse_at_once(path: Path) -> None:
     scripts = ScriptDirectory(str(Path(mlflow.__file__).parent / "store/db_migrations"))
     known = [script.revision for script in scripts.walk_revisions()]  # the newest first
     if revision not in known:
-        raise _unusable(path, f"a newer MLflow made its schema ({revision})", f"Install that MLflow, {ELSEWHERE}")
+        raise _unusable(
+            path,
+            f"a newer MLflow made its schema ({revision})",
+            f"Install that MLflow, {ELSEWHERE}",
+        )
     if revision != known[0]:
         remedy = f"Copy the file, then run: mlflow db upgrade 'sqlite:///{path.as_posix()}'"
         raise _unusable(path, f"an older MLflow made its schema ({revision})", remedy)
@@ -210,10 +241,14 @@ def _ask(uri: str, name: str = "") -> "Experiment | None":
     import mlflow
     from sqlalchemy.engine import make_url
 
-    if uri.startswith(("postgresql", "mysql", "mssql")):  # MLflow would try ten times, for two minutes
+    if uri.startswith(
+        ("postgresql", "mysql", "mssql")
+    ):  # MLflow would try ten times, for two minutes
         url, ports = make_url(uri), {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
         if url.host:
-            socket.create_connection((url.host, url.port or ports[url.get_backend_name()]), timeout=5).close()
+            socket.create_connection(
+                (url.host, url.port or ports[url.get_backend_name()]), timeout=5
+            ).close()
     hurry = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     with patch.dict(os.environ, hurry | os.environ):  # the user's own settings win
         client = mlflow.MlflowClient(uri)
@@ -239,12 +274,19 @@ def create_experiment(uri: str, name: str, description: str) -> "Experiment":
         client.create_experiment(name, location, {"mlflow.note.content": description})
     except mlflow.MlflowException as error:  # most often because it exists by now
         failure = error
-    for pause in (0.2, 0.5, 1, 0):  # a server shows an experiment a moment before its maker has rights to it
+    for pause in (
+        0.2,
+        0.5,
+        1,
+        0,
+    ):  # a server shows an experiment a moment before its maker has rights to it
         with contextlib.suppress(mlflow.MlflowException):
             if experiment := client.get_experiment_by_name(name):
                 return experiment
         time.sleep(pause)
-    raise failure or mlflow.MlflowException(f"the experiment {name!r} was created and cannot be read")
+    raise failure or mlflow.MlflowException(
+        f"the experiment {name!r} was created and cannot be read"
+    )
 
 
 def split_location(location: str) -> tuple[str, str]:
@@ -255,7 +297,9 @@ def split_location(location: str) -> tuple[str, str]:
 
 def local_path(location: str) -> Path:
     """Return the path of a local location, which MLflow writes as a path or as a ``file:`` address."""
-    return Path(unquote(location.removeprefix("file://")) if location.startswith("file:") else location)
+    return Path(
+        unquote(location.removeprefix("file://")) if location.startswith("file:") else location
+    )
 
 
 def moved_from(path: Path) -> set[Path]:
@@ -266,11 +310,15 @@ def moved_from(path: Path) -> set[Path]:
     """
     columns = ("logged_models.artifact_location", "runs.artifact_uri")
     folders = set()
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)) as database:
+    with contextlib.closing(
+        sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)
+    ) as database:
         for column in columns:
             table = column.partition(".")[0]
             query = f"SELECT {column} FROM {table} JOIN experiments USING (experiment_id)"
-            for (location,) in database.execute(f"{query} WHERE experiments.lifecycle_stage = 'active'"):
+            for (location,) in database.execute(
+                f"{query} WHERE experiments.lifecycle_stage = 'active'"
+            ):
                 root, rest = split_location(location or "")
                 folder = local_path(root)
                 if not root or folder == path.parent or (folder / "mlruns").exists():
@@ -301,7 +349,9 @@ def check_store(folder: Path) -> None:
         if path and not path.exists():
             return
         if path and not _is_complete(path):
-            raise _unusable(path, "it was left half made, and holds nothing", f"Delete it, {ELSEWHERE}")
+            raise _unusable(
+                path, "it was left half made, and holds nothing", f"Delete it, {ELSEWHERE}"
+            )
         if path:
             _refuse_at_once(path)
         _ask(uri)
@@ -334,12 +384,18 @@ def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
             _refuse_moved(path, moved_from(path) & {local_path(root)})
         if path and experiment.artifact_location.startswith("mlflow-artifacts:"):
             remedy = "Set MLFLOW_TRACKING_URI to the address of that server, or rename the experiment there."
-            raise _unusable(path, f"the experiment {name!r} was made by a server, which keeps its files", remedy)
+            raise _unusable(
+                path, f"the experiment {name!r} was made by a server, which keeps its files", remedy
+            )
         if experiment.lifecycle_stage != "active":
             remedy = f"Restore it: MLFLOW_TRACKING_URI='{uri}' mlflow experiments restore --experiment-id "
-            raise _unusable(uri, f"the experiment {name!r} is deleted", remedy + experiment.experiment_id)
+            raise _unusable(
+                uri, f"the experiment {name!r} is deleted", remedy + experiment.experiment_id
+            )
         mlflow.set_tracking_uri(uri)
-        return mlflow.set_experiment(experiment_id=experiment.experiment_id)  # by its name it could lose the race
+        return mlflow.set_experiment(
+            experiment_id=experiment.experiment_id
+        )  # by its name it could lose the race
 
 
 def source_tags(source: str, folder: Path) -> dict[str, str]:
@@ -353,7 +409,9 @@ def source_tags(source: str, folder: Path) -> dict[str, str]:
         folder: a folder, in a repository or not.
     """
     tags = {"mlflow.source.name": source}
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, no repository, or nothing committed
+    with contextlib.suppress(
+        OSError, subprocess.CalledProcessError
+    ):  # no git, no repository, or nothing committed
         describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
         tags["mlflow.source.git.commit"] = _git(folder, *_disable_filters(folder), *describe)
         tags["mlflow.source.name"] = _git(folder, "rev-parse", "--show-prefix") + source
@@ -365,7 +423,9 @@ def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "--no-optional-locks", "-C", str(folder)]
     command += ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
     variables = os.environ | {"GIT_ALLOW_PROTOCOL": "none", "EMPTY": ""}
-    child = subprocess.run([*command, *arguments], env=variables, check=True, capture_output=True, encoding="utf-8")
+    child = subprocess.run(
+        [*command, *arguments], env=variables, check=True, capture_output=True, encoding="utf-8"
+    )
     return child.stdout.strip()
 
 

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING
 import mlflow
 import pandas as pd
 
+from mlflow_lifecycle.datasets import in_markdown
+from mlflow_lifecycle.exceptions import InvalidInputError
 from mlflow_lifecycle.pins import read_pins
 from mlflow_lifecycle.policy import names_and_versions
-from mlflow_lifecycle.tables import in_markdown
-from mlflow_lifecycle.verification import Verified
+from mlflow_lifecycle.signing.verify import Verified
 
 if TYPE_CHECKING:
     from skops.card import Card
 
-    from mlflow_lifecycle.gate import Verdict
+    from mlflow_lifecycle.releases.gate import Verdict
 
 
-def card_facts(copy: Verified, verdict: "Verdict", rows_tested: str, *, intended_use: str, limits: str) -> dict:
+def card_facts(
+    copy: Verified, verdict: "Verdict", rows_tested: str, *, intended_use: str, limits: str
+) -> dict:
     """Return what the card says, as values that JSON can hold.
 
     Args:
@@ -53,7 +56,9 @@ def card_facts(copy: Verified, verdict: "Verdict", rows_tested: str, *, intended
         "metrics": {name: round(value, 4) for name, value in sorted(statement.metrics.items())},
         "parameters": dict(sorted(statement.parameters.items())),
         "data": {"training rows": rows},
-        "signature": {side: json.loads(columns or "[]") for side, columns in sides.items() if side != "params"},
+        "signature": {
+            side: json.loads(columns or "[]") for side, columns in sides.items() if side != "params"
+        },
         "environment": {
             "python": info.flavors["python_function"]["python_version"],
             "packages": names_and_versions(read_pins(copy.folder / "requirements.txt")),
@@ -71,7 +76,9 @@ def check_sentences(**sentences: str) -> None:
     for name, text in sentences.items():
         if not text.strip():
             what = name.replace("_", " ")
-            raise ValueError(f"The model card needs a sentence on the {what}; all else is read from MLflow.")
+            raise InvalidInputError(
+                f"The model card needs a sentence on the {what}; all else is read from MLflow."
+            )
 
 
 def make_card(facts: dict) -> "Card":
@@ -91,7 +98,9 @@ def make_card(facts: dict) -> "Card":
         for side, all_ in facts["signature"].items()
         for column in all_
     ]
-    origin = {name: facts[name] for name in ("task", "saved_at", "run_id", "git_commit", "signed_with")}
+    origin = {
+        name: facts[name] for name in ("task", "saved_at", "run_id", "git_commit", "signed_with")
+    }
     tables = {
         "Scores at the gate": [("metric", "value"), *tested["metrics"].items()],
         "Checks of the gate": [("check", "result"), *tested["checks"].items()],
@@ -112,5 +121,7 @@ def make_card(facts: dict) -> "Card":
             description = sources.get(title)
             cells = pd.DataFrame([map(in_markdown, row) for row in body], columns=header)
             card.add_table(**{f"{top}/{title}": cells}, description=description)
-            card.select(f"{top}/{title}").title = title  # skops 0.16 would print the version before it, too
+            card.select(
+                f"{top}/{title}"
+            ).title = title  # skops 0.16 would print the version before it, too
     return card

@@ -18,12 +18,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import MetricThreshold
 
 from mlflow_lifecycle.comparison import Interval, detectable_difference, rows_interval
-from mlflow_lifecycle.environments import (
+from mlflow_lifecycle.datasets import as_classes
+from mlflow_lifecycle.environments import built, predict, python_note
+from mlflow_lifecycle.exceptions import (
     EnvironmentNotBuiltError,
+    GateClosedError,
+    InvalidInputError,
     PredictionFailedError,
-    built,
-    predict,
-    python_note,
 )
 from mlflow_lifecycle.flavors import CLASSIFICATION, load_estimator, task_of
 from mlflow_lifecycle.scoring import (
@@ -33,8 +34,7 @@ from mlflow_lifecycle.scoring import (
     order_columns,
     score_rows,
 )
-from mlflow_lifecycle.tables import as_classes
-from mlflow_lifecycle.verification import Verified
+from mlflow_lifecycle.signing.verify import Verified
 
 PASSED, FAILED, UNCHECKED = "passed", "failed", "not checked"
 ENVIRONMENT = "fresh environment"
@@ -52,10 +52,6 @@ LOWER_IS_BETTER = {
 }
 
 
-class GateClosedError(RuntimeError):
-    """A version may not be released; the message names the checks that it did not pass."""
-
-
 @dataclass(frozen=True)
 class CheckResult:
     """The result of a check (passed, failed, not checked), and the detail that explains it."""
@@ -66,34 +62,52 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What a candidate must show against the baseline; by default, to be better.
+class GateSettings:
+    """What a version must reach, and how it is checked.
 
     Attributes:
+        thresholds: what MLflow's metrics must reach, such as ``{"accuracy_score": 0.9}``: a
+            minimum, or a maximum for a metric of which less is better, such as ``log_loss``.
         minimum_gain: the smallest gain that matters. The lower end of the interval of the
-            difference must be above it.
+            difference from the baseline must be above it.
         margin: accept a version that is at most this much worse: the lower end must be above
             ``-margin``.
         same_predictions: accept a version that predicts the same, for the same model with renewed
             packages.
+        rebuild: whether to build the environment. If not, the result is "not checked", and the
+            version passes.
+        cache: see ``mlflow_lifecycle.environments.built``.
+        checks: the checks; by default ``DEFAULT_CHECKS``.
 
     Raises:
-        ValueError: a number is out of its range, or two of these are combined.
+        InvalidInputError: no threshold is stated, a number is out of its range, or two of minimum
+            gain, margin and same predictions are combined.
     """
 
+    thresholds: dict[str, float]
     minimum_gain: float = 0.0
     margin: float | None = None
     same_predictions: bool = False
+    rebuild: bool = True
+    cache: Path | None = None
+    checks: "Sequence[Check] | None" = None
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself."""
+        """Refuse settings that contradict each other."""
+        if not self.thresholds:
+            example = "accuracy_score=0.9"
+            raise InvalidInputError(
+                f"State at least one threshold, such as {example}: a baseline may be missing."
+            )
         if not self.minimum_gain >= 0:
-            raise ValueError(f"The minimum gain must be 0 or more, got {self.minimum_gain}.")
+            raise InvalidInputError(f"The minimum gain must be 0 or more, got {self.minimum_gain}.")
         if self.margin is not None and not self.margin > 0:
-            raise ValueError(f"The margin must be above 0, got {self.margin}.")
+            raise InvalidInputError(f"The margin must be above 0, got {self.margin}.")
         stated = [self.minimum_gain > 0, self.margin is not None, self.same_predictions]
         if sum(stated) > 1:
-            raise ValueError("State one of minimum gain, margin and same predictions, not several.")
+            raise InvalidInputError(
+                "State one of minimum gain, margin and same predictions, not several."
+            )
 
 
 @dataclass
@@ -107,11 +121,8 @@ class GateContext:
             signature, and the target.
         all_rows: the test rows with all columns.
         target: the column with the true values.
-        thresholds: what MLflow's metrics must reach.
-        rule: what the candidate must show against the baseline.
+        settings: what the candidate must reach.
         model: the candidate's model.
-        rebuild: whether to build the environment.
-        cache: see ``mlflow_lifecycle.environments.built``.
         results: those of the checks that were made.
         metrics: the candidate's, on the test rows.
         difference: from the baseline.
@@ -122,11 +133,8 @@ class GateContext:
     rows: pd.DataFrame
     all_rows: pd.DataFrame
     target: str
-    thresholds: dict[str, float]
-    rule: Rule
+    settings: GateSettings
     model: object
-    rebuild: bool = True
-    cache: Path | None = None
     results: list[CheckResult] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     difference: Interval | None = None
@@ -148,21 +156,21 @@ class Verdict:
     metrics: dict[str, float]
     difference: Interval | None
 
-    def require(self, *, allow_unchecked: bool = False) -> None:
+    def require(self) -> None:
         """Refuse a version that did not pass.
 
         Raises:
-            GateClosedError: a check failed, or the environment was not built and
-                ``allow_unchecked`` is not set.
+            GateClosedError: a check failed.
         """
-        stopped = []
+        failed = []
         for check in self.checks:
-            not_built = check.name == ENVIRONMENT and check.result == UNCHECKED
-            if check.result == FAILED or (not_built and not allow_unchecked):
-                stopped.append(f"{check.name} {check.result} ({check.detail})")
-        if stopped:
-            reasons = "; ".join(stopped)
-            raise GateClosedError(f"The version is not released: {reasons}. The alias stays where it is.")
+            if check.result == FAILED:
+                failed.append(f"{check.name} {check.result} ({check.detail})")
+        if failed:
+            reasons = "; ".join(failed)
+            raise GateClosedError(
+                f"The version is not released: {reasons}. The alias stays where it is."
+            )
 
 
 def gate_context(
@@ -170,11 +178,7 @@ def gate_context(
     baseline: Verified | None,
     rows: pd.DataFrame,
     target: str,
-    *,
-    thresholds: dict[str, float],
-    rule: Rule | None = None,
-    rebuild: bool = True,
-    cache: Path | None = None,
+    settings: GateSettings,
 ) -> GateContext:
     """Return what the checks look at; refuse test rows that do not fit the candidate.
 
@@ -184,20 +188,12 @@ def gate_context(
         rows: the test rows, target included, which no model has learned from.
         target: the column with the true values. Where the candidate learned classes as text, they
             are compared as text: a CSV file does not tell the text 0 from the number.
-        thresholds: what MLflow's metrics must reach, such as ``{"accuracy_score": 0.9}``: a
-            minimum, or a maximum for a metric of which less is better, such as ``log_loss``.
-        rule: what the candidate must show against the baseline; by default, to be better.
-        rebuild: whether to build the environment; if not, the result of that check is "not
-            checked".
-        cache: see ``mlflow_lifecycle.environments.built``.
+        settings: what the candidate must reach.
 
     Raises:
-        ValueError: no threshold is stated; a column or a value of the target is missing; the target
-            is not numeric for a regressor; or the version did not learn from the column ``target``.
+        InvalidInputError: a column or a value of the target is missing; the target is not numeric
+            for a regressor; or the version did not learn from the column ``target``.
     """
-    if not thresholds:
-        example = "accuracy_score=0.9"
-        raise ValueError(f"State at least one threshold, such as {example}: a baseline may be missing.")
     _refuse_unfit(candidate, rows, target)
     model = load_estimator(candidate.folder)
     if task_of(model) == CLASSIFICATION:
@@ -205,7 +201,9 @@ def gate_context(
         rows = rows.assign(**{target: as_classes(known, rows[target])})
     elif not pd.api.types.is_numeric_dtype(rows[target]):
         found = rows[target].dtype
-        raise ValueError(f"The target {target!r} must be numeric for a regressor, got {found}.")
+        raise InvalidInputError(
+            f"The target {target!r} must be numeric for a regressor, got {found}."
+        )
     features = order_columns(candidate.folder, rows.drop(columns=target))
     return GateContext(
         candidate=candidate,
@@ -213,11 +211,8 @@ def gate_context(
         rows=features.assign(**{target: rows[target]}),
         all_rows=rows,
         target=target,
-        thresholds=thresholds,
-        rule=rule or Rule(),
+        settings=settings,
         model=model,
-        rebuild=rebuild,
-        cache=cache,
     )
 
 
@@ -285,7 +280,7 @@ def check_thresholds(context: GateContext) -> CheckResult:
             context.metrics[name] = float(value)
     thresholds = {}
     details = []
-    for name, value in context.thresholds.items():
+    for name, value in context.settings.thresholds.items():
         is_maximum = name in LOWER_IS_BETTER
         thresholds[name] = MetricThreshold(threshold=value, greater_is_better=not is_maximum)
         if name in context.metrics:
@@ -302,7 +297,7 @@ def check_thresholds(context: GateContext) -> CheckResult:
 
 def check_baseline(context: GateContext) -> CheckResult:
     """Check by the rule that the candidate may replace the baseline."""
-    rule = context.rule
+    rule = context.settings
     if context.baseline is None:
         if rule.same_predictions:
             return CheckResult("baseline", FAILED, "there is none to predict the same as")
@@ -338,7 +333,7 @@ def check_fresh_environment(context: GateContext) -> CheckResult:
     """Check that the recorded packages alone make an environment that gives the same predictions."""
     if any(check.result == FAILED for check in context.results):
         return CheckResult(ENVIRONMENT, UNCHECKED, "another check failed")
-    if not context.rebuild:
+    if not context.settings.rebuild:
         return CheckResult(ENVIRONMENT, UNCHECKED, "no environment was built, as was asked for")
     candidate = context.candidate
     here = mlflow.pyfunc.load_model(str(candidate.folder)).predict(context.features)
@@ -346,7 +341,9 @@ def check_fresh_environment(context: GateContext) -> CheckResult:
     with tempfile.TemporaryDirectory(prefix="gate-") as scratch:
         folder = Path(scratch) / "environment"
         try:
-            python = built(requirements, folder, lock=candidate.packages, cache=context.cache)
+            python = built(
+                requirements, folder, lock=candidate.packages, cache=context.settings.cache
+            )
             there = predict(candidate.folder, context.features, python)
         except (EnvironmentNotBuiltError, PredictionFailedError) as error:
             return CheckResult(ENVIRONMENT, FAILED, " ".join(str(error).split()))
@@ -367,15 +364,13 @@ DEFAULT_CHECKS: tuple[Check, ...] = (
 )
 
 
-def gate(context: GateContext, checks: Sequence[Check] = DEFAULT_CHECKS) -> Verdict:
+def gate(context: GateContext) -> Verdict:
     """Return the verdict of the checks, in their order. The evaluation is logged to the active run.
 
-    Args:
-        context: from `gate_context`.
-        checks: functions that take the context and return a `CheckResult`. Add your own before the
-            last of `DEFAULT_CHECKS`, which takes longest. A check that raises an error has failed.
+    A check is a function that takes the context and returns a `CheckResult`. Add your own before
+    the last of `DEFAULT_CHECKS`, which takes longest. A check that raises an error has failed.
     """
-    for check in checks:
+    for check in context.settings.checks or DEFAULT_CHECKS:
         try:
             result = check(context)
         except Exception as error:  # whatever a model raises
@@ -432,13 +427,17 @@ def _refuse_unfit(candidate: Verified, rows: pd.DataFrame, target: str) -> None:
         needed = list(pd.read_parquet(candidate.training_rows).columns)
     if target not in needed:
         columns = ", ".join(needed)
-        raise ValueError(f"The version learned from no column {target!r}. The columns are: {columns}")
+        raise InvalidInputError(
+            f"The version learned from no column {target!r}. The columns are: {columns}"
+        )
     missing = [name for name in needed if name not in rows]
     if missing:
-        raise ValueError(f"The test rows lack these columns: {', '.join(missing)}")
+        raise InvalidInputError(f"The test rows lack these columns: {', '.join(missing)}")
     gaps = int(rows[target].isna().sum())
     if gaps:
-        raise ValueError(f"The target {target!r} is missing in {gaps} of {len(rows)} test rows (NA counts as missing).")
+        raise InvalidInputError(
+            f"The target {target!r} is missing in {gaps} of {len(rows)} test rows (NA counts as missing)."
+        )
 
 
 def _result(name: str, passed: bool, detail: str) -> CheckResult:

@@ -22,17 +22,14 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from mlflow_lifecycle.keys import fingerprint_of
+from mlflow_lifecycle.exceptions import InvalidInputError, NotVerifiedError
+from mlflow_lifecycle.experiments import printable
 from mlflow_lifecycle.policy import check_contents
-from mlflow_lifecycle.signing import Statement, every_file, evidence_place
-from mlflow_lifecycle.store import printable
+from mlflow_lifecycle.signing.keys import fingerprint_of
+from mlflow_lifecycle.signing.statement import Statement, every_file, evidence_place
 
 SIZE_LIMIT = 2_000_000_000
 OBJECT_STORES = ("s3", "gs", "abfss", "wasbs")  # MLflow sends them no password of a tracking server
-
-
-class NotVerifiedError(RuntimeError):
-    """A version must not be loaded; the message says why, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,9 @@ def verified(
         if purpose is None:
             purpose = "release" if by_alias else "candidate"
         try:
-            statement = _download_signed(root, version, by_alias or alias, purpose, Path(public_key), size_limit)
+            statement = _download_signed(
+                root, version, by_alias or alias, purpose, Path(public_key), size_limit
+            )
             if by_alias and statement.purpose == "release":
                 _refuse_older(name, by_alias, statement, Path(public_key))
             check_contents(root / "model", root / "packages.txt", trusted_types)
@@ -121,13 +120,21 @@ def find_version(uri: str) -> tuple[str, ModelVersion, str]:
     """Return the name in ``uri``, the version that it leads to, and the alias, empty if ``uri`` has a number."""
     found = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([\w-]+))", uri)
     if not found:
-        raise ValueError(f"{uri!r} names no version. Write models:/name/3 or models:/name@alias")
+        raise InvalidInputError(
+            f"{uri!r} names no version. Write models:/name/3 or models:/name@alias"
+        )
     name, number, alias = found.groups()
     if not name.isprintable() or re.search(r"""['"\\]""", name):
-        raise ValueError(f"{name!r} is no name of a model here: it has a quote, a \\ or an invisible character")
+        raise InvalidInputError(
+            f"{name!r} is no name of a model here: it has a quote, a \\ or an invisible character"
+        )
     client = mlflow.MlflowClient()
     by_alias = client.get_model_version_by_alias
-    return name, client.get_model_version(name, number) if number else by_alias(name, alias), alias or ""
+    return (
+        name,
+        client.get_model_version(name, number) if number else by_alias(name, alias),
+        alias or "",
+    )
 
 
 def _time_text(time: datetime) -> str:
@@ -159,18 +166,27 @@ def _download_signed(
     model = _open_model(version, run)
     size = _listed_size(model, "") + _listed_size(evidence, place)
     if size > size_limit:
-        raise ValueError(f"Its files have {size:,} bytes, more than size_limit={size_limit:,}")
+        raise InvalidInputError(
+            f"Its files have {size:,} bytes, more than size_limit={size_limit:,}"
+        )
     signature = _downloaded(root, model, evidence, place, fingerprint_of(public_key))
     verifier = model_signing.verifying.Config().set_hashing_config(every_file())
     try:
         verifier.use_elliptic_key_verifier(public_key=public_key).verify(root, signature)
     except Exception as error:
-        raise ValueError(f"{_cause(error)}. It is not what was signed. Register the model anew") from None
+        raise InvalidInputError(
+            f"{_cause(error)}. It is not what was signed. Register the model anew"
+        ) from None
     statement = Statement(**json.loads((root / "statement.json").read_text(encoding="utf-8")))
-    expected = replace(statement, registered_model=version.name, version=str(version.version), run_id=version.run_id)
+    expected = replace(
+        statement,
+        registered_model=version.name,
+        version=str(version.version),
+        run_id=version.run_id,
+    )
     if statement != expected or evidence_place(statement) != place:
         said = f"{statement.purpose} of version {statement.version} of {statement.registered_model}"
-        raise ValueError(f"What was signed is the {said}. Register the model anew")
+        raise InvalidInputError(f"What was signed is the {said}. Register the model anew")
     return statement
 
 
@@ -203,7 +219,9 @@ def _open_location(location: str, experiment_id: str) -> ArtifactRepository:
     experiment = mlflow.get_experiment(experiment_id).artifact_location.rstrip("/")
     is_inside = location.startswith(f"{experiment}/") and ".." not in unquote(location).split("/")
     if not is_inside or not _is_in_active_store(location):
-        raise ValueError(f"Its files are outside the active store: {location}. Register the model anew")
+        raise InvalidInputError(
+            f"Its files are outside the active store: {location}. Register the model anew"
+        )
     return get_artifact_repository(location)
 
 
@@ -213,7 +231,9 @@ def _is_in_active_store(location: str) -> bool:
     tracking = urlsplit(mlflow.get_tracking_uri())
     server = tracking.netloc.rpartition("@")[2]  # without user and password
     if parts.scheme in ("", "file"):
-        is_share = re.match(r"[/\\]{2}", unquote(parts.path))  # Windows logs in to the host of a share
+        is_share = re.match(
+            r"[/\\]{2}", unquote(parts.path)
+        )  # Windows logs in to the host of a share
         return not parts.netloc and not is_share
     if parts.scheme == "mlflow-artifacts":
         return parts.netloc in ("", server)
@@ -222,11 +242,17 @@ def _is_in_active_store(location: str) -> bool:
     return parts.scheme in OBJECT_STORES
 
 
-def _newest_evidence(evidence: ArtifactRepository, version: ModelVersion, alias: str, purpose: str) -> str:
+def _newest_evidence(
+    evidence: ArtifactRepository, version: ModelVersion, alias: str, purpose: str
+) -> str:
     """Return the artifact folder with the evidence to verify: the newest release, or else the candidate."""
     above = f"signed/{version.name}/{version.version}"
     found = [item.path for item in evidence.list_artifacts(above)]
-    dated = [path for path in found if re.fullmatch(rf"{re.escape(alias) or '[^/@]+'}@[^/]+", path.rpartition("/")[2])]
+    dated = [
+        path
+        for path in found
+        if re.fullmatch(rf"{re.escape(alias) or '[^/@]+'}@[^/]+", path.rpartition("/")[2])
+    ]
     latest = re.sub("[:.]", "", _latest_time())
     releases = [path for path in dated if path.rpartition("@")[2] <= latest]
     if releases:
@@ -234,20 +260,28 @@ def _newest_evidence(evidence: ArtifactRepository, version: ModelVersion, alias:
     if f"{above}/candidate" in found and purpose != "release":
         return f"{above}/candidate"
     if dated and purpose == "release":
-        raise ValueError("Its release is dated in the future. Check the clock of this machine")
+        raise InvalidInputError(
+            "Its release is dated in the future. Check the clock of this machine"
+        )
     what = "no signature"
     remedy = "Sign it: lifecycle sign"
     if purpose == "release":
         what = f"no release as {alias}" if alias else "no release"
         remedy = "Release it: lifecycle release"
-    raise ValueError(f"There is {what} of this version. {remedy} models:/{version.name}/{version.version}")
+    raise InvalidInputError(
+        f"There is {what} of this version. {remedy} models:/{version.name}/{version.version}"
+    )
 
 
-def _downloaded(root: Path, model: ArtifactRepository, evidence: ArtifactRepository, place: str, digits: str) -> Path:
+def _downloaded(
+    root: Path, model: ArtifactRepository, evidence: ArtifactRepository, place: str, digits: str
+) -> Path:
     """Download the model and its evidence into ``root``, and return the signature that the key has made."""
     (root / "model").mkdir(parents=True)
     model.download_artifacts("", str(root / "model"))
-    (root / "model/registered_model_meta").unlink(missing_ok=True)  # MLflow writes it when it downloads by name
+    (root / "model/registered_model_meta").unlink(
+        missing_ok=True
+    )  # MLflow writes it when it downloads by name
     folder = Path(evidence.download_artifacts(place, str(root.parent)))
     for path in folder.iterdir():
         if path.suffix != ".sig":
@@ -255,7 +289,9 @@ def _downloaded(root: Path, model: ArtifactRepository, evidence: ArtifactReposit
     signature = folder / f"{digits[:16]}.sig"
     if not signature.is_file():
         others = ", ".join(sorted(path.stem for path in folder.glob("*.sig"))) or "none"
-        raise ValueError(f"The key {digits[:16]} has not signed it (signed by: {others}). Give the key that did")
+        raise InvalidInputError(
+            f"The key {digits[:16]} has not signed it (signed by: {others}). Give the key that did"
+        )
     return signature
 
 
@@ -285,13 +321,17 @@ def _refuse_older(name: str, alias: str, statement: Statement, public_key: Path)
     """Refuse a release that is older than another one for its alias, in the store or seen on this machine before."""
     newer = _find_newer(name, alias, statement.released_at, public_key)
     if newer:
-        raise ValueError(
+        raise InvalidInputError(
             f"Version {newer.version} was released as {alias} after it. To go back: lifecycle rollback {name}"
         )
     folder, seen = _seen_releases(public_key, name, alias), statement.released_at.replace(":", "")
     if max((path.name for path in folder.glob("*")), default="") > seen:
-        raise ValueError(f"A newer release of {alias} was seen here before. To go back: lifecycle rollback {name}")
-    with contextlib.suppress(OSError):  # where the folder is read-only, this machine remembers nothing
+        raise InvalidInputError(
+            f"A newer release of {alias} was seen here before. To go back: lifecycle rollback {name}"
+        )
+    with contextlib.suppress(
+        OSError
+    ):  # where the folder is read-only, this machine remembers nothing
         folder.mkdir(parents=True, exist_ok=True)
         (folder / seen).touch()
 

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mlflow_lifecycle.drift import (
+from mlflow_lifecycle.datasets import as_classes, as_text
+from mlflow_lifecycle.exceptions import ColumnsDifferError, InvalidInputError
+from mlflow_lifecycle.monitoring.drift import (
     LIMITS,
     ColumnDrift,
-    ColumnsDifferError,
     Limits,
     OutOfRange,
     Share,
@@ -23,8 +24,7 @@ from mlflow_lifecycle.drift import (
     out_of_range,
     share,
 )
-from mlflow_lifecycle.tables import as_classes, as_text
-from mlflow_lifecycle.verification import Verified
+from mlflow_lifecycle.signing.verify import Verified
 
 PREDICTION = "prediction"
 
@@ -91,21 +91,32 @@ def baseline(version: Verified) -> Baseline:
 
     if version.training_rows is None:
         remedy = f"Add it: lifecycle sign {version.uri} --training-data FILE"
-        raise ValueError(f"There is nothing to compare with: no training data was signed. {remedy}")
-    rows, signature = pd.read_parquet(version.training_rows), mlflow.models.Model.load(str(version.folder)).signature
-    rows = rows.fillna(np.nan)  # Parquet gives None for a gap in text, which scikit-learn takes for another value
+        raise InvalidInputError(
+            f"There is nothing to compare with: no training data was signed. {remedy}"
+        )
+    rows, signature = (
+        pd.read_parquet(version.training_rows),
+        mlflow.models.Model.load(str(version.folder)).signature,
+    )
+    rows = rows.fillna(
+        np.nan
+    )  # Parquet gives None for a gap in text, which scikit-learn takes for another value
     features = signature.inputs.input_names() if signature else []
     targets = [name for name in rows if name not in features]
     estimator = mlflow.sklearn.load_model(str(version.folder))
     if len(targets) != 1 or not is_classifier(estimator):
-        raise ValueError(f"{version.uri} is no classifier with one target; beside its inputs it learned from {targets}")
+        raise InvalidInputError(
+            f"{version.uri} is no classifier with one target; beside its inputs it learned from {targets}"
+        )
     if PREDICTION in rows:
         told = f"{version.uri} learned from a column {PREDICTION!r}, which in a batch is what a version has answered"
-        raise ValueError(f"{told}. Rename the column, and train the model again.")
+        raise InvalidInputError(f"{told}. Rename the column, and train the model again.")
     (target,) = targets
     smallest = int(rows[target].value_counts().min())
     if smallest < 2:
-        raise ValueError(f"A class of {target!r} has one row, so {version.uri} cannot be cross-validated.")
+        raise InvalidInputError(
+            f"A class of {target!r} has one row, so {version.uri} cannot be cross-validated."
+        )
     folds = StratifiedKFold(min(5, smallest), shuffle=True, random_state=0)
     predictions = cross_val_predict(clone(estimator), rows[features], rows[target], cv=folds)
     expected = share(int((predictions == rows[target]).sum()), len(rows))
@@ -118,7 +129,11 @@ def answered(known: Baseline, rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: the model cannot take the rows, scikit-learn says why.
     """
-    return rows if PREDICTION in rows else rows.assign(**{PREDICTION: known.estimator.predict(rows[known.features])})
+    return (
+        rows
+        if PREDICTION in rows
+        else rows.assign(**{PREDICTION: known.estimator.predict(rows[known.features])})
+    )
 
 
 def judge(known: Baseline, rows: pd.DataFrame, limits: Limits = LIMITS) -> Judgement:
@@ -134,27 +149,42 @@ def judge(known: Baseline, rows: pd.DataFrame, limits: Limits = LIMITS) -> Judge
         ValueError: there are no rows.
     """
     labels = labels_of(known, rows)
-    found = [(Verdict.LABELS, reason) for reason in _other_labels(known.rows[known.target], labels.dropna(), limits)]
+    found = [
+        (Verdict.LABELS, reason)
+        for reason in _other_labels(known.rows[known.target], labels.dropna(), limits)
+    ]
     ranges, drifts, accuracy = (), (), None
     if rows.empty:
-        raise ValueError("There are no rows to judge.")
+        raise InvalidInputError("There are no rows to judge.")
     try:
         ranges = out_of_range(known.rows[known.features], rows, limits)
         rows = answered(known, rows)
         drifts = drift(
-            _compared(known, known.rows, known.predictions), _compared(known, rows, rows[PREDICTION]), limits
+            _compared(known, known.rows, known.predictions),
+            _compared(known, rows, rows[PREDICTION]),
+            limits,
         )
     except ColumnsDifferError as error:
         found.append((Verdict.BROKEN, str(error)))
     except ValueError as error:  # scikit-learn's, for gaps for example
-        found.append((Verdict.BROKEN, f"The model cannot predict these rows: {str(error).partition(chr(10))[0]}"))
+        found.append(
+            (
+                Verdict.BROKEN,
+                f"The model cannot predict these rows: {str(error).partition(chr(10))[0]}",
+            )
+        )
     for column in ranges:
         if column.alarm:
             beyond = f"{column.column}: {column.rows} of {len(rows)} rows are beyond what training saw, {column.seen}"
             found.append((Verdict.BROKEN, beyond))
     for column in drifts:
         if column.alarm:
-            found.append((Verdict.DRIFT, f"{column.column}: {column.size:.2f} {column.unit}, p = {column.p_value:.1g}"))
+            found.append(
+                (
+                    Verdict.DRIFT,
+                    f"{column.column}: {column.size:.2f} {column.unit}, p = {column.p_value:.1g}",
+                )
+            )
     if drifts and labels.notna().any():
         right = (as_classes(known.rows[known.target], rows[PREDICTION]) == labels)[labels.notna()]
         accuracy = share(int(right.sum()), len(right))
@@ -163,11 +193,19 @@ def judge(known: Baseline, rows: pd.DataFrame, limits: Limits = LIMITS) -> Judge
     order = list(Verdict)
     found.sort(key=lambda pair: order.index(pair[0]))
     verdict = found[0][0] if found else Verdict.QUIET
-    return Judgement(verdict, tuple(text for _, text in found), len(rows), drifts, ranges, accuracy, known.expected)
+    return Judgement(
+        verdict,
+        tuple(text for _, text in found),
+        len(rows),
+        drifts,
+        ranges,
+        accuracy,
+        known.expected,
+    )
 
 
 def unusual(reference: pd.DataFrame, rows: pd.DataFrame) -> bool:
-    """Tell whether a column has drifted or is out of range, for ``mlflow_lifecycle.drift.false_alarms``."""
+    """Tell whether a column has drifted or is out of range, for ``mlflow_lifecycle.monitoring.drift.false_alarms``."""
     return any(column.alarm for column in (*drift(reference, rows), *out_of_range(reference, rows)))
 
 
@@ -182,18 +220,28 @@ def _other_labels(known: pd.Series, labels: pd.Series, limits: Limits) -> list[s
     """Return what is wrong with the classes of a batch: one that nobody knows, or one that has vanished."""
     shares, reasons = known.value_counts(normalize=True), []
     for name in sorted(set(labels) - set(shares.index), key=str):
-        alike = [other for other in shares.index if str(other).strip().casefold() == str(name).strip().casefold()]
+        alike = [
+            other
+            for other in shares.index
+            if str(other).strip().casefold() == str(name).strip().casefold()
+        ]
         hint = f", and is written like {alike[0]!r}" if alike else ""
         reasons.append(f"{name!r} is no class that the model knows{hint}")
     for name in sorted(set(shares.index) - set(labels), key=str):
-        if (1 - shares[name]) ** len(labels) < limits.level / len(shares):  # corrected for several classes
-            reasons.append(f"no row of the class {name!r} among {len(labels)}, where {shares[name]:.0%} were")
+        if (1 - shares[name]) ** len(labels) < limits.level / len(
+            shares
+        ):  # corrected for several classes
+            reasons.append(
+                f"no row of the class {name!r} among {len(labels)}, where {shares[name]:.0%} were"
+            )
     return reasons
 
 
 def _compared(known: Baseline, rows: pd.DataFrame, predictions: Iterable) -> pd.DataFrame:
     """Return the features, with the predictions as one more column of text."""
-    return rows[known.features].assign(**{f"prediction of {known.target}": as_text(pd.Series(predictions)).to_numpy()})
+    return rows[known.features].assign(
+        **{f"prediction of {known.target}": as_text(pd.Series(predictions)).to_numpy()}
+    )
 
 
 def _worse(accuracy: Share, expected: Share, limits: Limits) -> bool:

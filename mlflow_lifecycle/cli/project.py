@@ -1,0 +1,132 @@
+"""The commands about a project: report, doctor, ui, search-worker."""
+
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mlflow_lifecycle.cli.options import FILE, JSON, print_result, use_store
+from mlflow_lifecycle.exceptions import InvalidInputError
+
+
+@click.command(short_help="Write a report on the runs of an experiment.")
+@click.argument("experiment")
+@click.option("--metric", default="validation_f1", show_default=True, help="To compare by.")
+@click.option(
+    "--registered-model",
+    metavar="NAME",
+    help="To look up in production; EXPERIMENT_best_model by default.",
+)
+@click.option("--output", type=FILE, metavar="FOLDER", help="reports/EXPERIMENT by default.")
+@JSON
+def report(
+    experiment: str,
+    metric: str,
+    registered_model: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Write the report of EXPERIMENT: who wins, who is tied, what was left out and why.
+
+    Example: lifecycle report iris_classification --metric validation_f1
+    """
+    from mlflow_lifecycle.report import make_report, verdict, write
+
+    use_store()
+    made = make_report(experiment, metric, registered_model)
+    folder = output or Path("reports") / re.sub(r"[^\w.-]|^[.]+", "_", experiment)
+    write(made, folder)
+    lines = [verdict(made), f"The report: {folder / 'experiment_report.md'}"]
+    print_result(made, lines, as_json)
+
+
+@click.command(short_help="Find problems of the project folder.")
+@JSON
+@click.option("--fix", is_flag=True, help="Repair the paths in a SQLite store that was moved.")
+@click.option("--yes", is_flag=True, help="Repair without asking.")
+@click.option("--quiet", is_flag=True, help="Print nothing if no problem is found.")
+def doctor(as_json: bool, fix: bool, yes: bool, quiet: bool) -> None:
+    """Print the problems of this folder, and how to solve them.
+
+    The exit status is 1 if there is a problem.
+
+    Example: lifecycle doctor --fix
+    """
+    from mlflow_lifecycle.doctor import problems
+
+    if fix:
+        fix_store(yes)
+        return
+    found = problems(Path.cwd())
+    if as_json:
+        click.echo(json.dumps([asdict(problem) for problem in found], indent=2))
+    elif found:
+        click.echo("\n".join(map(str, found)))
+    elif not quiet:
+        click.echo("No problem found in Python, packages, pins, store and disk.")
+    raise SystemExit(bool(found))
+
+
+def fix_store(yes: bool) -> None:
+    """Show the paths to change in a store that was moved, and change them after confirmation."""
+    from mlflow_lifecycle.experiments import tracking_uri
+    from mlflow_lifecycle.moved import mend, moved_folders
+
+    path = Path(tracking_uri(Path.cwd()).removeprefix("sqlite:///"))
+    folders = moved_folders(path) if path.is_file() else {}
+    if not folders:
+        click.echo("There is nothing to repair: there is no store, or its folders exist.")
+        return
+    click.echo("\n".join(f"{old} -> {new}" for old, new in folders.items()))
+    if not yes:
+        click.confirm("Change these paths, after a copy of the store?", abort=True)
+    copy = mend(path, folders)
+    click.echo(f"Repaired. A copy of the store as it was: {copy}")
+
+
+@click.command(short_help="Start MLflow's interface.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: 5000 or the next free one.")
+def ui(port: int | None) -> None:
+    """Start MLflow's interface on the store of this folder, with links to the newest comparison.
+
+    Example: lifecycle ui --port 5002
+    """
+    from mlflow_lifecycle.ui import show
+
+    show(Path.cwd(), port)
+
+
+@click.command("search-worker", short_help="Run trials of a search.")
+@click.argument("run_id")
+@click.option(
+    "--objective",
+    required=True,
+    metavar="FILE.py:FUNCTION",
+    help="Takes a trial, returns its value.",
+)
+def search_worker(run_id: str, objective: str) -> None:
+    """Run trials of the search RUN_ID until its queue is empty.
+
+    SEARCH_STORAGE names the PostgreSQL database of the queue.
+
+    Example: lifecycle search-worker 3f2a --objective objective.py:objective
+    """
+    from mlflow_lifecycle.workers import load_objective, work
+
+    if "SEARCH_STORAGE" not in os.environ:
+        raise InvalidInputError(
+            "SEARCH_STORAGE must name the PostgreSQL database: postgresql://user@host/database"
+        )
+    use_store()
+    work(
+        run_id,
+        load_objective(objective),
+        os.environ["SEARCH_STORAGE"],
+        objective.rpartition(":")[0],
+    )
+
+
+COMMANDS = (report, doctor, ui, search_worker)

@@ -1,0 +1,1 @@
+"""Drift, broken input and quality of what a served version was asked."""

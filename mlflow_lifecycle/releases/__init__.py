@@ -1,0 +1,1 @@
+"""The gate that a version must pass, and its release, rollback, promotion and model card."""
