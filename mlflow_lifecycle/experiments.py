@@ -1,8 +1,8 @@
-"""Open an experiment in MLflow's store, or say at once what is wrong with the store and what to do about it.
+"""Open an experiment in MLflow's store, or refuse a store that cannot be used.
 
-MLflow makes the tables of a SQLite store in place: a kill, a full disk or two starts at once leave a file that refuses
-every later run. A local store cannot be moved (mlflow#3144, mlflow#8226), MLflow asks a server that is
-down for minutes, ``mlflow.set_experiment`` loses the race for a new name without a word, and errors hold passwords.
+MLflow makes the tables of a SQLite store in place: a kill, a full disk or two starts at once leave
+a file that refuses every later run. A local store cannot be moved (mlflow#3144, mlflow#8226). For
+a server that is down MLflow tries for minutes, and its errors contain passwords.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 from urllib.parse import quote, quote_plus, unquote
 
 from mlflow_lifecycle.exceptions import StoreUnusableError
@@ -26,158 +27,171 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment
 
 ELSEWHERE = "or name another store in MLFLOW_TRACKING_URI."
-REMEDIES = {  # what an error says: what to do; the first that fits
-    r"(?i)\b40[13]\b|unauth|permission_denied": "Check your rights, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN.",
-    "locked": f"Another program holds it locked. Close that program and try again, {ELSEWHERE}",
+# What an error says, and what to do about it. The first that fits is used.
+REMEDIES = {
+    r"(?i)\b40[13]\b|unauth|permission_denied": (
+        "Check your permissions, MLFLOW_TRACKING_USERNAME, _PASSWORD and _TOKEN."
+    ),
+    "locked": f"Close the program that locks it and try again, {ELSEWHERE}",
     "disk is full|No space left": "The disk is full. Free 10 MB there and try again.",
-    "(?i)read-?only|unable to open|permission denied": f"Make it and its folder writable, {ELSEWHERE}",
+    "(?i)read-?only|unable to open|permission denied": (
+        f"Make it and its folder writable, {ELSEWHERE}"
+    ),
     "not a database|malformed": f"Restore it from a backup or move it away, {ELSEWHERE}",
     "(?i)max retries|connection|timed out|resolve|not known": f"Start the server, {ELSEWHERE}",
 }
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 def printable(text: str) -> str:
-    """Return ``text`` without the users, passwords and tokens in it or in the settings of MLflow."""
+    """Return a text without users, passwords and tokens, those in MLflow's settings included."""
+    for secret in _secrets():
+        text = text.replace(f"{secret}@", "").replace(secret, "***")
+    not_a_file = r"(?<!sqlite)(?<!file)://"
+    # A password may contain a space, so the first pattern goes up to the last @.
+    text = re.sub(not_a_file + r"[^\s/@:\[]*:(?!\d+(?:[/?#\s]|$)).*@", "://", text)
+    text = re.sub(not_a_file + r"\S*@", "://", text)
+    value = r"[^&\s'\"]+"
+    password = r"(?i)((?:password|passwd|pwd|token|secret|api_?key)[\w-]*=)"
+    user = r"(?i)([?&]user(?:name)?=|\buser(?:name)? [\"'])"
+    return re.sub(user + value, r"\1***", re.sub(password + value, r"\1***", text))
+
+
+def _secrets() -> list[str]:
+    """Return the secrets in MLflow's settings, in each form that a message may have."""
     address = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")[2]
     user_info = address.rpartition("@")[0]
-    secrets = {
-        user_info,
-        user_info.partition(":")[2],
-        *re.findall(r"(?i)(?:password|token)=([^&#]+)", address),
-    }
-    secrets |= {os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("PASSWORD", "TOKEN")}
-    forms = (str, html.escape, quote, lambda secret: quote(secret, safe=""), quote_plus, unquote)
-    for secret in sorted(
-        {form(secret) for secret in secrets for form in forms} - {""}, key=len, reverse=True
-    ):
-        text = text.replace(f"{secret}@", "").replace(secret, "***")
-    text = re.sub(
-        r"(?<!sqlite)(?<!file)://[^\s/@:\[]*:(?!\d+(?:[/?#\s]|$)).*@", "://", text
-    )  # spaces, too
-    text = re.sub(r"(?<!sqlite)(?<!file)://\S*@", "://", text)
-    text = re.sub(
-        r"(?i)((?:password|passwd|pwd|token|secret|api_?key)[\w-]*=)[^&\s'\"]+", r"\1***", text
-    )
-    return re.sub(r"(?i)([?&]user(?:name)?=|\buser(?:name)? [\"'])[^&\s'\"]+", r"\1***", text)
+    secrets = [user_info, user_info.partition(":")[2]]
+    secrets += re.findall(r"(?i)(?:password|token)=([^&#]+)", address)
+    secrets.append(os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
+    secrets.append(os.environ.get("MLFLOW_TRACKING_TOKEN", ""))
+    forms = set()
+    for secret in filter(None, secrets):
+        forms |= {secret, html.escape(secret), quote(secret), quote(secret, safe="")}
+        forms |= {quote_plus(secret), unquote(secret)}
+    return sorted(forms, key=len, reverse=True)
 
 
 def tracking_uri(folder: Path) -> str:
-    """Return the address in MLFLOW_TRACKING_URI, else that of the SQLite file ``mlflow.db`` in ``folder``."""
-    return (
-        os.environ.get("MLFLOW_TRACKING_URI")
-        or f"sqlite:///{(Path(folder).resolve() / 'mlflow.db').as_posix()}"
-    )
+    """Return MLFLOW_TRACKING_URI, or the address of the file ``mlflow.db`` in ``folder``."""
+    default = Path(folder).resolve() / "mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{default.as_posix()}"
 
 
-def store_folder(folder: Path) -> Path:
-    """Return where the store of ``folder`` is: the folder of its SQLite file, or ``folder`` if it is a server's."""
-    path = _sqlite_path(tracking_uri(folder))
-    return path.parent if path else Path(folder).resolve()
+def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
+    """Make an experiment active in this process, in the store that `tracking_uri` names.
 
+    The store and the experiment are created if needed.
 
-def _unusable(store: object, cause: object, remedy: str = "") -> StoreUnusableError:
-    """Return the refusal of ``store``; the remedy for an error is found by what the error says."""
-    cause = str(cause).strip().split("\n")[0][:300].rstrip(". ")
-    known = (text for pattern, text in REMEDIES.items() if re.search(pattern, cause))
-    remedy = remedy or next(
-        known, "Check MLFLOW_TRACKING_URI; see 'When something fails' in the README."
-    )
-    return StoreUnusableError(
-        printable(f"Cannot use the MLflow store {store}: {cause}."), printable(remedy)
-    )
+    Args:
+        name: the name of the experiment.
+        description: what MLflow's interface shows above its runs.
+        folder: the folder of the default store.
 
-
-@contextlib.contextmanager
-def _refusing(store: object) -> Iterator[None]:
-    """Say what is wrong with ``store``, and what to do, where anything fails in the block."""
-    try:
-        yield
-    except StoreUnusableError:
-        raise
-    except Exception as error:
-        raise _unusable(store, error) from None
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    """Return the file of a SQLite address, None for any other store."""
-    found = re.fullmatch(r"sqlite(?:\+\w+)?:///(?!:memory:)(.+)", uri)
-    if found and re.search(r"[?]|%[0-9A-Fa-f]{2}", found[1]):
-        raise _unusable(
-            uri, "MLflow misreads a path with ? or %20", f"Rename the folder, {ELSEWHERE}"
-        )
-    return Path(found[1]).resolve() if found else None
-
-
-def _read(path: Path) -> tuple[str | None, bool]:
-    """Return the schema's revision, None if the store is half made, and whether the file holds anything of a user.
-
-    MLflow makes the experiment Default last, so a file without experiments is half made.
+    Raises:
+        StoreUnusableError: nothing can be logged there.
     """
-    with contextlib.closing(
-        sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=5)
-    ) as database:
-        names = [
-            name
-            for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        ]
-        rows = {
-            name: database.execute(f'SELECT * FROM "{name}" LIMIT 2').fetchall() for name in names
-        }
-        database.execute("BEGIN IMMEDIATE")  # fails if the store is locked or read-only
-    revision = rows.pop("alembic_version", [])
-    experiments = rows.pop("experiments", [])
-    rows.pop("workspaces", None)
-    holds = any(rows.values()) or any(str(row[0]) != "0" for row in experiments)
-    return (revision[0][0] if revision and experiments else None), holds
-
-
-def _is_complete(path: Path) -> bool:
-    """Tell whether a store is at ``path`` that MLflow made to its end; refuse a half-made one that holds anything."""
-    if not path.exists():
-        return False
-    revision, holds = _read(path)
-    if revision is None and holds:
-        remedy = f"It holds data, so it stays as it is. Restore it from a backup or move it away, {ELSEWHERE}"
-        raise _unusable(path, "its tables are not MLflow's complete schema", remedy)
-    return revision is not None
-
-
-def _replace_half_made(path: Path) -> None:
-    """Make the tables in a folder beside ``path``, then put the file in place; the caller holds the lock."""
     import mlflow
 
-    for leftover in path.parent.glob(f"{path.name}.new-*"):  # of attempts that were killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    # A plain MLflow process may be making it right now: it writes several times a second.
-    while path.exists() and not _is_complete(path) and 0 <= time.time() - path.stat().st_mtime < 3:
-        time.sleep(0.2)
-    if _is_complete(path):
-        return
-    folder = Path(tempfile.mkdtemp(prefix=f"{path.name}.new-", dir=path.parent))
-    try:
-        mlflow.MlflowClient(f"sqlite:///{(folder / 'tables.db').as_posix()}").search_experiments()
-        with contextlib.closing(
-            sqlite3.connect(folder / "tables.db")
-        ) as database:  # MLflow keeps that file open
-            database.execute("VACUUM INTO ?", (str(folder / "whole.db"),))
-        if path.exists():
-            aside = (
-                path.with_name(f"{path.name}.incomplete-{number}") for number in range(1, 10**6)
+    uri = tracking_uri(folder)
+    path = _sqlite_path(uri)
+    with _refusing(uri):
+        if path:
+            make_sqlite_store(path)
+            _check_file(path)
+        experiment = _find_experiment(uri, name) or create_experiment(uri, name, description)
+        location = experiment.artifact_location
+        if path:
+            _refuse_moved(path, moved_from(path) & {local_path(split_location(location)[0])})
+        if path and location.startswith("mlflow-artifacts:"):
+            raise _unusable(
+                path,
+                f"the experiment {name!r} was made by a server, which keeps its files",
+                "Set MLFLOW_TRACKING_URI to the server's address, or rename the experiment there.",
             )
-            path.rename(next(name for name in aside if not name.exists()))
-        (folder / "whole.db").replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if experiment.lifecycle_stage != "active":
+            command = "mlflow experiments restore --experiment-id"
+            raise _unusable(
+                uri,
+                f"the experiment {name!r} is deleted",
+                f"Restore it: MLFLOW_TRACKING_URI='{uri}' {command} {experiment.experiment_id}",
+            )
+        mlflow.set_tracking_uri(uri)
+        # By its name MLflow would fail if another process creates it at the same moment.
+        return mlflow.set_experiment(experiment_id=experiment.experiment_id)
+
+
+def check_store(folder: Path) -> None:
+    """Refuse the store that `tracking_uri` names if nothing can be logged there.
+
+    Nothing is written, and a store that does not exist is not created.
+
+    Raises:
+        StoreUnusableError: with the reason and the remedy.
+    """
+    import mlflow  # noqa: F401 - a missing MLflow is not a fault of the store
+
+    uri = tracking_uri(folder)
+    path = _sqlite_path(uri)
+    with _refusing(uri):
+        if path and not path.exists():
+            return
+        if path and _read_revision(path) is None:
+            raise _unusable(
+                path, "MLflow was interrupted while it made the tables", f"Delete it, {ELSEWHERE}"
+            )
+        if path:
+            _check_file(path)
+        _find_experiment(uri)
+        if path:
+            _refuse_moved(path, moved_from(path))
+
+
+def create_experiment(uri: str, name: str, description: str) -> "Experiment":
+    """Create an experiment in the store at ``uri``, or return the existing one.
+
+    Args:
+        uri: the store. A SQLite store keeps the files of its runs beside it.
+        name: the name of the experiment.
+        description: what MLflow's interface shows above its runs.
+    """
+    import mlflow
+
+    path = _sqlite_path(uri)
+    location = (path.parent / "mlruns").as_uri() if path else None  # a server decides for itself
+    client = mlflow.MlflowClient(uri)
+    failure = mlflow.MlflowException(f"the experiment {name!r} cannot be read")
+    try:
+        client.create_experiment(name, location, {"mlflow.note.content": description})
+    except mlflow.MlflowException as error:  # most often because it exists
+        failure = error
+    # A server shows an experiment a moment before its creator has permissions for it.
+    for pause_seconds in (0.2, 0.5, 1, 0):
+        with contextlib.suppress(mlflow.MlflowException):
+            experiment = client.get_experiment_by_name(name)
+            if experiment:
+                return experiment
+        time.sleep(pause_seconds)
+    raise failure
+
+
+def prepare_store(folder: Path) -> None:
+    """Make the SQLite store that `tracking_uri` names, if it can be used."""
+    with contextlib.suppress(StoreUnusableError):
+        path = _sqlite_path(tracking_uri(folder))
+        if path:
+            make_sqlite_store(path)
 
 
 def make_sqlite_store(path: Path) -> None:
-    """Make MLflow's tables in a new SQLite file at ``path``, whole or not at all; leave a complete store as it is.
+    """Make MLflow's tables in a new SQLite file, all or none; a complete store is left as it is.
 
-    A half-made file that holds nothing is moved aside to ``<name>.incomplete-<n>``. The lock is SQLite's own, on an
-    empty file beside the store: it works on every system and vanishes with the process.
+    A file that an interrupted MLflow has left is renamed to ``<name>.incomplete-<n>``. The lock is
+    SQLite's own, on an empty file beside the store. It works on every system and ends with the
+    process.
 
     Raises:
-        StoreUnusableError: the store cannot be made or read, or is half made and holds something.
+        StoreUnusableError: the store cannot be made or read, or is incomplete and contains data.
     """
     path = Path(path).resolve()
     lock = path.with_name(f"{path.name}.lock")
@@ -188,69 +202,121 @@ def make_sqlite_store(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(lock, timeout=120)) as database:
             try:
                 database.execute("BEGIN EXCLUSIVE")
-            except (
-                sqlite3.OperationalError
-            ):  # SQLite says so too if another process has finished, and the file is gone
+            except sqlite3.OperationalError:  # also if another process has just removed the lock
                 if not _is_complete(path):
                     raise
             if not _is_complete(path):
-                _replace_half_made(path)
-        with contextlib.suppress(
-            OSError
-        ):  # only now: whoever still waits for it finds the store complete
+                _make_tables(path)
+        with contextlib.suppress(OSError):  # processes that still wait find the store complete
             lock.unlink(missing_ok=True)
 
 
-def prepare_store(folder: Path) -> None:
-    """Make the SQLite store that ``tracking_uri`` names, whole or not at all. Whoever opens it says what is wrong."""
-    with contextlib.suppress(StoreUnusableError):
-        if path := _sqlite_path(tracking_uri(folder)):
-            make_sqlite_store(path)
-
-
-def _refuse_at_once(path: Path) -> None:
-    """Refuse a complete SQLite store in which nothing can be logged, before MLflow opens, upgrades or waits for it."""
+def _make_tables(path: Path) -> None:
+    """Make the tables in a folder beside ``path``, then rename the file. The caller locks it."""
     import mlflow
-    from alembic.script import ScriptDirectory  # MLflow's own way to its schema
+
+    for leftover in path.parent.glob(f"{path.name}.new-*"):  # of processes that were killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    # A plain MLflow process may be making the tables right now. It writes several times a second.
+    while path.exists() and _read_revision(path) is None:
+        age_seconds = time.time() - path.stat().st_mtime
+        if not 0 <= age_seconds < 3:
+            break
+        time.sleep(0.2)
+    if _is_complete(path):
+        return
+    folder = Path(tempfile.mkdtemp(prefix=f"{path.name}.new-", dir=path.parent))
+    try:
+        tables = folder / "tables.db"
+        mlflow.MlflowClient(f"sqlite:///{tables.as_posix()}").search_experiments()
+        with contextlib.closing(sqlite3.connect(tables)) as database:  # MLflow keeps it open
+            database.execute("VACUUM INTO ?", (str(folder / "copy.db"),))
+        if path.exists():
+            path.rename(free_name(path, "incomplete"))
+        (folder / "copy.db").replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_name(path: Path, suffix: str) -> Path:
+    """Return a path beside ``path`` that does not exist: ``<name>.<suffix>-<n>``."""
+    number = 1
+    while path.with_name(f"{path.name}.{suffix}-{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}.{suffix}-{number}")
+
+
+def _is_complete(path: Path) -> bool:
+    """Return whether the store exists and MLflow has made all its tables."""
+    return path.exists() and _read_revision(path) is not None
+
+
+def _read_revision(path: Path) -> str | None:
+    """Return the revision of the schema, None if MLflow was interrupted while it made the tables.
+
+    MLflow makes the experiment Default last.
+
+    Raises:
+        StoreUnusableError: the tables are incomplete, and contain data.
+    """
+    rows = {}
+    address = f"{path.as_uri()}?mode=rw"
+    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=5)) as database:
+        database.execute("BEGIN IMMEDIATE")  # fails if the store is locked or read-only
+        tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        for (name,) in tables:
+            rows[name] = database.execute(f'SELECT * FROM "{name}" LIMIT 1').fetchone()
+    if rows.get("alembic_version") and rows.get("experiments"):
+        return rows["alembic_version"][0]
+    for name in ("alembic_version", "experiments", "workspaces"):
+        rows.pop(name, None)
+    if any(rows.values()):
+        raise _unusable(
+            path,
+            "its tables are not MLflow's complete schema",
+            "It contains data, so it is not changed. Restore it from a backup or move it away, "
+            + ELSEWHERE,
+        )
+    return None
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a complete SQLite store in which nothing can be logged, before MLflow opens it."""
+    import mlflow
+    from alembic.script import ScriptDirectory  # the way in which MLflow finds its schema
 
     if not os.access(path.parent, os.W_OK):
         raise _unusable(path, "its folder is read-only")
     if shutil.disk_usage(path.parent).free < 2**20:
         raise _unusable(path, "its disk is full")
-    revision, _ = _read(path)
-    scripts = ScriptDirectory(str(Path(mlflow.__file__).parent / "store/db_migrations"))
-    known = [script.revision for script in scripts.walk_revisions()]  # the newest first
+    revision = _read_revision(path)
+    migrations = Path(mlflow.__file__).parent / "store/db_migrations"
+    scripts = ScriptDirectory(str(migrations)).walk_revisions()
+    known = [script.revision for script in scripts]  # the newest first
     if revision not in known:
-        raise _unusable(
-            path,
-            f"a newer MLflow made its schema ({revision})",
-            f"Install that MLflow, {ELSEWHERE}",
-        )
+        cause = f"a newer MLflow made its schema ({revision})"
+        raise _unusable(path, cause, f"Install that MLflow, {ELSEWHERE}")
     if revision != known[0]:
-        remedy = f"Copy the file, then run: mlflow db upgrade 'sqlite:///{path.as_posix()}'"
-        raise _unusable(path, f"an older MLflow made its schema ({revision})", remedy)
+        cause = f"an older MLflow made its schema ({revision})"
+        command = f"mlflow db upgrade 'sqlite:///{path.as_posix()}'"
+        raise _unusable(path, cause, f"Copy the file, then run: {command}")
 
 
-def _ask(uri: str, name: str = "") -> "Experiment | None":
-    """Return the experiment called ``name``; without a name, ask for any that this user may read.
+def _find_experiment(uri: str, name: str = "") -> "Experiment | None":
+    """Return the experiment with this name; without a name, only check that the store answers.
 
     The timeouts are short, so that a server that is down is reported within seconds.
     """
-    from unittest.mock import patch
-
     import mlflow
     from sqlalchemy.engine import make_url
 
-    if uri.startswith(
-        ("postgresql", "mysql", "mssql")
-    ):  # MLflow would try ten times, for two minutes
-        url, ports = make_url(uri), {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+    if uri.startswith(tuple(DATABASE_PORTS)):  # MLflow would try ten times, for two minutes
+        url = make_url(uri)
         if url.host:
-            socket.create_connection(
-                (url.host, url.port or ports[url.get_backend_name()]), timeout=5
-            ).close()
-    hurry = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-    with patch.dict(os.environ, hurry | os.environ):  # the user's own settings win
+            address = (url.host, url.port or DATABASE_PORTS[url.get_backend_name()])
+            socket.create_connection(address, timeout=5).close()
+    timeouts = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    with patch.dict(os.environ, timeouts | os.environ):  # the user's own settings win
         client = mlflow.MlflowClient(uri)
         if name:
             return client.get_experiment_by_name(name)
@@ -258,67 +324,64 @@ def _ask(uri: str, name: str = "") -> "Experiment | None":
         return None
 
 
-def create_experiment(uri: str, name: str, description: str) -> "Experiment":
-    """Create the experiment in the store at ``uri``, or take the one that is there.
+def _unusable(store: object, cause: object, remedy: str = "") -> StoreUnusableError:
+    """Return the error for a store; the remedy is found by what the cause says."""
+    cause = str(cause).strip().split("\n")[0][:300].rstrip(". ")
+    for pattern, text in REMEDIES.items():
+        if not remedy and re.search(pattern, cause):
+            remedy = text
+    problem = printable(f"Cannot use the MLflow store {store}: {cause}.")
+    return StoreUnusableError(problem, printable(remedy or "Check MLFLOW_TRACKING_URI."))
 
-    Args:
-        uri: where the store is; a SQLite store keeps the files of its runs beside it.
-        name: the experiment's name.
-        description: what MLflow's interface shows above its runs.
-    """
-    import mlflow
 
-    path, client, failure = _sqlite_path(uri), mlflow.MlflowClient(uri), None
-    location = (path.parent / "mlruns").as_uri() if path else None  # a server decides for itself
+@contextlib.contextmanager
+def _refusing(store: object) -> Iterator[None]:
+    """Turn any error in the block into one that says what is wrong with the store."""
     try:
-        client.create_experiment(name, location, {"mlflow.note.content": description})
-    except mlflow.MlflowException as error:  # most often because it exists by now
-        failure = error
-    for pause in (
-        0.2,
-        0.5,
-        1,
-        0,
-    ):  # a server shows an experiment a moment before its maker has rights to it
-        with contextlib.suppress(mlflow.MlflowException):
-            if experiment := client.get_experiment_by_name(name):
-                return experiment
-        time.sleep(pause)
-    raise failure or mlflow.MlflowException(
-        f"the experiment {name!r} was created and cannot be read"
-    )
+        yield
+    except StoreUnusableError:
+        raise
+    except Exception as error:  # of MLflow, SQLAlchemy, Alembic, the database driver or the system
+        raise _unusable(store, error) from None
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    """Return the file of a SQLite address, None for any other store."""
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///(?!:memory:)(.+)", uri)
+    if match is None:
+        return None
+    if re.search(r"[?]|%[0-9A-Fa-f]{2}", match[1]):
+        cause = "MLflow misreads a path with ? or %20"
+        raise _unusable(uri, cause, f"Rename the folder, {ELSEWHERE}")
+    return Path(match[1]).resolve()
 
 
 def split_location(location: str) -> tuple[str, str]:
-    """Return a local path up to its last folder ``mlruns``, and the rest; empty texts for any other location."""
-    parts = re.fullmatch(r"((?:file://)?/.*)/(mlruns(?:/.*)?)", location)
-    return (parts[1], parts[2]) if parts else ("", "")
+    """Return a local path up to its last folder ``mlruns``, and the rest; else empty texts."""
+    match = re.fullmatch(r"((?:file://)?/.*)/(mlruns(?:/.*)?)", location)
+    return (match[1], match[2]) if match else ("", "")
 
 
 def local_path(location: str) -> Path:
-    """Return the path of a local location, which MLflow writes as a path or as a ``file:`` address."""
-    return Path(
-        unquote(location.removeprefix("file://")) if location.startswith("file:") else location
-    )
+    """Return the path of a local location, which MLflow writes as a path or a ``file:`` address."""
+    if location.startswith("file:"):
+        return Path(unquote(location.removeprefix("file://")))
+    return Path(location)
 
 
 def moved_from(path: Path) -> set[Path]:
-    """Return the folders that the SQLite store at ``path`` was moved from.
+    """Return the folders that a SQLite store was moved from.
 
-    The folder ``mlruns`` in them no longer exists, but something was logged there: a model, or files that are now
-    beside the store. Nothing is lost in an experiment without models and files, so it does not count.
+    The folder ``mlruns`` in them no longer exists, but something was logged there: a model, or
+    files that are now beside the store. An experiment without models and files does not count.
     """
-    columns = ("logged_models.artifact_location", "runs.artifact_uri")
     folders = set()
-    with contextlib.closing(
-        sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=5)
-    ) as database:
-        for column in columns:
-            table = column.partition(".")[0]
-            query = f"SELECT {column} FROM {table} JOIN experiments USING (experiment_id)"
-            for (location,) in database.execute(
-                f"{query} WHERE experiments.lifecycle_stage = 'active'"
-            ):
+    address = f"{path.as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=5)) as database:
+        for table, column in (("logged_models", "artifact_location"), ("runs", "artifact_uri")):
+            query = f"SELECT {table}.{column} FROM {table} JOIN experiments USING (experiment_id)"
+            query += " WHERE experiments.lifecycle_stage = 'active'"
+            for (location,) in database.execute(query):
                 root, rest = split_location(location or "")
                 folder = local_path(root)
                 if not root or folder == path.parent or (folder / "mlruns").exists():
@@ -329,89 +392,27 @@ def moved_from(path: Path) -> set[Path]:
 
 
 def _refuse_moved(path: Path, folders: set[Path]) -> None:
-    """Refuse the SQLite store at ``path`` if it was moved from any of ``folders``."""
+    """Refuse a SQLite store that was moved from any of ``folders``."""
     if folders:
-        cause = f"its models were in {min(folders) / 'mlruns'}, which no longer exists, so it was moved from there"
-        raise _unusable(path, cause, f"Run lifecycle check --mend, move it back, {ELSEWHERE}")
-
-
-def check_store(folder: Path) -> None:
-    """Refuse the store that ``tracking_uri`` names if nothing could be logged there; write nothing, and make none.
-
-    Raises:
-        StoreUnusableError: with what is wrong, and the remedy.
-    """
-    import mlflow  # noqa: F401 - if it is not installed, the store is not at fault
-
-    uri = tracking_uri(folder)
-    path = _sqlite_path(uri)
-    with _refusing(uri):
-        if path and not path.exists():
-            return
-        if path and not _is_complete(path):
-            raise _unusable(
-                path, "it was left half made, and holds nothing", f"Delete it, {ELSEWHERE}"
-            )
-        if path:
-            _refuse_at_once(path)
-        _ask(uri)
-        if path:
-            _refuse_moved(path, moved_from(path))
-
-
-def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
-    """Make the experiment active in this process, created if need be, in the store that ``tracking_uri`` names.
-
-    Args:
-        name: the experiment's name.
-        description: what MLflow's interface shows above its runs.
-        folder: where the default store is, or will be.
-
-    Raises:
-        StoreUnusableError: nothing could be logged there.
-    """
-    import mlflow
-
-    uri = tracking_uri(folder)
-    path = _sqlite_path(uri)
-    with _refusing(uri):
-        if path:
-            make_sqlite_store(path)
-            _refuse_at_once(path)
-        experiment = _ask(uri, name) or create_experiment(uri, name, description)
-        if path:
-            root, _ = split_location(experiment.artifact_location)
-            _refuse_moved(path, moved_from(path) & {local_path(root)})
-        if path and experiment.artifact_location.startswith("mlflow-artifacts:"):
-            remedy = "Set MLFLOW_TRACKING_URI to the address of that server, or rename the experiment there."
-            raise _unusable(
-                path, f"the experiment {name!r} was made by a server, which keeps its files", remedy
-            )
-        if experiment.lifecycle_stage != "active":
-            remedy = f"Restore it: MLFLOW_TRACKING_URI='{uri}' mlflow experiments restore --experiment-id "
-            raise _unusable(
-                uri, f"the experiment {name!r} is deleted", remedy + experiment.experiment_id
-            )
-        mlflow.set_tracking_uri(uri)
-        return mlflow.set_experiment(
-            experiment_id=experiment.experiment_id
-        )  # by its name it could lose the race
+        place = min(folders) / "mlruns"
+        cause = f"its models were in {place}, which no longer exists, so it was moved from there"
+        raise _unusable(path, cause, f"Run lifecycle doctor --fix, move it back, {ELSEWHERE}")
 
 
 def source_tags(source: str, folder: Path) -> dict[str, str]:
-    """Return the tags that name the source of a run: the file, and in a git repository its path and commit there.
+    """Return the tags that name the source of a run: a file, and its path and commit in git.
 
-    The settings of the repository start no program. A changed file counts as changed even if a filter that is defined
-    in the repository would hide the change. Filters in the user's own settings, such as Git LFS, are applied.
+    The settings of the repository start no program. A changed file counts as changed even if a
+    filter in the repository would hide the change. Filters in the user's own settings, such as Git
+    LFS, are applied.
 
     Args:
         source: the path of the notebook or program in ``folder``.
         folder: a folder, in a repository or not.
     """
     tags = {"mlflow.source.name": source}
-    with contextlib.suppress(
-        OSError, subprocess.CalledProcessError
-    ):  # no git, no repository, or nothing committed
+    # There may be no git, no repository, or no commit.
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         describe = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
         tags["mlflow.source.git.commit"] = _git(folder, *_disable_filters(folder), *describe)
         tags["mlflow.source.name"] = _git(folder, "rev-parse", "--show-prefix") + source
@@ -419,21 +420,24 @@ def source_tags(source: str, folder: Path) -> dict[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """Return what git prints, without its file system monitor, hooks and downloads, which can start programs."""
+    """Return what git prints, without its file system monitor, hooks and downloads."""
     command = ["git", "--no-optional-locks", "-C", str(folder)]
     command += ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
-    variables = os.environ | {"GIT_ALLOW_PROTOCOL": "none", "EMPTY": ""}
     child = subprocess.run(
-        [*command, *arguments], env=variables, check=True, capture_output=True, encoding="utf-8"
+        [*command, *arguments],
+        env=os.environ | {"GIT_ALLOW_PROTOCOL": "none", "EMPTY": ""},
+        check=True,
+        capture_output=True,
+        encoding="utf-8",
     )
     return child.stdout.strip()
 
 
 def _disable_filters(folder: Path) -> list[str]:
-    """Return the options of git that clear the filters defined in the repository's own settings."""
+    """Return the options of git that clear the filters in the repository's own settings."""
     words = _git(folder, "config", "--list", "--show-scope", "--name-only", "-z").split("\0")
     options = []
-    for scope, name in zip(words[::2], words[1::2], strict=False):  # a last empty word has no name
+    for scope, name in zip(words[::2], words[1::2], strict=False):  # the last word is empty
         if scope in ("local", "worktree") and name.startswith("filter."):
             options.append(f"--config-env={name}=EMPTY")  # unlike -c, it allows a name with "="
     return options

@@ -218,7 +218,7 @@ def test_half_made_store_that_holds_a_run_is_refused_and_unchanged(store, tmp_pa
     change(store, "DELETE FROM alembic_version", "INSERT INTO tags (key, value, run_uuid) VALUES ('a', 'b', 'c')")
     before = snapshot(tmp_path)
     message = refused(tmp_path)
-    assert "It holds data, so it stays as it is. Restore it from a backup" in message
+    assert "It contains data, so it is not changed. Restore it from a backup" in message
     assert snapshot(tmp_path) == before
 
 
@@ -273,7 +273,7 @@ def test_moved_store_is_refused_and_unchanged(store, tmp_path):
     # when, then
     message = refused(there)
     assert f"its models were in {here}/mlruns, which no longer exists, so it was moved from there." in message
-    assert message.endswith("Run lifecycle check --mend, move it back, or name another store in MLFLOW_TRACKING_URI.")
+    assert message.endswith("Run lifecycle doctor --fix, move it back, or name another store in MLFLOW_TRACKING_URI.")
     assert snapshot(tmp_path) == before
 
 
@@ -345,7 +345,7 @@ def test_store_of_another_mlflow_is_refused_and_unchanged(revision, cause, store
 def test_locked_store_is_refused(store, tmp_path):
     with contextlib.closing(sqlite3.connect(store)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        assert "database is locked. Another program holds it locked." in refused(tmp_path)
+        assert "database is locked. Close the program that locks it" in refused(tmp_path)
 
 
 def test_file_that_is_no_database_is_refused_and_unchanged(tmp_path):
@@ -376,6 +376,7 @@ def test_other_paths_are_taken(name, empty_store, tmp_path):
 REFUSE = """
 import sys
 from pathlib import Path
+from mlflow_lifecycle.exceptions import StoreUnusableError
 from mlflow_lifecycle.experiments import open_experiment
 for folder in sys.argv[1:]:
     try:
@@ -612,13 +613,13 @@ def test_check_says_that_a_store_was_moved(store):
     here, there = open_and_move(store, "notes.txt")
     with pytest.raises(StoreUnusableError, match=f"its models were in {here}/mlruns") as error:
         check_store(there)
-    assert error.value.remedy.startswith("Run lifecycle check --mend")
+    assert error.value.remedy.startswith("Run lifecycle doctor --fix")
 
 
 def test_check_says_that_a_store_was_left_half_made(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         database.execute("CREATE TABLE experiments (experiment_id INTEGER)")
-    with pytest.raises(StoreUnusableError, match="half made, and holds nothing"):
+    with pytest.raises(StoreUnusableError, match="MLflow was interrupted while it made the tables"):
         check_store(tmp_path)
 
 
