@@ -1,6 +1,7 @@
 """The errors that callers may catch. Each message says what is wrong, and what to do.
 
-The command prints these in one line. Any other error is a fault of this package, and keeps its traceback.
+The command prints these in one line. Any other error is a fault of this package, and keeps its
+traceback.
 """
 
 

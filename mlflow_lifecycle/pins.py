@@ -1,7 +1,7 @@
-"""Read a list of exact pins, and the pins that a model recorded.
+"""Read a list of exact pins, and find their hashes in a lock file.
 
-MLflow takes any list as ``pip_requirements``, loose ones included, and so logs models whose environment nobody can
-build again. Here a list counts only if each line pins one package to one version.
+MLflow takes any list as ``pip_requirements``, and so logs models whose environment nobody can build
+again. Here a list counts only if each line pins one package to one version.
 """
 
 import re
@@ -12,42 +12,37 @@ from packaging.utils import canonicalize_name
 
 from mlflow_lifecycle.exceptions import InvalidInputError
 
-REMEDY = "Every line must pin one package, as in numpy==1.2.3. Renew the list: make lock"
+REMEDY = (
+    "Each line must pin one package, such as numpy==1.2.3. Compile the list with uv pip compile."
+)
 
 
 def parse_pins(text: str, source: str) -> list[str]:
-    """Return the pins in ``text``, one per package, written as MLflow records them.
+    """Return the pins in a text, one per package, written as MLflow records them.
 
     Args:
-        text: lines of a requirements file; comments and blank lines are left out.
-        source: what the text is, for the error.
+        text: lines of a requirements file. Comments and blank lines are left out.
+        source: the name of the text, for the error.
 
     Raises:
-        ValueError: a line is no requirement or leaves the version open, or there is no pin at all.
+        InvalidInputError: a line is not a requirement or not exact, or there is no pin at all.
     """
     pins = []
     for number, line in enumerate(text.splitlines(), 1):
-        if not (line := line.partition(" #")[0].strip()) or line.startswith("#"):
+        line = line.partition(" #")[0].strip()
+        if not line or line.startswith("#"):
             continue
-        name = re.match(
-            r"[\w.-]*[^\s\w:/@-]?", line
-        ).group()  # not more: an address may hold a password
+        # Only the beginning of the line is printed, because an address may contain a password.
+        start = re.match(r"[\w.-]*[^\s\w:/@-]?", line).group()
+        place = f"{source}, line {number}"
         try:
             requirement = Requirement(line)
         except InvalidRequirement:
-            raise InvalidInputError(
-                f"{source}, line {number}, is not a requirement: {name!r}. {REMEDY}"
-            ) from None
-        versions = [*requirement.specifier]
-        if (
-            requirement.url
-            or len(versions) != 1
-            or versions[0].operator != "=="
-            or "*" in versions[0].version
-        ):
-            raise InvalidInputError(
-                f"{source}, line {number}, leaves the version open: {name!r}. {REMEDY}"
-            )
+            raise InvalidInputError(f"{place}, is not a requirement: {start!r}. {REMEDY}") from None
+        versions = list(requirement.specifier)
+        is_exact = len(versions) == 1 and versions[0].operator == "=="
+        if requirement.url or not is_exact or "*" in versions[0].version:
+            raise InvalidInputError(f"{place}, leaves the version open: {start!r}. {REMEDY}")
         pins.append(str(requirement))
     if not pins:
         raise InvalidInputError(f"{source} pins nothing. {REMEDY}")
@@ -55,71 +50,84 @@ def parse_pins(text: str, source: str) -> list[str]:
 
 
 def read_pins(path: Path) -> list[str]:
-    """Return the pins in the file at ``path``, one per package, written as MLflow records them.
+    """Return the pins in a file, one per package, written as MLflow records them.
 
     Raises:
-        ValueError: the file cannot be read, has a byte order mark, or is not a list of exact pins.
+        InvalidInputError: the file cannot be read, has a byte order mark, or is not a list of exact
+            pins.
     """
+    path = Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InvalidInputError(
-            f"There is no {path}. Put it there: git checkout {Path(path).name}"
-        ) from None
+        raise InvalidInputError(f"There is no file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(
-            f"{path} cannot be read: {error}. Write it anew: make lock"
-        ) from None
+        raise InvalidInputError(f"{path} cannot be read: {error}.") from None
     if text.startswith("\ufeff"):
         raise InvalidInputError(
-            f"{path} begins with a byte order mark, which MLflow would record. Write it anew: make lock"
+            f"{path} begins with a byte order mark, which MLflow would record. Save it without."
         )
     return parse_pins(text, str(path))
 
 
+def names_and_versions(pins: list[str]) -> list[str]:
+    """Return ``name==version`` of each pin, without the marker that says where it is needed."""
+    return [pin.partition(";")[0].strip() for pin in pins]
+
+
 def locked(pins: list[str], lock: Path) -> str:
-    """Return the lines of ``lock`` for these pins, with their hashes, as a list that installs them again years later.
+    """Return the lines of a lock file for these pins, with their hashes.
 
     Args:
-        pins: as ``read_pins`` returns them.
-        lock: a compiled list with the hashes of every archive.
+        pins: as `read_pins` returns them.
+        lock: a compiled list with the hashes of all archives.
 
     Raises:
-        ValueError: the lock has a pin at another version, not at all, or without a hash.
+        InvalidInputError: there is no such file, or a pin is missing in it, has another version or
+            has no hash.
     """
-    blocks, lines = {}, []
-    for line in Path(lock).read_text(encoding="utf-8").splitlines():
+    lock = Path(lock)
+    if not lock.is_file():
+        raise InvalidInputError(
+            f"There is no lock file {lock}. Compile it: uv pip compile --generate-hashes"
+        )
+    blocks = {}
+    lines = []
+    for line in lock.read_text(encoding="utf-8").splitlines():
         if line[:1].isalnum():
-            name, _, version = line.rstrip(" \\").partition(";")[0].strip().partition("==")
-            lines = blocks[canonicalize_name(name), version] = [line]
+            pin = line.rstrip(" \\").partition(";")[0].strip()
+            name, _, version = pin.partition("==")
+            lines = [line]
+            blocks[canonicalize_name(name), version] = lines
         elif line.startswith("    --hash="):
             lines.append(line)
     found = []
     for pin in pins:
         requirement = Requirement(pin)
-        lines = blocks.get(
-            (canonicalize_name(requirement.name), requirement.specifier.__str__()[2:]), []
-        )
+        version = str(requirement.specifier).removeprefix("==")
+        lines = blocks.get((canonicalize_name(requirement.name), version), [])
         if len(lines) < 2:
             raise InvalidInputError(
-                f"{lock} has no hash for {pin}. Give the lock that the pins are from, or renew it: make lock"
+                f"{lock} has no hash for {pin}. Use the lock file that the pins are from, compiled "
+                "with --generate-hashes."
             )
         found += lines
     return "\n".join(found) + "\n"
 
 
 def find_model_requirements(folder: Path = Path()) -> Path:
-    """Return the ``model_requirements.txt`` in ``folder``, by default the current one, or in the nearest folder above.
+    """Return the ``model_requirements.txt`` in a folder or in the nearest folder above it.
+
+    Args:
+        folder: by default the current one.
 
     Raises:
-        ValueError: there is none, or it is not a list of exact pins.
+        InvalidInputError: there is none, or it is not a list of exact pins.
     """
-    for place in (Path(folder).resolve(), *Path(folder).resolve().parents):
+    folder = Path(folder).resolve()
+    for place in (folder, *folder.parents):
         path = place / "model_requirements.txt"
         if path.is_file():
             read_pins(path)
             return path
-    folder = Path(folder).resolve()
-    raise InvalidInputError(
-        f"There is no model_requirements.txt in {folder} or in a folder above. Put it there."
-    )
+    raise InvalidInputError(f"There is no model_requirements.txt in {folder} or in a folder above.")

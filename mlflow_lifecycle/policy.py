@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 from mlflow_lifecycle.exceptions import InvalidInputError, UnreviewedContentError
 from mlflow_lifecycle.flavors import Flavor, flavor_of
-from mlflow_lifecycle.pins import parse_pins, read_pins
+from mlflow_lifecycle.pins import names_and_versions, parse_pins, read_pins
 
 FILES = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
 EXAMPLES = {"input_example.json", "serving_input_example.json"}
@@ -60,11 +60,6 @@ def check_contents(
                 raise InvalidInputError(
                     f"it asks for other packages than requirements.txt. {SAVE_AGAIN}"
                 )
-
-
-def names_and_versions(pins: list[str]) -> list[str]:
-    """Return ``name==version`` of each pin, without the marker that says where it is needed."""
-    return [pin.partition(";")[0].strip() for pin in pins]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""The model card of a release, as facts for programs and as Markdown for people.
+"""The model card of a release, as JSON for programs and as Markdown for people.
 
-MLflow has a description per version and no card (mlflow#3613). All facts but the intended use and the limits come from
-what was signed, and from the gate. The run itself is not asked: anyone who can write to the store can change it.
+MLflow has a description per version and no card (mlflow#3613). The intended use and the limits are
+written by a person. All other facts come from what was signed, and from the gate. The run is not
+read, because anyone with write access to the store can change it.
 """
 
 import json
@@ -12,9 +13,10 @@ import pandas as pd
 
 from mlflow_lifecycle.datasets import in_markdown
 from mlflow_lifecycle.exceptions import InvalidInputError
-from mlflow_lifecycle.pins import read_pins
-from mlflow_lifecycle.policy import names_and_versions
+from mlflow_lifecycle.pins import names_and_versions, read_pins
 from mlflow_lifecycle.signing.verify import Verified
+
+ORIGIN = ("task", "saved_at", "run_id", "git_commit", "signed_with")
 
 if TYPE_CHECKING:
     from skops.card import Card
@@ -85,43 +87,42 @@ def make_card(facts: dict) -> "Card":
     """Return the card as skops makes it; ``render()`` gives its Markdown.
 
     Args:
-        facts: from ``card_facts``.
+        facts: from `card_facts`.
     """
     from skops.card import Card
 
-    top = f"{facts['model_name']}, version {facts['version']}"
+    title = f"{facts['model_name']}, version {facts['version']}"
     card = Card(None, template=None, model_diagram=False)
-    card.add(**{top: f"{facts['intended_use']}\n\nLimits: {facts['limits']}"})
-    tested, environment = facts["tested"], facts["environment"]
-    columns = [
-        (side, column.get("name", "(unnamed)"), column["type"])
-        for side, all_ in facts["signature"].items()
-        for column in all_
-    ]
-    origin = {
-        name: facts[name] for name in ("task", "saved_at", "run_id", "git_commit", "signed_with")
-    }
-    tables = {
-        "Scores at the gate": [("metric", "value"), *tested["metrics"].items()],
-        "Checks of the gate": [("check", "result"), *tested["checks"].items()],
-        "Metrics of the run": [("metric", "value"), *facts["metrics"].items()],
-        "Parameters of the run": [("parameter", "value"), *facts["parameters"].items()],
-        "Data": [("data set", "digest"), *facts["data"].items()],
-        "Signature": [("side", "column", "type"), *columns],
-        "Origin": [("fact", "value"), *origin.items(), ("python", environment["python"])],
-        "Packages": [("package",), *((package,) for package in environment["packages"])],
-    }
-    sources = {
-        "Scores at the gate": f"By mlflow.models.evaluate, on {tested['on']}. Difference from the baseline, the "
-        f"version that it replaced, in the score of a row: {tested['against_baseline']}.",
-        "Metrics of the run": f"As the run {facts['run_id']} held them when the version was signed.",
-    }
-    for title, (header, *body) in tables.items():
-        if body:
-            description = sources.get(title)
-            cells = pd.DataFrame([map(in_markdown, row) for row in body], columns=header)
-            card.add_table(**{f"{top}/{title}": cells}, description=description)
-            card.select(
-                f"{top}/{title}"
-            ).title = title  # skops 0.16 would print the version before it, too
+    card.add(**{title: f"{facts['intended_use']}\n\nLimits: {facts['limits']}"})
+    tested = facts["tested"]
+    environment = facts["environment"]
+    columns = []
+    for side, items in facts["signature"].items():
+        for item in items:
+            columns.append((side, item.get("name", "(unnamed)"), item["type"]))
+    origin = [(name, facts[name]) for name in ORIGIN]
+    origin.append(("python", environment["python"]))
+    packages = [(package,) for package in environment["packages"]]
+    scores = (
+        f"By mlflow.models.evaluate, on {tested['on']}. Difference from the baseline, the version "
+        f"that it replaced, in the score of a row: {tested['against_baseline']}."
+    )
+    metrics = f"As the run {facts['run_id']} held them when the version was signed."
+    sections = (
+        ("Scores at the gate", scores, ("metric", "value"), tested["metrics"].items()),
+        ("Checks of the gate", None, ("check", "result"), tested["checks"].items()),
+        ("Metrics of the run", metrics, ("metric", "value"), facts["metrics"].items()),
+        ("Parameters of the run", None, ("parameter", "value"), facts["parameters"].items()),
+        ("Data", None, ("data set", "digest"), facts["data"].items()),
+        ("Signature", None, ("side", "column", "type"), columns),
+        ("Origin", None, ("fact", "value"), origin),
+        ("Packages", None, ("package",), packages),
+    )
+    for name, description, header, body in sections:
+        rows = [[in_markdown(value) for value in row] for row in body]
+        cells = pd.DataFrame(rows, columns=header)
+        if rows:
+            section = f"{title}/{name}"
+            card.add_table(**{section: cells}, description=description)
+            card.select(section).title = name  # skops 0.16 would print the title of the card, too
     return card

@@ -150,7 +150,7 @@ Check = Callable[[GateContext], CheckResult]
 
 @dataclass(frozen=True)
 class Verdict:
-    """The results of the checks, the metrics on the test rows, and the difference from the baseline."""
+    """The results of the checks, the metrics, and the difference from the baseline."""
 
     checks: list[CheckResult]
     metrics: dict[str, float]
@@ -330,7 +330,7 @@ def check_baseline(context: GateContext) -> CheckResult:
 
 
 def check_fresh_environment(context: GateContext) -> CheckResult:
-    """Check that the recorded packages alone make an environment that gives the same predictions."""
+    """Check that the recorded packages alone give an environment with the same predictions."""
     if any(check.result == FAILED for check in context.results):
         return CheckResult(ENVIRONMENT, UNCHECKED, "another check failed")
     if not context.settings.rebuild:
@@ -436,7 +436,8 @@ def _refuse_unfit(candidate: Verified, rows: pd.DataFrame, target: str) -> None:
     gaps = int(rows[target].isna().sum())
     if gaps:
         raise InvalidInputError(
-            f"The target {target!r} is missing in {gaps} of {len(rows)} test rows (NA counts as missing)."
+            f"The target {target!r} is missing in {gaps} of {len(rows)} test rows. "
+            "The text NA counts as missing."
         )
 
 

@@ -1,6 +1,7 @@
-"""Promote a version to another tracking server: verified here, gated there, with tags that lead back.
+"""Promote a version to another tracking server.
 
-``client.copy_model_version`` stays within one registry (mlflow#10336), and an upload forgets where a model is from.
+It is verified here and passes the gate there, and its tags lead back. MLflow's
+``client.copy_model_version`` stays within one registry (mlflow#10336).
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
+from mlflow.entities import Run
 
 from mlflow_lifecycle.experiments import create_experiment, printable
 from mlflow_lifecycle.releases.card import check_sentences
@@ -65,7 +67,11 @@ def promote(
         public = public_half(key, Path(scratch))
         with verified(uri, public, purpose="candidate", trusted_types=trusted_types) as copy:
             run = mlflow.get_run(copy.statement.run_id)
-            tags = run.data.tags | {
+            own_tags = {}
+            for tag, value in run.data.tags.items():
+                if not tag.startswith("mlflow."):
+                    own_tags[tag] = value
+            tags = own_tags | {
                 "promoted_from": printable(here),
                 "promoted_version": f"{copy.statement.registered_model}/{copy.statement.version}",
                 "promoted_run": copy.statement.run_id,
@@ -90,29 +96,29 @@ def promote(
 
 @contextlib.contextmanager
 def _registered(
-    copy: Verified, run, tags: dict[str, str], key: Path, scratch: Path
+    copy: Verified, run: Run, tags: dict[str, str], key: Path, scratch: Path
 ) -> Iterator[str]:
-    """Register the version in the active store and give its address to the block; if that fails, delete it again."""
-    client, name = mlflow.MlflowClient(), copy.statement.registered_model
+    """Register the version in the active store and give its address to the block.
+
+    If the block fails, the version is deleted again.
+    """
+    client = mlflow.MlflowClient()
+    name = copy.statement.registered_model
     is_new = not client.search_registered_models(f"name = '{name}'")
-    experiment = create_experiment(
-        mlflow.get_tracking_uri(), EXPERIMENT, "Versions from another server."
-    )
-    folder, made = Path(shutil.copytree(copy.folder, scratch / "model")), {}
+    description = "Versions from another server."
+    experiment = create_experiment(mlflow.get_tracking_uri(), EXPERIMENT, description)
+    folder = Path(shutil.copytree(copy.folder, scratch / "model"))
+    rows = pd.read_parquet(copy.training_rows) if copy.training_rows else None
+    commit = copy.statement.commit or "not recorded"
+    run_id = None
     try:
         with mlflow.start_run(
             experiment_id=experiment.experiment_id, run_name=f"promoted {name}"
         ) as there:
-            made["run"] = there.info.run_id
-            mlflow.set_tags(
-                {tag: text for tag, text in tags.items() if not tag.startswith("mlflow.")}
-            )
-            mlflow.set_tag(
-                "mlflow.source.git.commit", tags.get("mlflow.source.git.commit", "not recorded")
-            )
+            run_id = there.info.run_id
+            mlflow.set_tags(tags | {"mlflow.source.git.commit": commit})
             mlflow.log_params(run.data.params)
             mlflow.log_metrics(run.data.metrics)
-            rows = pd.read_parquet(copy.training_rows) if copy.training_rows else None
             version = register_candidate(
                 folder, name, key=key, lock=copy.packages, training_rows=rows
             )
@@ -120,23 +126,21 @@ def _registered(
             client.set_model_version_tag(name, version.version, tag, tags[tag])
         yield f"models:/{name}/{version.version}"
     except BaseException:
-        _delete(client, name, made.get("run"), is_new)
+        if run_id:
+            _delete(client, name, run_id, is_new)
         raise
 
 
-def _delete(client: mlflow.MlflowClient, name: str, run_id: str | None, is_new: bool) -> None:
-    """Delete what was made of a version that could not be released; nothing of it if it has an alias by now."""
-    if run_id is None:
-        return
+def _delete(client: mlflow.MlflowClient, name: str, run_id: str, is_new: bool) -> None:
+    """Delete what was made of a version that could not be released, unless it has an alias now."""
     with contextlib.suppress(mlflow.MlflowException):
         for version in client.search_model_versions(f"name = '{name}'"):
             if version.run_id == run_id:
                 if client.get_model_version(name, version.version).aliases:
                     return
                 client.delete_model_version(name, version.version)
-        if is_new and not client.search_model_versions(
-            f"name = '{name}'"
-        ):  # nobody else has registered one since
+        # Another user may have registered a version meanwhile.
+        if is_new and not client.search_model_versions(f"name = '{name}'"):
             client.delete_registered_model(name)
     for output in client.get_run(run_id).outputs.model_outputs:
         client.delete_logged_model(output.model_id)

@@ -1,16 +1,15 @@
-"""Sign a version that plain MLflow has logged.
+"""Sign versions that are registered already.
 
-``mlflow.sklearn.log_model(..., registered_model_name=...)`` uploads a model before anybody can sign it. So what is
-signed here is what the store holds now. A training job that does not trust the store signs what it has saved itself,
-with ``mlflow_lifecycle.signing.statement.register_candidate``.
+``mlflow.sklearn.log_model(..., registered_model_name=...)`` uploads a model before anyone can sign
+it, so what the store holds now is signed here. A training job that must not trust the store signs
+what it has saved itself, with ``register_candidate``.
 """
 
 import contextlib
-import re
-import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlflow
 import pandas as pd
@@ -18,7 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from mlflow_lifecycle.exceptions import InvalidInputError, KeyRefusedError
 from mlflow_lifecycle.flavors import stored_task
-from mlflow_lifecycle.pins import locked, parse_pins
+from mlflow_lifecycle.pins import locked, read_pins
 from mlflow_lifecycle.policy import check_contents
 from mlflow_lifecycle.signing.keys import (
     load_private,
@@ -29,11 +28,10 @@ from mlflow_lifecycle.signing.keys import (
 from mlflow_lifecycle.signing.statement import (
     Statement,
     candidate_statement,
-    check_name,
     keep_training_rows,
     sign,
 )
-from mlflow_lifecycle.signing.verify import find_version, verified
+from mlflow_lifecycle.signing.verify import download_model, find_version, open_model, verified
 
 
 def sign_version(
@@ -44,17 +42,18 @@ def sign_version(
     training_data: pd.DataFrame | None = None,
     trusted_types: Collection[str] = (),
 ) -> Statement:
-    """Sign a version as the store holds it now, as a candidate; the model is checked, and not loaded.
+    """Sign a version as the store holds it now, as a candidate.
 
-    A version that is signed already must verify. Then training data that it lacks is added, and nothing else changes.
+    The model is checked, and not loaded. A version that is signed already must verify. It is signed
+    again only to add training data.
 
     Args:
         uri: ``models:/name/3`` or ``models:/name@champion``.
         key: the private key.
-        lock: the list that holds the hashes of the model's packages.
-        training_data: the rows that the model learned from, target included. Without them, the gate cannot look for
-            test rows among them, and the monitor has nothing to compare with.
-        trusted_types: the types that skops may load, as reviewed by the project.
+        lock: the lock file with the hashes of the model's packages.
+        training_data: the rows that the model learned from, target included. Without them the gate
+            cannot look for test rows among them, and the monitor has nothing to compare with.
+        trusted_types: additional types that skops may load.
 
     Returns:
         The statement that is signed now.
@@ -63,81 +62,51 @@ def sign_version(
         UnreviewedContentError: the model may not be loaded.
         NotVerifiedError: the version is signed already, and is not what was signed.
         KeyRefusedError: the key cannot be used.
-        ValueError: a pin has no hash in the lock, the training data does not belong to the model, or is signed already.
+        InvalidInputError: a pin has no hash in the lock, or the training data does not belong to
+            the model or is signed already.
     """
     load_private(key)
-    name, version, _ = find_version(uri)
-    check_name(name)
+    version, _ = find_version(uri)
     if not version.run_id:
-        remedy = "Log the model within a run: with mlflow.start_run()"
-        raise InvalidInputError(f"Version {version.version} of {name} has no run. {remedy}")
-    above = f"signed/{name}/{version.version}"
-    if mlflow.MlflowClient().list_artifacts(version.run_id, above):
-        return _add_training_data(uri, key, training_data, trusted_types)
-    with tempfile.TemporaryDirectory(prefix="signing-") as scratch:
-        root = Path(scratch)
-        folder = _download(version, root / "model")
-        pins = parse_pins(
-            (folder / "requirements.txt").read_text(encoding="utf-8"), "requirements.txt"
+        raise InvalidInputError(
+            f"Version {version.version} of {version.name} has no run. Log the model within a run: "
+            "with mlflow.start_run()"
         )
-        (root / "packages.txt").write_text(locked(pins, lock), encoding="utf-8")
-        check_contents(folder, root / "packages.txt", trusted_types)
-        task = stored_task(folder)
-        rows_fingerprint = ""
+    evidence = f"signed/{version.name}/{version.version}"
+    is_signed = mlflow.MlflowClient().list_artifacts(version.run_id, evidence)
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="signing-")))
+        if is_signed:
+            public = public_half(key, scratch)
+            copy = stack.enter_context(verified(uri, public, trusted_types=trusted_types))
+            root = copy.folder.parent
+            statement = copy.statement
+            if training_data is None:
+                return statement
+            if statement.training_rows:
+                raise InvalidInputError(f"{uri} is signed with its training data already.")
+        else:
+            root = scratch
+            statement = _check_model(version, root, lock, trusted_types)
         if training_data is not None:
-            _check_columns(folder, training_data)
+            _check_columns(root / "model", training_data)
             rows_fingerprint = keep_training_rows(training_data, root)
-        run = mlflow.get_run(version.run_id)
-        statement = candidate_statement(name, str(version.version), run, task, rows_fingerprint)
+            statement = replace(statement, training_rows=rows_fingerprint)
         sign(root, statement, key)
     return statement
 
 
-def _add_training_data(
-    uri: str,
-    key: Path,
-    training_data: pd.DataFrame | None,
-    trusted_types: Collection[str],
+def _check_model(
+    version: ModelVersion, root: Path, lock: Path, trusted_types: Collection[str]
 ) -> Statement:
-    """Verify a version that is signed already, and sign the same again with the training data that it lacks."""
-    with tempfile.TemporaryDirectory() as scratch:
-        public = public_half(key, Path(scratch))
-        with verified(uri, public, trusted_types=tuple(trusted_types)) as copy:
-            if training_data is None:
-                return copy.statement
-            if copy.training_rows:
-                raise InvalidInputError(f"{uri} is signed with its training data already.")
-            _check_columns(copy.folder, training_data)
-            root = copy.folder.parent
-            rows_fingerprint = keep_training_rows(training_data, root)
-            statement = replace(copy.statement, training_rows=rows_fingerprint)
-            sign(root, statement, key)
-            return statement
-
-
-def _download(version: ModelVersion, folder: Path) -> Path:
-    """Download the model of a version from the active store.
-
-    Raises:
-        ValueError: it is somewhere else. MLflow would send the password of the tracking server there.
-    """
-    logged = re.fullmatch(r"models:/(m-[\w-]+)", version.source)
-    if logged is None:
-        raise InvalidInputError(
-            f"The version is not a logged model of this store: {version.source}. Log the model again."
-        )
-    model = mlflow.get_logged_model(logged[1])
-    experiment = mlflow.get_experiment(model.experiment_id)
-    inside = model.artifact_location.startswith(f"{experiment.artifact_location.rstrip('/')}/")
-    elsewhere = re.match(r"(https?|mlflow-artifacts)://[^/]", model.artifact_location)
-    if elsewhere or not inside or ".." in model.artifact_location:
-        raise InvalidInputError(
-            f"The files of the model are outside of this store: {model.artifact_location}"
-        )
-    folder.mkdir(parents=True)
-    mlflow.artifacts.download_artifacts(version.source, dst_path=str(folder))
-    (folder / "registered_model_meta").unlink(missing_ok=True)  # MLflow's note of name and number
-    return folder
+    """Download a model into ``root``, check it, and return its statement without training rows."""
+    folder = root / "model"
+    download_model(open_model(version), folder)
+    pins = read_pins(folder / "requirements.txt")
+    (root / "packages.txt").write_text(locked(pins, lock), encoding="utf-8")
+    check_contents(folder, root / "packages.txt", trusted_types)
+    run = mlflow.get_run(version.run_id)
+    return candidate_statement(version.name, str(version.version), run, stored_task(folder), "")
 
 
 def _check_columns(folder: Path, training_data: pd.DataFrame) -> None:
@@ -149,9 +118,9 @@ def _check_columns(folder: Path, training_data: pd.DataFrame) -> None:
         raise InvalidInputError(
             f"These columns are missing in the training data: {', '.join(missing)}"
         )
-    others = [str(name) for name in training_data if name not in inputs]
-    if len(others) != 1:
-        found = ", ".join(others) or "none"
+    targets = [str(name) for name in training_data if name not in inputs]
+    if len(targets) != 1:
+        found = ", ".join(targets) or "none"
         raise InvalidInputError(
             f"The training data must have one column beside the inputs, the target, got {found}"
         )

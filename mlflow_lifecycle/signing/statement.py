@@ -1,7 +1,8 @@
-"""Sign a model version as it was saved here, with a statement of what it is.
+"""Sign a model version, together with a statement of what it is.
 
-MLflow has no signatures (mlflow#18889): whoever can write to the store can change a model there, or put one version in
-another's place. Here the files are signed before they go to the store. OpenSSF's model_signing makes the signatures.
+MLflow has no signatures (mlflow#18889): anyone with write access to the store can change a model
+there, or put one version in the place of another. Here the files are signed before they go to the
+store. The signatures are made by OpenSSF's model_signing.
 """
 
 import json
@@ -32,10 +33,10 @@ class Statement:
     version: str
     run_id: str
     purpose: str  # "candidate" or "release"
-    training_rows: str  # the fingerprint of the rows that it learned from; empty if none are signed
+    training_rows: str  # the fingerprint of the rows that it learned from, or empty
     alias: str = ""  # of a release: what it was released as
     released_at: str = ""  # of a release: in UTC, as in 2026-11-21T19:46:18.760257Z
-    # Of the model, and of its run when the version was signed. Statements from before these fields lack them.
+    # Of the model, and of its run when the version was signed. Empty in older statements.
     task: str = ""  # "classification" or "regression"
     commit: str = ""
     parameters: dict[str, str] = field(default_factory=dict)
@@ -50,46 +51,51 @@ def register_candidate(
     lock: Path,
     training_rows: pd.DataFrame | None,
 ) -> ModelVersion:
-    """Log a model saved in ``folder`` to the active run, register it as a version of ``name``, and sign it.
+    """Log a saved model to the active run, register it as a version of ``name``, and sign it.
 
-    What is signed is the folder here, not what the store makes of it.
+    The folder here is signed, not what the store makes of it.
 
     Args:
-        folder: where ``mlflow.sklearn.save_model`` has just saved the model. Its MLmodel gets the ids of model and run.
-        name: the registered model, which is made if need be.
+        folder: where ``save_model`` has just saved the model. The ids of model and run are added to
+            its file MLmodel.
+        name: the registered model, which is created if needed.
         key: the private key.
-        lock: the list that holds the hashes of the model's packages.
-        training_rows: the rows that the model learned from, target included. They are kept with the version. None if
-            they are not known.
+        lock: the lock file with the hashes of the model's packages.
+        training_rows: the rows that the model learned from, target included. They are kept with the
+            version. None if they are not known.
 
     Raises:
         KeyRefusedError: the key cannot be used.
-        ValueError: a pin has no hash in the lock, no run is active, Parquet cannot hold the training rows, or MLflow
-            could not look up a version of this name, or its files. Then nothing was logged.
+        InvalidInputError: a pin has no hash in the lock, no run is active, Parquet cannot hold the
+            training rows, or the name is invalid. Then nothing was logged.
     """
     check_name(name)
     load_private(key)
-    packages, run = locked(read_pins(Path(folder) / "requirements.txt"), lock), mlflow.active_run()
+    packages = locked(read_pins(Path(folder) / "requirements.txt"), lock)
+    run = mlflow.active_run()
     if run is None:
         raise InvalidInputError(
             "A candidate belongs to a run. Call this within: with mlflow.start_run(...)"
         )
-    client, run_id = mlflow.MlflowClient(), run.info.run_id
+    client = mlflow.MlflowClient()
+    run = client.get_run(run.info.run_id)  # with the parameters that were logged since
+    task = stored_task(folder)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "version"
         root.mkdir()
-        rows_fingerprint = "" if training_rows is None else keep_training_rows(training_rows, root)
-        task = stored_task(folder)
-        run = client.get_run(run_id)
+        rows_fingerprint = ""
+        if training_rows is not None:
+            rows_fingerprint = keep_training_rows(training_rows, root)
         logged = mlflow.initialize_logged_model(name, params=run.data.params)
-        model = mlflow.models.Model.load(str(Path(folder) / "MLmodel"))
-        model.model_id, model.run_id = logged.model_id, run_id
-        model.save(str(Path(folder) / "MLmodel"))
+        description = mlflow.models.Model.load(str(Path(folder) / "MLmodel"))
+        description.model_id = logged.model_id
+        description.run_id = run.info.run_id
+        description.save(str(Path(folder) / "MLmodel"))
         shutil.copytree(folder, root / "model")
         (root / "packages.txt").write_text(packages, encoding="utf-8")
         client.log_model_artifacts(logged.model_id, str(root / "model"))
         mlflow.finalize_logged_model(logged.model_id, "READY")
-        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        client.log_outputs(run.info.run_id, [LoggedModelOutput(logged.model_id, step=0)])
         version = mlflow.register_model(f"models:/{logged.model_id}", name)
         number = str(version.version)
         sign(root, candidate_statement(name, number, run, task, rows_fingerprint), key)
@@ -97,14 +103,15 @@ def register_candidate(
 
 
 def check_name(name: str) -> None:
-    """Refuse a registered model's name that cannot be part of a path, an address or a filter.
+    """Refuse the name of a registered model that cannot be part of a path, an address or a filter.
 
     Raises:
-        ValueError: it has such a character.
+        InvalidInputError: it has such a character.
     """
     if re.search(r"""[#?@'"\\]""", name) or not name.isprintable():
         raise InvalidInputError(
-            f"A registered model's name must have no # ? @ \\ quote or new line, or other invisible character: {name!r}"
+            f"The name of a registered model must not contain # ? @ \\ quotes or invisible "
+            f"characters, got {name!r}"
         )
 
 
@@ -112,15 +119,17 @@ def keep_training_rows(rows: pd.DataFrame, root: Path) -> str:
     """Write the training rows into the folder of a version, and return their fingerprint.
 
     Raises:
-        ValueError: Parquet cannot hold them.
+        InvalidInputError: Parquet cannot hold them.
     """
     path = root / "training_rows.parquet"
     try:
         rows.to_parquet(path, index=False)
     except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
-        told = f"Parquet cannot hold the training rows: {'. '.join(map(str, error.args))}"
-        remedy = "Give each column values of one type, and train the model again."
-        raise InvalidInputError(f"{told}. {remedy}") from None
+        reason = ". ".join(map(str, error.args))
+        raise InvalidInputError(
+            f"Parquet cannot hold the training rows: {reason}. "
+            "Give each column values of one type, and train the model again."
+        ) from None
     return fingerprint(pd.read_parquet(path))
 
 
@@ -150,7 +159,7 @@ def candidate_statement(
 
 
 def sign(root: Path, statement: Statement, key: Path) -> None:
-    """Sign the version in ``root``, with ``statement``, and log the evidence to its run.
+    """Sign a version with its statement, and log the evidence to its run.
 
     Args:
         root: a folder with ``model`` as saved or verified here, and beside it ``packages.txt``,
@@ -158,18 +167,17 @@ def sign(root: Path, statement: Statement, key: Path) -> None:
         statement: what the version is.
         key: the private key.
     """
-    (root / "statement.json").write_text(
-        json.dumps(asdict(statement), indent=2) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(asdict(statement), indent=2) + "\n"
+    (root / "statement.json").write_text(text, encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
-        public, evidence = public_half(key, Path(scratch)), Path(scratch) / "evidence"
+        public = public_half(key, Path(scratch))
+        evidence = Path(scratch) / "evidence"
         shutil.copytree(root, evidence, ignore=shutil.ignore_patterns("model"))
         signer = model_signing.signing.Config().set_hashing_config(every_file())
         signature = evidence / f"{fingerprint_of(public)[:16]}.sig"
         signer.use_elliptic_key_signer(private_key=Path(key)).sign(root, signature)
-        mlflow.MlflowClient().log_artifacts(
-            statement.run_id, str(evidence), evidence_place(statement)
-        )
+        client = mlflow.MlflowClient()
+        client.log_artifacts(statement.run_id, str(evidence), evidence_place(statement))
 
 
 def every_file() -> model_signing.hashing.Config:
@@ -178,10 +186,8 @@ def every_file() -> model_signing.hashing.Config:
 
 
 def evidence_place(statement: Statement) -> str:
-    """Return where the evidence is, among the artifacts of the version's run."""
-    last = (
-        "candidate"
-        if statement.purpose == "candidate"
-        else f"{statement.alias}@{statement.released_at}"
-    )
-    return f"signed/{statement.registered_model}/{statement.version}/{re.sub('[:.]', '', last)}"
+    """Return the folder of the evidence among the artifacts of the version's run."""
+    folder = "candidate"
+    if statement.purpose == "release":
+        folder = re.sub("[:.]", "", f"{statement.alias}@{statement.released_at}")
+    return f"signed/{statement.registered_model}/{statement.version}/{folder}"

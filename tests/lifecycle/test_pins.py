@@ -27,7 +27,7 @@ LOOSE = {
 def test_line_that_leaves_the_version_open_is_refused_by_its_number(line):
     with pytest.raises(ValueError, match=r"the list, line 3, ") as error:
         parse_pins(f"# a comment\nnumpy==2.4\n{line}\n", "the list")
-    assert "make lock" in str(error.value)
+    assert "Compile the list with uv pip compile" in str(error.value)
     assert "hunter2" not in str(error.value)
 
 
@@ -48,12 +48,12 @@ DAMAGED = {"byte order mark": b"\xef\xbb\xbfnumpy==2.4\n", "not a text": b"\xff\
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_file_is_refused_by_its_name(tmp_path, content):
     (tmp_path / "pins.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"pins\.txt .*make lock"):
+    with pytest.raises(ValueError, match=r"pins\.txt (cannot be read|begins with)"):
         read_pins(tmp_path / "pins.txt")
 
 
 def test_missing_file_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(ValueError, match=r"There is no .*pins\.txt\. Put it there: git checkout pins\.txt"):
+    with pytest.raises(ValueError, match=r"There is no file .*pins\.txt\."):
         read_pins(tmp_path / "pins.txt")
 
 
@@ -113,7 +113,7 @@ def test_locked_lines_are_those_of_the_pins_with_all_their_hashes():
 
 @pytest.mark.parametrize("pin", ["numpy==0.1", "not-there==1.0"])
 def test_pin_that_the_lock_does_not_have_is_refused(pin):
-    with pytest.raises(ValueError, match=rf"has no hash for {pin}. Give the lock that the pins are from"):
+    with pytest.raises(ValueError, match=rf"has no hash for {pin}. Use the lock file that the pins are from"):
         locked([pin], ROOT / "requirements.txt")
 
 
