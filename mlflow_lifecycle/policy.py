@@ -16,11 +16,12 @@ from packaging.utils import canonicalize_name
 
 from mlflow_lifecycle.exceptions import InvalidInputError, UnreviewedContentError
 from mlflow_lifecycle.flavors import Flavor, flavor_of
-from mlflow_lifecycle.pins import names_and_versions, parse_pins, read_pins
+from mlflow_lifecycle.pins import names_and_versions, read_pins
 
 FILES = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
 EXAMPLES = {"input_example.json", "serving_input_example.json"}
 ENVIRONMENT = {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}
+TOOL = re.compile(r"(pip|setuptools|wheel)([=<]=\d[\w.]*)?")
 SAVE_AGAIN = "Save the model again with MLflow, and register it"
 
 
@@ -54,12 +55,7 @@ def check_contents(
             _check_types(types, flavor, trusted_types)
     with _refusing("requirements.txt"):
         _check_pins(folder / "requirements.txt", packages, flavor)
-    for name, expected in _environment_files(folder, python).items():
-        with _refusing(name):
-            if yaml.safe_load((folder / name).read_text(encoding="utf-8")) != expected:
-                raise InvalidInputError(
-                    f"it asks for other packages than requirements.txt. {SAVE_AGAIN}"
-                )
+    _check_environment_files(folder, python)
 
 
 @contextlib.contextmanager
@@ -170,21 +166,33 @@ def _check_pins(requirements: Path, packages: Path, flavor: Flavor) -> None:
         )
 
 
-def _environment_files(folder: Path, python: str) -> dict[str, dict]:
-    """Return what conda.yaml and python_env.yaml must hold, given requirements.txt."""
+def _check_environment_files(folder: Path, python: str) -> None:
+    """Check that conda.yaml and python_env.yaml ask for what requirements.txt does.
+
+    MLflow adds pip, setuptools and wheel as they were installed where the model was logged, without
+    a version if they were not.
+    """
     text = (folder / "requirements.txt").read_text(encoding="utf-8")
-    pins = parse_pins(text, "requirements.txt")
-    tools = [pin for pin in pins if re.match(r"(pip|setuptools|wheel)==", pin)]
-    installer = [pin.replace("==", "<=") for pin in tools if pin.startswith("pip==")]
     lines = [line for line in text.splitlines() if line.strip()]
-    conda = {
-        "name": "mlflow-env",
-        "channels": ["conda-forge"],
-        "dependencies": [f"python={python}", *installer, {"pip": lines}],
+    expected = {
+        "conda.yaml": {
+            "name": "mlflow-env",
+            "channels": ["conda-forge"],
+            "dependencies": [f"python={python}", {"pip": lines}],
+        },
+        "python_env.yaml": {
+            "python": python,
+            "build_dependencies": [],
+            "dependencies": ["-r requirements.txt"],
+        },
     }
-    python_env = {
-        "python": python,
-        "build_dependencies": tools,
-        "dependencies": ["-r requirements.txt"],
-    }
-    return {"conda.yaml": conda, "python_env.yaml": python_env}
+    for name, content in expected.items():
+        with _refusing(name):
+            found = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
+            for key in ("dependencies", "build_dependencies"):
+                if key in found:
+                    found[key] = [item for item in found[key] if not TOOL.fullmatch(str(item))]
+            if found != content:
+                raise InvalidInputError(
+                    f"it asks for other packages than requirements.txt. {SAVE_AGAIN}"
+                )
