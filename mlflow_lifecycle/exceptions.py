@@ -56,7 +56,7 @@ class PredictionFailedError(LifecycleError):
 
 
 class ServingFailedError(LifecycleError):
-    """The server of a model did not start, or has ended."""
+    """A server did not start, or has ended."""
 
 
 class SearchFailedError(LifecycleError):

@@ -224,15 +224,8 @@ def worker_process(
     run_id: str, objective: str, address: str, log: Path
 ) -> Iterator[subprocess.Popen]:
     """Start a worker on this machine, by the command; at the end of the block it is killed if it still runs."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow_lifecycle",
-        "search-worker",
-        run_id,
-        "--objective",
-        objective,
-    ]
+    command = [sys.executable, "-P", "-m", "mlflow_lifecycle", "search-worker", run_id]
+    command += ["--objective", objective]
     variables = os.environ | {
         "SEARCH_STORAGE": address,
         "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from mlflow_lifecycle.cli.options import FILE, JSON, print_result, use_store
-from mlflow_lifecycle.exceptions import InvalidInputError
+from mlflow_lifecycle.cli.options import FILE, JSON, print_lines, print_result, use_store
+from mlflow_lifecycle.exceptions import InvalidInputError, ServingFailedError
 
 
 @click.command(short_help="Write a report on the runs of an experiment.")
@@ -88,15 +88,33 @@ def fix_store(yes: bool) -> None:
 
 
 @click.command(short_help="Start MLflow's interface.")
-@click.option("--port", type=click.IntRange(1, 65535), help="Default: 5000 or the next free one.")
-def ui(port: int | None) -> None:
-    """Start MLflow's interface on the store of this folder, with links to the newest comparison.
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+def ui(port: int) -> None:
+    """Start MLflow's interface on the store of this folder, and print links to what is newest.
+
+    If the store is a tracking server, only the links are printed.
 
     Example: lifecycle ui --port 5002
     """
-    from mlflow_lifecycle.ui import show
+    import mlflow
 
-    show(Path.cwd(), port)
+    from mlflow_lifecycle.ui import find_links, running_interface
+
+    use_store()
+    store = mlflow.get_tracking_uri()
+    if store.startswith("http"):
+        print_lines(find_links(store.rstrip("/")))
+        return
+    try:
+        print_lines(["The interface starts. Its links follow in some seconds."])
+        with running_interface(port) as server:
+            links = find_links(f"http://127.0.0.1:{port}")
+            print_lines([*links, "Press Ctrl+C to stop the interface."])
+            server.wait()
+    except KeyboardInterrupt:
+        print_lines(["The interface has stopped."])
+        return
+    raise ServingFailedError("MLflow's server has ended. The reason is above.")
 
 
 @click.command("search-worker", short_help="Run trials of a search.")

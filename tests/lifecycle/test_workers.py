@@ -93,12 +93,19 @@ def until(condition, log, limit=60):
 
 @pytest.fixture(scope="module")
 def search(folder, storage):
-    """Give the trials and the child runs of a search whose first worker is killed in its first trial."""
+    """Give the trials and the child runs of a search whose first worker is killed in its first trial.
+
+    The working directory has programs of a stranger.
+    """
+    (folder / "work").mkdir()
+    for name in ("mlflow", "optuna"):
+        (folder / f"work/{name}.py").write_text("from pathlib import Path\nPath(f'{__file__}.ran').touch()\n")
     client = mlflow.MlflowClient()
     parent = client.create_run(client.create_experiment("killed", (folder / "mlruns").as_uri()))
     run_id, log, objective = parent.info.run_id, folder / "workers.log", f"{folder / 'objective.py'}:score"
     with closing(workers.make_queue(storage, run_id, [{"x": 0.5}] + [{}] * 6, "score")) as study:
         with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder / "work")
             patch.setenv("STAYS", "on")
             with workers.worker_process(run_id, objective, storage, log) as victim:
                 until(lambda: any(trial.params for trial in study.trials) and children(parent), log)
@@ -110,6 +117,11 @@ def search(folder, storage):
                 assert other.wait(timeout=60) == 0, log.read_text()
         trials = study.trials
     return trials, children(parent), victim.pid, log.read_text()
+
+
+def test_no_module_of_the_working_directory_is_run(search, folder):
+    """Attack 26."""
+    assert list((folder / "work").glob("*.ran")) == []
 
 
 def test_trial_of_a_killed_worker_is_begun_again_with_its_settings(search):

@@ -51,15 +51,6 @@ def test_versions_are_compared_by_the_printed_link(page, links, pictures):
     picture(page, pictures, "comparison.png")
 
 
-def test_runs_are_compared_by_the_printed_link(page, links):
-    page.goto(links["compare-runs"])
-    page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
-    page.get_by_text("f1_macro").first.wait_for()
-    text = page.inner_text("body")
-    assert re.search(r"Run Name:\s+lbfgs\s+newton-cg, C=0.01", text)
-    assert re.search(r"accuracy\s+f1_macro\s+neg_log_loss\s+0\.933\s+0\.8\s+0\.933\s+0\.792\s+-0\.174\s+-0\.685", text)
-
-
 def test_runs_are_listed_with_names_metrics_and_versions(page, interface, pictures):
     # when the list of runs is opened, and metrics and parameters are ticked in its columns
     page.goto(f"{interface}/#/experiments/1/runs?{MODE}")
