@@ -60,7 +60,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(BIN)/python -c "import
 
 run: $(INSTALLED) ## execute project.ipynb into build/project.html
 	@$(BIN)/python tools/run.py --shutdown immediate project.ipynb || { status=$$?; \
-		[ $$status -eq 130 ] || $(BIN)/python -m mlflow_lifecycle check --quiet; exit $$status; }
+		[ $$status -eq 130 ] || $(BIN)/python -m mlflow_lifecycle doctor --quiet; exit $$status; }
 
 # Use the kernel of this environment, even if another kernel on the machine has the same name, "python3".
 lab: export JUPYTER_PREFER_ENV_PATH = 1

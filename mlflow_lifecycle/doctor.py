@@ -1,128 +1,113 @@
-"""Find problems of the set-up, each with its remedy: Python, packages, uv, pins, store and disk.
+"""Find problems of a project folder, each with its remedy: Python, packages, uv, pins, store, disk.
 
-MLflow reports them in the middle of a run, in the words of the library that fails first, or not at all.
+MLflow reports them in the middle of a run, in the words of the library that fails first.
 """
 
-import csv
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from mlflow_lifecycle.exceptions import StoreUnusableError
+from packaging.requirements import InvalidRequirement, Requirement
+
+from mlflow_lifecycle.exceptions import InvalidInputError, StoreUnusableError
 from mlflow_lifecycle.experiments import check_store
 from mlflow_lifecycle.pins import read_pins
 
-PYTHONS = ((3, 11), (3, 15))  # from, and up to but without
-FREE_BYTES = 200_000_000  # a first run writes about 5 MB, and the environment that it builds 330 MB in uv's cache
+PYTHONS = ((3, 11), (3, 15))  # the first that is supported, and the first that is not
+FREE_BYTES = 200_000_000  # a run takes 5 MB, and the environment of a model 330 MB in uv's cache
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that keeps the project from working, in a sentence, and what to do about it."""
+    """What is wrong, and what to do about it, each in a sentence."""
 
     what: str
     remedy: str
 
-    def __str__(self) -> str:
-        """Return both as two lines."""
-        return f"{self.what}\n  {self.remedy}"
 
+def find_problems(folder: Path) -> list[Problem]:
+    """Return all problems of the project in ``folder``.
 
-def python_problems(version: tuple[int, ...] = sys.version_info[:2]) -> list[Problem]:
-    """Return what is wrong with this Python: its version."""
-    if PYTHONS[0] <= version < PYTHONS[1]:
-        return []
-    found = ".".join(map(str, version))
-    what = f"This is Python {found}; the packages are pinned for 3.11 to 3.14."
-    return [Problem(what, "make clean run PYTHON=python3.12")]
-
-
-def package_problems(lock: Path) -> list[Problem]:
-    """Return where the installed packages differ from ``lock``, a compiled list with hashes, or are only half there."""
-    from packaging.requirements import Requirement
-
-    different, incomplete = [], []
-    for line in lock.read_text(encoding="utf-8").splitlines():
-        if not line[:1].isalnum():
-            continue
-        requirement = Requirement(line.rstrip(" \\"))
-        if requirement.marker and not requirement.marker.evaluate():
-            continue
-        try:
-            found = distribution(requirement.name)
-        except PackageNotFoundError:
-            different.append(f"{requirement.name} is missing")
-            continue
-        if not requirement.specifier.contains(found.version, prereleases=True):
-            different.append(f"{requirement.name} is {found.version}")
-        elif any(not Path(found.locate_file(name)).exists() for name in recorded_files(found)):
-            incomplete.append(requirement.name)
-    remedy = f"Install them anew: touch {lock.name} && make run"
-    problems = []
-    if different:
-        listed = ", ".join(different[:5]) + (
-            f" and {len(different) - 5} more" if len(different) > 5 else ""
-        )
-        problems.append(
-            Problem(f"The installed packages are not those of {lock.name}: {listed}.", remedy)
-        )
-    if incomplete:
-        what = f"Files of installed packages are missing: {', '.join(incomplete[:5])}."
-        problems.append(Problem(what, "make clean run"))
+    Its lock file is ``requirements.txt``, and its pins for models are ``model_requirements.txt``.
+    Neither has to exist.
+    """
+    lock = folder / "requirements.txt"
+    pins = folder / "model_requirements.txt"
+    problems = [*check_python(), *check_uv(), *check_store_of(folder), *check_disk(folder)]
+    if lock.exists():
+        problems += check_packages(lock)
+    if pins.exists():
+        problems += check_pins(pins)
     return problems
 
 
-def recorded_files(found: Distribution) -> list[str]:
-    """Return the files that were installed for a package, relative to where it is, without compiled ones."""
-    rows = csv.reader((found.read_text("RECORD") or "").splitlines())
-    return [row[0] for row in rows if row and not row[0].endswith(".pyc")]
+def check_python(python: tuple[int, ...] = sys.version_info[:2]) -> Iterator[Problem]:
+    """Yield a problem if a version of Python is not supported."""
+    if not PYTHONS[0] <= python < PYTHONS[1]:
+        found = ".".join(map(str, python))
+        yield Problem(f"Python {found} is not supported.", "Use Python 3.11 to 3.14.")
 
 
-def uv_problems() -> list[Problem]:
-    """Return a problem where uv, which builds the environments of models, is not installed beside this Python."""
-    if find_spec("uv"):
-        return []
-    what = "uv is not installed beside this Python, so no environment of a model can be built."
-    return [Problem(what, "make clean run")]
+def check_uv() -> Iterator[Problem]:
+    """Yield a problem if uv, which builds the environments of models, is not installed."""
+    if find_spec("uv") is None:
+        yield Problem("uv is not installed beside this Python.", "Run: pip install uv")
 
 
-def pins_problems(path: Path) -> list[Problem]:
-    """Return what is wrong with the list of pins at ``path``."""
+def check_packages(lock: Path) -> Iterator[Problem]:
+    """Yield a problem if installed packages differ from those of a lock file."""
+    different = []
+    for requirement in read_requirements(lock):
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError:
+            different.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            different.append(f"{requirement.name} is {installed}")
+    if different:
+        remedy = f"Run: uv pip install -r {lock.name}"
+        what = f"{len(different)} installed packages differ from {lock.name}"
+        yield Problem(f"{what}: {', '.join(different[:5])}.", remedy)
+
+
+def read_requirements(path: Path) -> Iterator[Requirement]:
+    """Yield the requirements in a file that apply to this system."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            requirement = Requirement(line.partition(" #")[0].rstrip(" \\"))
+        except InvalidRequirement:  # an option, a comment or an address
+            continue
+        if requirement.marker is None or requirement.marker.evaluate():
+            yield requirement
+
+
+def check_pins(path: Path) -> Iterator[Problem]:
+    """Yield a problem if the file at ``path`` is not a list of exact pins."""
     try:
         read_pins(path)
-    except ValueError as error:
+    except InvalidInputError as error:
         what, _, remedy = str(error).partition(". ")
-        return [Problem(f"{what}.", remedy)]
-    return []
+        yield Problem(f"{what}.", remedy)
 
 
-def disk_problems(folder: Path, needed_bytes: int = FREE_BYTES) -> list[Problem]:
-    """Return a problem where the disk that holds ``folder`` has less than ``needed_bytes`` free."""
-    free = shutil.disk_usage(folder).free
-    if free >= needed_bytes:
-        return []
-    what = f"The disk of {folder} has {free / 1e6:.0f} MB free."
-    return [Problem(what, "Make room: uv cache prune, and old runs: mlflow gc")]
-
-
-def store_problems(folder: Path) -> list[Problem]:
-    """Return what is wrong with the store of ``folder``, or with the one that MLFLOW_TRACKING_URI names."""
+def check_store_of(folder: Path) -> Iterator[Problem]:
+    """Yield a problem if nothing can be logged in the store of ``folder``."""
     try:
         check_store(folder)
     except StoreUnusableError as error:
-        return [Problem(error.problem, error.remedy)]
+        yield Problem(error.problem, error.remedy)
     except ImportError as error:
-        return [Problem(f"The store cannot be looked at: {error}.", "make clean run")]
-    return []
+        yield Problem(f"The store cannot be opened: {error}.", "Run: pip install mlflow")
 
 
-def problems(folder: Path) -> list[Problem]:
-    """Return all problems of the project in ``folder``."""
-    lock = folder / "requirements.txt"
-    found = python_problems() + uv_problems() + pins_problems(folder / "model_requirements.txt")
-    missing = Problem(f"There is no {lock}.", "git checkout requirements.txt")
-    found += package_problems(lock) if lock.exists() else [missing]
-    return found + store_problems(folder) + disk_problems(folder)
+def check_disk(folder: Path, needed_bytes: int = FREE_BYTES) -> Iterator[Problem]:
+    """Yield a problem if the disk of ``folder`` has less than ``needed_bytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        remedy = "Free some, such as by: uv cache prune"
+        yield Problem(f"The disk of {folder} has {free / 1e6:.0f} MB free.", remedy)

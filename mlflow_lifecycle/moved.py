@@ -1,11 +1,10 @@
-"""Mend a SQLite store that was moved as a whole, with its models beside it in ``mlruns``.
+"""Repair a SQLite store that was moved together with the folder ``mlruns`` beside it.
 
-MLflow writes the absolute path of each experiment, run, model and version into the store, and has no command that
-changes them (mlflow#3144, mlflow#8226).
+MLflow writes the absolute path of each experiment, run, model and version into the store, and has
+no command that changes them (mlflow#3144, mlflow#8226).
 """
 
 import contextlib
-import itertools
 import sqlite3
 from pathlib import Path
 
@@ -21,8 +20,10 @@ COLUMNS = [
 ]
 
 
-def moved_folders(path: Path) -> dict[str, str]:
-    """Return the folders that the store at ``path`` was moved from, as it records them, each with the new one.
+def find_moved_folders(path: Path) -> dict[str, str]:
+    """Return the folders that the store at ``path`` was moved from, each with the new one.
+
+    Both are written as the store records them.
 
     Raises:
         StoreUnusableError: the models were not moved along with the store.
@@ -35,24 +36,23 @@ def moved_folders(path: Path) -> dict[str, str]:
     folders = {}
     with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
         for table, column in COLUMNS:
-            for (location,) in database.execute(f'SELECT "{column}" FROM "{table}"'):
+            for (location,) in database.execute(f"SELECT {column} FROM {table}"):
                 root, _ = split_location(location or "")
-                if root and local_path(root) in old_folders:
-                    folders[root] = (
-                        path.parent.as_uri() if root.startswith("file:") else path.parent.as_posix()
-                    )
+                if not root or local_path(root) not in old_folders:
+                    continue
+                is_uri = root.startswith("file:")
+                folders[root] = path.parent.as_uri() if is_uri else path.parent.as_posix()
     return folders
 
 
-def mend(path: Path, folders: dict[str, str]) -> Path:
-    """Have the store at ``path`` look in the new folders, all or none, after a copy of it; return the copy.
+def change_folders(path: Path, folders: dict[str, str]) -> Path:
+    """Copy the store at ``path``, change the folders in it, all or none, and return the copy.
 
     Raises:
-        sqlite3.OperationalError: the store is locked or read-only; nothing has changed.
+        sqlite3.OperationalError: the store is locked or read-only. Nothing was changed.
     """
     path = Path(path).resolve()
-    names = (path.with_name(f"{path.name}.before-mend-{number}") for number in range(1, 10**6))
-    copy = next(name for name in names if not name.exists())
+    copy = find_free_name(path)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("BEGIN IMMEDIATE")
         with (
@@ -60,10 +60,21 @@ def mend(path: Path, folders: dict[str, str]) -> Path:
             contextlib.closing(sqlite3.connect(copy)) as target,
         ):
             reader.backup(target)
-        for (table, column), (old, new) in itertools.product(COLUMNS, folders.items()):
-            change = f'UPDATE "{table}" SET "{column}" = ? || substr("{column}", ?)'
-            start = f"{old}/mlruns/"
-            where = f"""WHERE substr("{column}" || '/', 1, ?) = ?"""
-            database.execute(f"{change} {where}", (new, len(old) + 1, len(start), start))
+        for table, column in COLUMNS:
+            for old, new in folders.items():
+                start = f"{old}/mlruns/"
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE substr({column} || '/', 1, ?) = ?",
+                    (new, len(old) + 1, len(start), start),
+                )
         database.execute("COMMIT")
     return copy
+
+
+def find_free_name(path: Path) -> Path:
+    """Return a name for a copy of ``path`` that is not taken."""
+    number = 1
+    while path.with_name(f"{path.name}.before-fix-{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}.before-fix-{number}")

@@ -1,6 +1,5 @@
 """The commands about a project: report, doctor, ui, search-worker."""
 
-import json
 import os
 import re
 from dataclasses import asdict
@@ -55,36 +54,34 @@ def doctor(as_json: bool, fix: bool, yes: bool, quiet: bool) -> None:
 
     Example: lifecycle doctor --fix
     """
-    from mlflow_lifecycle.doctor import problems
+    from mlflow_lifecycle.doctor import find_problems
 
     if fix:
         fix_store(yes)
         return
-    found = problems(Path.cwd())
-    if as_json:
-        click.echo(json.dumps([asdict(problem) for problem in found], indent=2))
-    elif found:
-        click.echo("\n".join(map(str, found)))
-    elif not quiet:
-        click.echo("No problem found in Python, packages, pins, store and disk.")
-    raise SystemExit(bool(found))
+    problems = find_problems(Path.cwd())
+    lines = [line for problem in problems for line in (problem.what, problem.remedy)]
+    if not problems and not quiet:
+        lines = ["No problem was found in Python, packages, pins, store and disk."]
+    print_result([asdict(problem) for problem in problems], lines, as_json)
+    raise SystemExit(bool(problems))
 
 
 def fix_store(yes: bool) -> None:
     """Show the paths to change in a store that was moved, and change them after confirmation."""
     from mlflow_lifecycle.experiments import tracking_uri
-    from mlflow_lifecycle.moved import mend, moved_folders
+    from mlflow_lifecycle.moved import change_folders, find_moved_folders
 
     path = Path(tracking_uri(Path.cwd()).removeprefix("sqlite:///"))
-    folders = moved_folders(path) if path.is_file() else {}
+    folders = find_moved_folders(path) if path.is_file() else {}
     if not folders:
-        click.echo("There is nothing to repair: there is no store, or its folders exist.")
+        print_lines(["There is nothing to repair: there is no store, or its folders exist."])
         return
-    click.echo("\n".join(f"{old} -> {new}" for old, new in folders.items()))
+    print_lines(f"{old} -> {new}" for old, new in folders.items())
     if not yes:
         click.confirm("Change these paths, after a copy of the store?", abort=True)
-    copy = mend(path, folders)
-    click.echo(f"Repaired. A copy of the store as it was: {copy}")
+    copy = change_folders(path, folders)
+    print_lines([f"Repaired. A copy of the store as it was: {copy}"])
 
 
 @click.command(short_help="Start MLflow's interface.")

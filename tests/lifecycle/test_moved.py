@@ -1,4 +1,4 @@
-"""moved: a store that was moved as a whole is mended, all or nothing, after a copy."""
+"""moved: a store that was moved as a whole is repaired, all or nothing, after a copy."""
 
 import contextlib
 import shutil
@@ -12,10 +12,10 @@ from execution import snapshot
 from mlflow.pyfunc import PythonModel
 
 from mlflow_lifecycle.cli import main
-from mlflow_lifecycle.doctor import store_problems
+from mlflow_lifecycle.doctor import check_store_of
 from mlflow_lifecycle.exceptions import StoreUnusableError
 from mlflow_lifecycle.experiments import check_store, open_experiment, tracking_uri
-from mlflow_lifecycle.moved import mend, moved_folders
+from mlflow_lifecycle.moved import change_folders, find_moved_folders
 from mlflow_lifecycle.ui import find_links
 
 
@@ -64,13 +64,13 @@ def moved(first_place, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_everything_is_found_again_once_it_is_mended(moved):
+def test_everything_is_found_again_once_it_is_repaired(moved):
     with pytest.raises(StoreUnusableError, match="so it was moved"):
         check_store(moved.parent)
     # when
-    mend(moved, moved_folders(moved))
+    change_folders(moved, find_moved_folders(moved))
     # then
-    assert moved_folders(moved) == {}
+    assert find_moved_folders(moved) == {}
     check_store(moved.parent)
     mlflow.set_tracking_uri(tracking_uri(moved.parent))
     for version in (1, 2):
@@ -84,8 +84,8 @@ def test_everything_is_found_again_once_it_is_mended(moved):
 @pytest.mark.filterwarnings("ignore")
 def test_copy_is_the_store_as_it_was(moved):
     before = moved.read_bytes()
-    copy = mend(moved, moved_folders(moved))
-    assert copy.name == "mlflow.db.before-mend-1"
+    copy = change_folders(moved, find_moved_folders(moved))
+    assert copy.name == "mlflow.db.before-fix-1"
     with contextlib.closing(sqlite3.connect(copy)) as database:
         assert "Zo" in "".join(database.iterdump())
     assert moved.read_bytes() != before
@@ -101,7 +101,7 @@ def test_failure_half_way_changes_nothing(moved):
         before = list(database.iterdump())
     # when
     with pytest.raises(sqlite3.IntegrityError, match="not this one"):
-        mend(moved, moved_folders(moved))
+        change_folders(moved, find_moved_folders(moved))
     # then
     with contextlib.closing(sqlite3.connect(moved)) as database:
         assert list(database.iterdump()) == before
@@ -111,7 +111,7 @@ def test_failure_half_way_changes_nothing(moved):
 def test_store_without_its_models_is_refused_with_the_remedy(moved):
     (moved.parent / "mlruns").rename(moved.parent / "elsewhere")
     with pytest.raises(StoreUnusableError, match=r"There is no folder mlruns beside .* Move .*/a folder of Zoë/mlruns"):
-        moved_folders(moved)
+        find_moved_folders(moved)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -119,7 +119,7 @@ def test_store_that_was_copied_keeps_the_first_ones_models(moved, first_place):
     # given the first store in its place, beside the copy
     shutil.copytree(moved.parent, first_place)
     # then nothing in the copy is changed
-    found = moved_folders(moved)
+    found = find_moved_folders(moved)
     shutil.rmtree(first_place)
     assert found == {}
 
@@ -138,8 +138,8 @@ def elsewhere(tmp_path, empty_store, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_store_elsewhere_than_its_models_was_not_moved(elsewhere):
-    assert moved_folders(elsewhere) == {}
-    assert store_problems(Path.cwd()) == []
+    assert find_moved_folders(elsewhere) == {}
+    assert list(check_store_of(Path.cwd())) == []
     assert find_links("http://server")[-1].startswith("http://server/#/models/echo?")
 
 
@@ -147,47 +147,47 @@ def test_store_elsewhere_than_its_models_was_not_moved(elsewhere):
 def test_store_whose_models_were_moved_is_refused_until_they_are_beside_it(elsewhere):
     # given models that were moved
     Path("mlruns").rename("other")
-    (problem,) = store_problems(Path.cwd())
+    (problem,) = check_store_of(Path.cwd())
     assert "so it was moved" in problem.what
     with pytest.raises(StoreUnusableError, match=r"Move .*/work/mlruns there, too"):
-        moved_folders(elsewhere)
-    # when they are put beside the store, and it is mended
+        find_moved_folders(elsewhere)
+    # when they are put beside the store, and it is repaired
     Path("other").rename(elsewhere.parent / "mlruns")
-    mend(elsewhere, moved_folders(elsewhere))
+    change_folders(elsewhere, find_moved_folders(elsewhere))
     # then
-    assert store_problems(Path.cwd()) == []
+    assert list(check_store_of(Path.cwd())) == []
     assert mlflow.pyfunc.load_model("models:/echo/1").predict(["again"]) == ["again"]
 
 
-def mended(folder, answer="", **variables):
+def fix(folder, answer="", **variables):
     """Run the command in ``folder``, with ``answer`` to its question, in this process."""
     with contextlib.chdir(folder):
         options = [] if answer else ["--yes"]
-        return CliRunner().invoke(main, ["check", "--mend", *options], input=answer, env=variables)
+        return CliRunner().invoke(main, ["doctor", "--fix", *options], input=answer, env=variables)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_command_shows_what_it_would_change_and_changes_nothing_unasked(moved, first_place):
     before = snapshot(moved.parent)
-    answer = mended(moved.parent, "n\n")
+    answer = fix(moved.parent, "n\n")
     assert f"{first_place.as_posix()} -> " in answer.output
     assert answer.exit_code == 1
     assert snapshot(moved.parent) == before
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_command_mends_when_told_to_and_says_so_when_there_is_nothing_left(moved):
-    assert "Mended. The store as it was: " in mended(moved.parent, "y\n").output
-    assert moved_folders(moved) == {}
-    answer = mended(moved.parent)
-    assert (answer.exit_code, answer.output[:26]) == (0, "There is nothing to mend: ")
+def test_command_repairs_when_told_to_and_says_so_when_there_is_nothing_left(moved):
+    assert "Repaired. A copy of the store as it was: " in fix(moved.parent, "y\n").output
+    assert find_moved_folders(moved) == {}
+    answer = fix(moved.parent)
+    assert (answer.exit_code, answer.output[:28]) == (0, "There is nothing to repair: ")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_command_mends_the_store_that_mlflow_tracking_uri_names(moved, tmp_path):
-    answer = mended(tmp_path, MLFLOW_TRACKING_URI=tracking_uri(moved.parent))
-    assert "Mended. The store as it was: " in answer.output
-    assert moved_folders(moved) == {}
+def test_command_repairs_the_store_that_mlflow_tracking_uri_names(moved, tmp_path):
+    answer = fix(tmp_path, MLFLOW_TRACKING_URI=tracking_uri(moved.parent))
+    assert "Repaired. A copy of the store as it was: " in answer.output
+    assert find_moved_folders(moved) == {}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -203,7 +203,7 @@ def test_command_refuses_in_one_line_and_changes_nothing(moved, cause):
     with contextlib.closing(sqlite3.connect(moved)) as other:
         if cause == "locked":
             other.execute("BEGIN IMMEDIATE")
-        answer = mended(moved.parent)
+        answer = fix(moved.parent)
     # then
     assert (answer.exit_code, answer.stderr.count("\n")) == (1, 1)
     assert answer.stderr.startswith("Error: ")

@@ -16,7 +16,7 @@ from execution import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mlflow_lifecycle import doctor as check
+from mlflow_lifecycle.doctor import PYTHONS
 
 MODEL, BASIC, SERVER = "model_requirements.txt", "requirements.txt", "deploy/requirements.txt"
 DEVELOPMENT, SCALE = "requirements-dev.txt", "requirements-scale.txt"
@@ -250,8 +250,8 @@ def test_what_has_to_be_built_is_built_by_the_setuptools_of_the_lock(changed, tm
 
 
 def test_the_same_python_versions_are_supported_everywhere():
-    # given the versions that `lifecycle check` accepts
-    first, end = check.PYTHONS
+    # given the versions that `lifecycle doctor` accepts
+    first, end = PYTHONS
     listed = ", ".join(f'"3.{minor}"' for minor in range(first[1], end[1]))
     # then pyproject.toml and the Makefile accept the same, and CI and `make reproduce` use all of them
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

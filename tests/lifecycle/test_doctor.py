@@ -1,4 +1,4 @@
-"""check: each thing that can be wrong here is said with its remedy."""
+"""doctor: each thing that can be wrong here is said with its remedy."""
 
 import json
 import shutil
@@ -10,22 +10,22 @@ import pytest
 from click.testing import CliRunner
 from execution import ROOT, environment, finished
 
-from mlflow_lifecycle import doctor as check
+from mlflow_lifecycle import doctor
 from mlflow_lifecycle.cli import main
 
 
 def test_this_environment_has_no_problem():
-    assert check.python_problems() == []
-    assert check.package_problems(ROOT / "requirements.txt") == []
-    assert check.uv_problems() == []
-    assert check.pins_problems(ROOT / "model_requirements.txt") == []
+    assert list(doctor.check_python()) == []
+    assert list(doctor.check_packages(ROOT / "requirements.txt")) == []
+    assert list(doctor.check_uv()) == []
+    assert list(doctor.check_pins(ROOT / "model_requirements.txt")) == []
 
 
 @pytest.mark.parametrize("python", [(3, 10), (3, 15), (2, 7)])
 def test_other_python_is_said(python):
-    (problem,) = check.python_problems(python)
-    assert problem.what.startswith(f"This is Python {python[0]}.{python[1]};")
-    assert "make clean run PYTHON=" in problem.remedy
+    (problem,) = doctor.check_python(python)
+    assert problem.what == f"Python {python[0]}.{python[1]} is not supported."
+    assert problem.remedy == "Use Python 3.11 to 3.14."
 
 
 def test_packages_that_differ_from_the_lock_are_named(tmp_path):
@@ -38,24 +38,10 @@ def test_packages_that_differ_from_the_lock_are_named(tmp_path):
         f"pandas=={version('pandas')} \\\n    --hash=sha256:00\n"
     )
     # then the first two are
-    (problem,) = check.package_problems(lock)
+    (problem,) = doctor.check_packages(lock)
+    assert problem.what.startswith("2 installed packages differ")
     assert problem.what.endswith(f": numpy is {version('numpy')}, no-such-package is missing.")
-    assert problem.remedy == "Install them anew: touch requirements.txt && make run"
-
-
-def test_half_installed_package_is_named(tmp_path, monkeypatch):
-    # given a package of two modules, one of which never arrived
-    information = tmp_path / "packages/half-1.dist-info"
-    information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: half\nVersion: 1\n")
-    (information / "RECORD").write_text("there.py,,\nmissing.py,,\n__pycache__/there.pyc,,\n")
-    (tmp_path / "packages/there.py").touch()
-    (tmp_path / "requirements.txt").write_text("half==1\n")
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-    # then
-    (problem,) = check.package_problems(tmp_path / "requirements.txt")
-    assert problem.what == "Files of installed packages are missing: half."
-    assert problem.remedy == "make clean run"
+    assert problem.remedy == "Run: uv pip install -r requirements.txt"
 
 
 def test_missing_uv_is_said(monkeypatch):
@@ -63,26 +49,33 @@ def test_missing_uv_is_said(monkeypatch):
     monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
     monkeypatch.delitem(sys.modules, "uv", raising=False)
     # then
-    (problem,) = check.uv_problems()
-    assert problem.what.startswith("uv is not installed beside this Python")
+    (problem,) = doctor.check_uv()
+    assert problem.what == "uv is not installed beside this Python."
 
 
 def test_loose_pins_are_said_with_line_and_remedy(tmp_path):
     (tmp_path / "model_requirements.txt").write_text("numpy==2.4\nscikit-learn>=1.9\n")
-    (problem,) = check.pins_problems(tmp_path / "model_requirements.txt")
+    (problem,) = doctor.check_pins(tmp_path / "model_requirements.txt")
     assert problem.what.endswith("model_requirements.txt, line 2, leaves the version open: 'scikit-learn>'.")
     assert problem.remedy.endswith("Renew the list: make lock")
 
 
-def test_missing_pins_are_said_with_the_remedy(tmp_path):
-    (problem,) = check.pins_problems(tmp_path / "model_requirements.txt")
-    assert problem.what == f"There is no {tmp_path / 'model_requirements.txt'}."
-    assert problem.remedy == "Put it there: git checkout model_requirements.txt"
+def test_project_needs_neither_pins_nor_lock(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert doctor.find_problems(tmp_path) == []
+
+
+def test_lines_of_a_lock_that_are_no_requirements_are_left_out(tmp_path):
+    # given an option, an address and a comment
+    lock = tmp_path / "requirements.txt"
+    lock.write_text("-r other.txt\ngit+https://example.org/a.git\n./a\n# numpy==0\nnumpy>=1  # any\n")
+    assert [item.name for item in doctor.read_requirements(lock)] == ["numpy"]
+    assert list(doctor.check_packages(lock)) == []
 
 
 def test_full_disk_is_said(tmp_path):
     # given more to be written than any disk holds
-    (problem,) = check.disk_problems(tmp_path, needed_bytes=10**18)
+    (problem,) = doctor.check_disk(tmp_path, needed_bytes=10**18)
     assert problem.what.startswith(f"The disk of {tmp_path} has ")
     assert "uv cache prune" in problem.remedy
 
@@ -91,15 +84,15 @@ def test_missing_mlflow_is_said(tmp_path, monkeypatch):
     # given a Python that cannot import MLflow
     monkeypatch.setitem(sys.modules, "mlflow", None)
     # then
-    (problem,) = check.store_problems(tmp_path)
-    assert problem.what.startswith("The store cannot be looked at: import of mlflow halted")
-    assert problem.remedy == "make clean run"
+    (problem,) = doctor.check_store_of(tmp_path)
+    assert problem.what.startswith("The store cannot be opened: import of mlflow halted")
+    assert problem.remedy == "Run: pip install mlflow"
 
 
 def test_store_that_cannot_be_used_is_said_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlflow.db").write_text("no database")
-    (problem,) = check.store_problems(tmp_path)
+    (problem,) = doctor.check_store_of(tmp_path)
     assert problem.what.endswith("mlflow.db: file is not a database.")
     assert problem.remedy.startswith("Restore it from a backup")
 
@@ -113,38 +106,39 @@ def lifecycle(tmp_path, monkeypatch):
 
 
 def test_command_says_each_problem_and_ends_with_status_1(tmp_path, lifecycle):
-    # given a project whose pins are loose, and whose lock is missing
+    # given a project whose pins are loose, and whose lock is not installed
     (tmp_path / "model_requirements.txt").write_text("numpy\n")
+    (tmp_path / "requirements.txt").write_text("no-such-package==1\n")
     # when
-    answer = lifecycle("check", "--quiet")
+    answer = lifecycle("doctor", "--quiet")
     # then both are said, each with its remedy
     assert answer.exit_code == 1
-    assert "model_requirements.txt, line 1, leaves the version open: 'numpy'.\n  Every line must pin" in answer.stdout
-    assert "requirements.txt.\n  git checkout requirements.txt" in answer.stdout
+    assert "model_requirements.txt, line 1, leaves the version open: 'numpy'.\nEvery line must pin" in answer.stdout
+    assert "no-such-package is missing.\nRun: uv pip install -r requirements.txt\n" in answer.stdout
     assert answer.stderr == ""
 
 
-def test_command_prints_json(lifecycle):
-    answer = lifecycle("check", "--json")
+def test_command_prints_json(tmp_path, lifecycle):
+    (tmp_path / "model_requirements.txt").write_text("numpy\n")
+    answer = lifecycle("doctor", "--json")
     assert {"what", "remedy"} == set(json.loads(answer.stdout)[0])
     assert answer.exit_code == 1
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [((), "Nothing is wrong with Python, packages, pins, store and disk.\n"), (("--quiet",), "")],
+    [((), "No problem was found in Python, packages, pins, store and disk.\n"), (("--quiet",), "")],
 )
 def test_command_says_so_where_nothing_is_wrong_unless_it_is_quiet(tmp_path, lifecycle, options, expected):
     for name in ("requirements.txt", "model_requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    answer = lifecycle("check", *options)
+    answer = lifecycle("doctor", *options)
     assert (answer.exit_code, answer.output) == (0, expected)
 
 
 def test_command_finds_nothing_wrong_with_the_project(tmp_path):
-    process = finished(
-        [sys.executable, "-m", "mlflow_lifecycle", "check", "--json"], ROOT, environment(tmp_path), limit=60
-    )
+    command = [sys.executable, "-m", "mlflow_lifecycle", "doctor", "--json"]
+    process = finished(command, ROOT, environment(tmp_path), limit=60)
     assert json.loads(process.stdout) == []
 
 
