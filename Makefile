@@ -17,6 +17,7 @@ endif
 # These settings are text. Make does not expand them, and recipes read them from the environment, so the shell does not
 # either. PYTHON is a command, and BIN, UV and the paths below are for tests.
 override EXPERIMENT := $(value EXPERIMENT)
+override METRIC := $(value METRIC)
 override NOTEBOOKS := $(value NOTEBOOKS)
 override ONLY := $(value ONLY)
 override PORT := $(value PORT)
@@ -78,8 +79,9 @@ guides: $(INSTALLED) ## execute all guides into build/, on the quickstart's stor
 	$(BIN)/python tools/run.py $(filter-out $(OUT_OF_REACH),$(sort $(wildcard guides/*.ipynb)))
 
 report: export EXPERIMENT := $(EXPERIMENT)
-report: $(INSTALLED) ## write a report on the runs of an experiment to build/ (EXPERIMENT=name for another one)
-	@$(BIN)/python -m mlflow_lifecycle report "$$EXPERIMENT" --output "reports/$$EXPERIMENT"
+report: export METRIC := $(METRIC)
+report: $(INSTALLED) ## write a report on the runs of an experiment to build/ (EXPERIMENT=name, METRIC=name)
+	@$(BIN)/python -m mlflow_lifecycle report "$$EXPERIMENT" --metric "$$METRIC" --output "reports/$$EXPERIMENT"
 	@$(BIN)/python tools/report_page.py "reports/$$EXPERIMENT" build/experiment_report.html
 	@echo "As a page: build/experiment_report.html"
 

@@ -36,7 +36,7 @@ METRICS = {f"metric_{number}": number / 7 for number in range(6)}
 MODELS = ("LogisticRegression", "SVC", "RandomForest")
 DATA = mlflow.data.from_pandas(pd.DataFrame({"length": [1.0, 2.0]}), name="validation")
 PROGRAMS = {
-    "report": "from mlflow_lifecycle.report import make_report; make_report('grown', 'score')",
+    "report": "from mlflow_lifecycle.report import make_report; make_report('grown', 'score', 'feature_set')",
     "search_runs": "import mlflow; mlflow.search_runs(experiment_names=['grown'])",
 }
 MEASURE = """

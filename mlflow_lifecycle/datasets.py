@@ -149,9 +149,13 @@ def check_table(
 
 
 def in_markdown(value: object) -> str:
-    """Return a value from the store in one line of Markdown, without table cells and HTML in it."""
-    text = " ".join(str(value).split())
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
+    """Return a value from the store so that Markdown shows it as it is, in one line.
+
+    It contains no link, picture, HTML or formula, and ends no cell of a table. An underscore inside
+    of a word has no meaning in Markdown and stays as it is.
+    """
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*\[\]()!|~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
 def as_text(column: pd.Series) -> pd.Series:

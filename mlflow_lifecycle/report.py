@@ -1,302 +1,299 @@
-"""The report of an experiment: who wins, who is tied with the winner, and what was left out, with the reason.
+"""Report an experiment: which runs win, which are tied with them, what was left out and why.
 
-MLflow has none, and in one that is written by hand the ties, the failed runs and the repetitions are easily forgotten.
-This one needs nothing but what the store holds, and writes nothing there.
+MLflow sorts runs by a metric. It takes the best of repeated runs for the score of a model, compares
+runs that were scored on different rows, and shows no tie. The report only reads the store.
 """
 
-import math
+import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from mlflow.entities import Run
 
+from mlflow_lifecycle.comparison import Interval, choose, folds_interval
 from mlflow_lifecycle.datasets import in_markdown
 from mlflow_lifecycle.exceptions import InvalidInputError
-from mlflow_lifecycle.ranking import (
-    Combination,
-    Score,
-    combination_of,
-    comparable,
-    is_candidate,
-    is_final,
-    ranked,
-    rows_text,
-)
+from mlflow_lifecycle.releases.gate import LOWER_IS_BETTER
 
-ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-CHARTS = {
-    "model_comparison.png": "Each model on its best feature set",
-    "all_runs_comparison.png": "{metric} of all combinations, by feature set",
-}
+CHART = "comparison.png"
+FOLD_SCORES = "fold_scores.json"  # by mlflow.log_table: repeat, fold, and a column per metric
+PROPER_SCORE = "(?!train).*(log_loss|absolute_error)$"
+SCORED = ("validation", "test", "evaluation")  # contexts of datasets, the first that a run has
+LEARNED = ("train", "training")
+UNKNOWN = "rows that were not recorded"
+BY_FOLDS = (
+    "a difference counts if its 95 % interval, over the same {folds} folds, excludes 0. The "
+    "simplest group wins, unless another one is better by a difference that counts. The group that "
+    "began first is taken for the simplest. The interval ignores variation between repeated runs; "
+    "the range of their scores shows it"
+)
+BY_MEANS = (
+    "the best mean wins. Not every run recorded scores of the same folds, so chance alone could "
+    "explain each difference"
+)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the store says about an experiment."""
+    """What the store says about an experiment.
+
+    Attributes:
+        metric: what the groups are compared by.
+        rows: the dataset on which all of them were scored.
+        winner: the name of a group.
+        tied: the names of the groups that are tied with the winner.
+        rule: how the winner was chosen.
+        groups: a row per group, the winner first and then from the best mean to the worst. If folds
+            decide, it says by how much a group is better than the winner, with the interval.
+        left_out: the names of the runs that cannot be compared, by the reason.
+        final_evaluation: what the newest run with the tag ``final_evaluation`` scored.
+    """
 
     experiment: str
     metric: str
+    rows: str
     winner: str
-    tied: list[str]  # with the winner
+    tied: list[str]
     rule: str
-    combinations: list[Combination]  # the winner first, then by their means
-    rows: str  # on which all of them were scored
-    data: str  # of the winner
-    left_out: dict[str, list[str]]  # the names of runs, by the reason
-    final_evaluations: int
-    others: int
-    final_evaluation: str  # in sentences
-    production: str
+    groups: pd.DataFrame
+    left_out: dict[str, str]
+    final_evaluation: str
 
 
-def make_report(
-    experiment: str, metric: str = "validation_f1", registered_model: str | None = None
-) -> Report:
+def make_report(experiment: str, metric: str = "", by: str = "mlflow.runName") -> Report:
     """Return the report of an experiment in the active store.
 
+    Finished runs that were scored on the same rows are compared. Child runs, such as the trials of
+    a search, are not, and neither are runs with the tag ``final_evaluation``.
+
     Args:
-        experiment: its name. Compared are its finished runs with the tags ``model`` and ``feature_set``, scored on the
-            same rows, that are neither a child of another run nor a final evaluation (tag ``final_evaluation``).
-        metric: what they are compared by. More of it is better.
-        registered_model: whose version in production is named; by default ``<experiment>_best_model``.
+        experiment: its name.
+        metric: what to compare by. The default is the only log loss or absolute error of the runs.
+        by: the tag that groups the runs.
 
     Raises:
-        InvalidInputError: there is no such experiment, or no run in it that can be compared.
+        InvalidInputError: there is no such experiment, or no run that can be compared.
     """
-    runs = runs_of(experiment)
-    finals = [run for run in runs if is_final(run)]
-    candidates = [run for run in runs if is_candidate(run)]
-    compared, left_out = comparable(candidates, metric)
-    if not compared:
-        causes = "; ".join(f"{reason}: {listed(names)}" for reason, names in left_out.items())
-        found = f" Left out: {causes}." if causes else ""
-        raise InvalidInputError(
-            f"{experiment} has no finished run to compare.{found} Execute guide 03 first."
-        )
-    ranking = ranked(compared, metric)
-    first = ranking.combinations[0]
+    candidates = []
+    final_evaluation = "There is none."
+    for run in find_runs(experiment):
+        if run.data.tags.get("final_evaluation", "").lower() in ("true", "1"):
+            final_evaluation = describe_test_scores(run) or final_evaluation
+        elif "mlflow.parentRunId" not in run.data.tags:
+            candidates.append(run)
+    metric = metric or choose_metric(candidates)
+    runs = describe_runs(candidates, metric, by)
+    compared = runs[runs["reason"] == ""]
+    left_out = runs[runs["reason"] != ""].groupby("reason", sort=False)["name"].agg(", ".join)
+    if compared.empty:
+        reasons = "; ".join(f"{reason}: {names}" for reason, names in left_out.items())
+        raise InvalidInputError(f"{experiment} has no finished run to compare. {reasons}".strip())
+    groups = compared.groupby("group", sort=False)["value"].agg(
+        runs="size", mean="mean", lowest="min", highest="max"
+    )
+    groups["mean"] = groups["mean"].round(12)
+    is_loss = metric.endswith(tuple(LOWER_IS_BETTER)) and "neg_" not in metric
+    sign = -1 if is_loss else 1
+    folds = read_folds(candidates[0].info.experiment_id, compared, metric)
+    if folds is None:
+        winner = (sign * groups["mean"]).idxmax()
+        is_tied = groups["mean"] == groups["mean"][winner]
+    else:
+        winner = compare_folds(groups, sign * folds)
+        is_tied = (groups["low"] <= 0) & (groups["high"] >= 0)
+    others = groups.drop(winner).sort_values("mean", ascending=is_loss, kind="stable")
+    groups = pd.concat([groups.loc[[winner]], others])
     return Report(
         experiment=experiment,
         metric=metric,
-        winner=first.name,
-        tied=ranking.tied,
-        rule=ranking.rule,
-        combinations=ranking.combinations,
-        rows=rows_text(compared[-1]),
-        data=data_of(
-            [run for run in compared if combination_of(run) == (first.model, first.feature_set)]
-        ),
-        left_out=left_out,
-        final_evaluations=len(finals),
-        others=len(runs) - len(finals) - len(candidates),
-        final_evaluation=final_evaluation(finals, first),
-        production=in_production(registered_model or f"{experiment}_best_model"),
+        rows=compared["rows"].iloc[0],
+        winner=winner,
+        tied=[name for name in groups.index if is_tied[name] and name != winner],
+        rule=BY_MEANS if folds is None else BY_FOLDS.format(folds=len(folds)),
+        groups=groups,
+        left_out=left_out.to_dict(),
+        final_evaluation=final_evaluation,
     )
 
 
-def runs_of(experiment: str) -> list[Run]:
-    """Return all runs of an experiment that are not deleted, the oldest first."""
-    found = mlflow.get_experiment_by_name(experiment)
-    if found is None or found.lifecycle_stage != "active":
-        names = ", ".join(sorted(other.name for other in mlflow.search_experiments()))
-        state = "is deleted" if found else "is not in this store"
-        raise InvalidInputError(
-            f"The experiment {experiment!r} {state}. Name one that is there: {names}"
-        )
+def find_runs(experiment: str) -> list[Run]:
+    """Return the runs of an experiment that are not deleted, the oldest first."""
+    known = mlflow.get_experiment_by_name(experiment)
+    if known is None or known.lifecycle_stage != "active":
+        raise InvalidInputError(f"There is no active experiment {experiment!r} in this store.")
     order = ["start_time ASC", "attributes.run_name ASC"]
-    return mlflow.search_runs([found.experiment_id], order_by=order, output_format="list")
+    return mlflow.search_runs([known.experiment_id], order_by=order, output_format="list")
 
 
-def final_evaluation(finals: list[Run], winner: Combination) -> str:
-    """Return what the newest final evaluation says that is finished and has scores on test rows."""
-    for run in reversed(finals):
-        scores = {
-            name: value for name, value in run.data.metrics.items() if name.startswith("test_")
-        }
-        measured = ", ".join(
-            f"{name} {value:.4f}" for name, value in sorted(scores.items()) if math.isfinite(value)
+def choose_metric(runs: list[Run]) -> str:
+    """Return the only log loss or absolute error of the runs, on other than training rows."""
+    names = set()
+    for run in runs:
+        names.update(run.data.metrics)
+    proper = [name for name in names if re.match(PROPER_SCORE, name)]
+    if len(proper) == 1:
+        return proper[0]
+    raise InvalidInputError(f"Choose one with --metric: {', '.join(sorted(names))}")
+
+
+def describe_runs(candidates: list[Run], metric: str, by: str) -> pd.DataFrame:
+    """Return a row per run, with the reason why it is not compared, or an empty text.
+
+    The most runs that were scored on the same rows are compared. Of two sets of the same size, it
+    is the one with the newest run.
+    """
+    table = []
+    for run in candidates:
+        reason = ""
+        value = run.data.metrics.get(metric, np.nan)
+        if run.info.status != "FINISHED":
+            reason = run.info.status.lower()
+        elif not np.isfinite(value):
+            reason = f"no finite {metric}"
+        elif by not in run.data.tags:
+            reason = f"no tag {by}"
+        name = run.info.run_name
+        rows = describe_data(run, SCORED)
+        group = run.data.tags.get(by, "")
+        table.append(
+            (run.info.run_id, name, group, value, rows, describe_data(run, LEARNED), reason)
         )
-        if run.info.status == "FINISHED" and measured:
-            model, feature_set = (
-                run.data.tags.get(tag, "an unknown one") for tag in ("model", "feature_set")
-            )
-            won = (
-                "won"
-                if (model, feature_set) == (winner.model, winner.feature_set)
-                else "did not win"
-            )
-            what = f"The newest is {run.info.run_name}: {model} on {feature_set}, which {won} the comparison."
-            return f"{what} On the test rows: {measured}. Data: {data_of([run])}."
-    return "There is none yet."
+    columns = ["run_id", "name", "group", "value", "rows", "learned", "reason"]
+    runs = pd.DataFrame(table, columns=columns)
+    usable = runs.loc[runs["reason"] == "", "rows"]
+    if len(usable):
+        rows, _ = Counter(reversed(list(usable))).most_common(1)[0]
+        others = usable[usable != rows]
+        runs.loc[others.index, "reason"] = "scored on " + others
+    return runs
 
 
-def in_production(model: str) -> str:
-    """Return which version of a registered model has the alias ``production``, and which run made it."""
-    client = mlflow.MlflowClient()
-    version = if_there(client.get_model_version_by_alias, model, "production")
-    if version is None:
-        return f"No version of {model} is in production."
-    run = if_there(client.get_run, version.run_id or "")
-    maker = run.info.run_name if run else "a run that is not on record"
-    return f"Version {version.version} of {model}, made by {maker}, is in production."
+def describe_data(run: Run, contexts: tuple[str, ...]) -> str:
+    """Return the datasets of a run in the first of the contexts that it has, by name and content.
+
+    The content is the SHA-256 in the tag ``sha256`` of the input, or else MLflow's digest.
+    """
+    datasets = {}
+    for item in run.inputs.dataset_inputs:
+        tags = {tag.key: tag.value for tag in item.tags}
+        sha256 = tags.get("sha256", "").lower()[:12]
+        content = f"SHA-256 {sha256}" if sha256 else f"digest {item.dataset.digest}"
+        known = datasets.setdefault(tags.get("mlflow.data.context"), [])
+        known.append(f"{item.dataset.name} ({content})")
+    for context in contexts:
+        if context in datasets:
+            return ", ".join(sorted(datasets[context]))
+    return UNKNOWN
 
 
-def if_there(ask: Callable, *arguments: str) -> object | None:
-    """Return MLflow's answer, or None if it is that there is no such name or alias."""
+def read_folds(experiment_id: str, runs: pd.DataFrame, metric: str) -> pd.DataFrame | None:
+    """Return the score of each group in each fold, or None if not all runs recorded the same folds.
+
+    Folds with the same numbers have the same rows only if they divide the same table, so all runs
+    must have the same training rows. The column of ``validation_f1`` can also be ``f1``.
+    """
+    ids = list(runs["run_id"])
     try:
-        return ask(*arguments)
+        client = mlflow.MlflowClient()
+        table = client.load_table(experiment_id, FOLD_SCORES, extra_columns=["run_id"])
     except mlflow.MlflowException as error:
-        if error.error_code not in ABSENT:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
+    column = metric if metric in table else metric.partition("_")[2]
+    if not {"repeat", "fold", column} <= set(table):
+        return None
+    table[column] = table[column].astype(float)
+    table = table[table["run_id"].isin(ids)]
+    folds = table.pivot_table(column, ["repeat", "fold"], "run_id", dropna=False)
+    learned = set(runs["learned"])
+    if UNKNOWN in learned or len(learned) > 1 or folds.index.unique("fold").size < 2:
+        return None
+    if len(folds.columns) < len(ids) or not np.isfinite(folds).all(axis=None):
+        return None
+    return folds[ids].T.groupby(list(runs["group"]), sort=False).mean().T
 
 
-def data_of(runs: list[Run]) -> str:
-    """Return the names and digests of all data that ``runs`` recorded."""
-    found = {
-        f"{item.dataset.name} {item.dataset.digest}"
-        for run in runs
-        for item in run.inputs.dataset_inputs
-    }
-    return ", ".join(sorted(found)) or "not recorded"
+def compare_folds(groups: pd.DataFrame, folds: pd.DataFrame) -> str:
+    """Return the winner by the decision rule, and add the difference of each group from it.
+
+    Args:
+        groups: a row per group. It gets the columns better_by, low and high.
+        folds: a column per group, with its score in each fold; more is better.
+    """
+
+    def difference(name: str, other: str) -> Interval:
+        share = 1 / folds.index.unique("fold").size
+        return folds_interval(folds[name], folds[other], test_share=share)
+
+    winner = choose(list(folds), difference)
+    for name in folds:
+        interval = difference(name, winner)
+        values = [interval.difference, interval.low, interval.high]
+        groups.loc[name, ["better_by", "low", "high"]] = values
+    return winner
 
 
-def listed(names: list[str]) -> str:
-    """Return names in one line, each once, with how often it is there if more than once."""
-    return ", ".join(
-        name if count == 1 else f"{name} ({count} runs)" for name, count in Counter(names).items()
-    )
+def describe_test_scores(run: Run) -> str:
+    """Return the metrics of a finished run on test rows, or an empty text if it has none."""
+    scores = []
+    for name, value in sorted(run.data.metrics.items()):
+        if name.startswith("test_") and np.isfinite(value):
+            scores.append(f"{name} {value:.4f}")
+    if run.info.status != "FINISHED" or not scores:
+        return ""
+    return f"{run.info.run_name}: {', '.join(scores)}, on {describe_data(run, SCORED)}."
 
 
 def verdict(report: Report) -> str:
-    """Return who wins, and who is tied with the winner."""
-    first = report.combinations[0]
-    mean = f", the mean of {first.runs} runs" if first.runs > 1 else ""
-    tie = (
-        f"Tied with {', '.join(report.tied)}."
-        if report.tied
-        else "No other combination is tied with it."
-    )
-    return (
-        f"{report.winner} wins with a {report.metric} of {first.scores[report.metric]}{mean}. {tie}"
-    )
-
-
-def table(report: Report) -> pd.DataFrame:
-    """Return a row per combination, the winner first, and a column per number."""
-    rows = []
-    for item in report.combinations:
-        row = {
-            "combination": item.name,
-            "model": item.model,
-            "feature_set": item.feature_set,
-            "runs": item.runs,
-        }
-        for metric, score in item.scores.items():
-            row |= {
-                metric: score.mean,
-                f"{metric}_lowest": score.lowest,
-                f"{metric}_highest": score.highest,
-            }
-        if interval := item.against_winner:
-            row["minus_winner"] = interval.difference
-            row |= {"minus_winner_low": interval.low, "minus_winner_high": interval.high}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def readable(report: Report) -> pd.DataFrame:
-    """Return the same as one reads it."""
-    rows = []
-    for item in report.combinations:
-        against = {"minus the winner": item.against_winner} if item.against_winner else {}
-        rows.append({"combination": item.name, "runs": item.runs, **item.scores, **against})
-    return pd.DataFrame(rows).fillna("").astype(str)
+    """Return who wins, by what and on which rows, and who is tied with the winner."""
+    best = report.groups.loc[report.winner]
+    tie = f"Tied with {', '.join(report.tied)}." if report.tied else "No other group is tied."
+    score = f"a mean {report.metric} of {best['mean']:.4f} ({best['runs']:.0f} runs)"
+    return f"{report.winner} wins with {score} on {report.rows}. {tie}"
 
 
 def markdown(report: Report) -> str:
-    """Return the report as Markdown, without its charts."""
-    cells, count = readable(report), len(report.combinations)
-    rows = [cells.columns, ["---"] * cells.shape[1], *cells.to_numpy()]
-    runs = sum(item.runs for item in report.combinations)
-    left_out = [f"- {reason}: {listed(names)}" for reason, names in report.left_out.items()]
-    winner, sentences = (
-        in_markdown(report.winner),
-        in_markdown(verdict(report).removeprefix(report.winner)),
-    )
+    """Return the report as Markdown, without its chart."""
+    table = report.groups.rename(index=in_markdown).reset_index()
+    cells = table.to_markdown(index=False, floatfmt=".4f")
+    left_out = [f"- {in_markdown(f'{key}: {names}')}" for key, names in report.left_out.items()]
     paragraphs = [
         f"# Experiment report: {in_markdown(report.experiment)}",
-        f"**{winner}** {sentences}",
-        f"The rule: {report.rule}. The test rows of the final evaluation play no part in it.",
-        f"Compared: {runs} runs of {count} combinations, all scored on the same rows: {in_markdown(report.rows)}.",
-        "\n".join(f"| {' | '.join(map(in_markdown, row))} |" for row in rows),
-        f"Data of the winner: {in_markdown(report.data)}.",
+        in_markdown(verdict(report)),
+        f"The rule: {report.rule}.",
+        f"Scores: {in_markdown(report.metric)} on {in_markdown(report.rows)}.",
+        cells,
         "## Left out",
-        "\n".join(map(in_markdown, left_out)) or "No run that was meant to be compared.",
-        f"Not meant to be compared: final evaluations ({report.final_evaluations}), searches, trials and others "
-        f"({report.others}).",
+        "\n".join(left_out) or "No run.",
         "## Final evaluation",
         in_markdown(report.final_evaluation),
-        in_markdown(report.production),
     ]
     return "\n\n".join(paragraphs)
 
 
+def chart(report: Report) -> Figure:
+    """Draw the mean of each group, and the range of its runs as a line, for at most 30 groups."""
+    groups = report.groups.head(30)[::-1]
+    figure = Figure(figsize=(8, 1 + 0.35 * len(groups)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(groups))
+    axes.hlines(places, groups["lowest"], groups["highest"])
+    axes.plot(groups["mean"], places, "o")
+    axes.set_yticks(places, groups.index, parse_math=False)
+    axes.set_xlabel(f"{report.metric} on {report.rows}", parse_math=False)
+    return figure
+
+
 def write(report: Report, folder: Path) -> None:
-    """Write the report with its charts and its table into ``folder``, made if need be."""
+    """Write the report and its chart into ``folder``, which is created."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in charts(report).items():
-        figure.savefig(folder / name, dpi=100)
-    table(report).to_csv(folder / "model_summary.csv", index=False, float_format="%.4f")
-    pictures = "\n\n".join(
-        f"![{title.format(metric=report.metric)}]({name})" for name, title in CHARTS.items()
-    )
-    legend = "A bar is the mean of a combination's runs. A line across its end is their range, where they differ."
-    text = f"{markdown(report)}\n\n## Charts\n\n{legend}\n\n{pictures}\n"
+    chart(report).savefig(folder / CHART)
+    text = f"{markdown(report)}\n\n![The mean of each group, and the range of its runs]({CHART})\n"
     (folder / "experiment_report.md").write_text(text, encoding="utf-8")
-
-
-def charts(report: Report) -> dict[str, Figure]:
-    """Return the charts by the names of their files."""
-    models = {}
-    for item in report.combinations:  # the best first
-        models.setdefault(item.model, (f"{item.model}\non {item.feature_set}", item.scores))
-    sets = {}
-    for item in sorted(report.combinations, key=lambda item: (item.feature_set, item.model)):
-        sets.setdefault(item.feature_set, {})[item.model] = item.scores[report.metric]
-    groups = [dict(models.values()), sets]
-    titles = [title.format(metric=report.metric) for title in CHARTS.values()]
-    return {
-        name: chart(title, bars) for name, title, bars in zip(CHARTS, titles, groups, strict=True)
-    }
-
-
-def chart(title: str, groups: dict[str, dict[str, Score]]) -> Figure:
-    """Draw a bar for each mean, in groups along the axis and with a colour per label, and the ranges as error bars."""
-    labels, handles = list(dict.fromkeys(label for bars in groups.values() for label in bars)), []
-    figure = Figure(figsize=(max(8, 0.7 * len(groups) * len(labels)), 3.6), layout="constrained")
-    axes, width = figure.subplots(), 0.8 / len(labels)
-    for number, label in enumerate(labels):
-        found = [
-            (place, bars[label]) for place, bars in enumerate(groups.values()) if label in bars
-        ]
-        places = [place + (number - (len(labels) - 1) / 2) * width for place, _ in found]
-        means = [score.mean for _, score in found]
-        ranges = [
-            [score.mean - score.lowest for _, score in found],
-            [score.highest - score.mean for _, score in found],
-        ]
-        handles.append(axes.bar(places, means, 0.92 * width, label=label, yerr=ranges))
-        axes.bar_label(handles[-1], fmt="%.3f", padding=3, fontsize="small")
-    axes.set_xticks(range(len(groups)), list(groups), parse_math=False)
-    axes.margins(y=0.15)
-    axes.set_title(title)
-    for text in figure.legend(handles, labels, loc="outside right center").get_texts():
-        text.set_parse_math(False)
-    return figure

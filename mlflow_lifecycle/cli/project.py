@@ -13,33 +13,26 @@ from mlflow_lifecycle.exceptions import InvalidInputError, ServingFailedError
 
 @click.command(short_help="Write a report on the runs of an experiment.")
 @click.argument("experiment")
-@click.option("--metric", default="validation_f1", show_default=True, help="To compare by.")
-@click.option(
-    "--registered-model",
-    metavar="NAME",
-    help="To look up in production; EXPERIMENT_best_model by default.",
-)
+@click.option("--metric", default="", metavar="NAME", help="Default: the only log loss or error.")
+@click.option("--by", default="mlflow.runName", metavar="TAG", help="Default: the run name.")
 @click.option("--output", type=FILE, metavar="FOLDER", help="reports/EXPERIMENT by default.")
 @JSON
-def report(
-    experiment: str,
-    metric: str,
-    registered_model: str | None,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """Write the report of EXPERIMENT: who wins, who is tied, what was left out and why.
+def report(experiment: str, metric: str, by: str, output: Path | None, as_json: bool) -> None:
+    """Write the report of EXPERIMENT: which group of runs wins, and which are tied with it.
 
-    Example: lifecycle report iris_classification --metric validation_f1
+    Runs with the same name, or the same value of a tag, are one group.
+
+    Example: lifecycle report tracking_quick_start --metric neg_log_loss
     """
     from mlflow_lifecycle.report import make_report, verdict, write
 
     use_store()
-    made = make_report(experiment, metric, registered_model)
+    made = make_report(experiment, metric, by)
     folder = output or Path("reports") / re.sub(r"[^\w.-]|^[.]+", "_", experiment)
     write(made, folder)
     lines = [verdict(made), f"The report: {folder / 'experiment_report.md'}"]
-    print_result(made, lines, as_json)
+    groups = made.groups.reset_index().to_dict("records")
+    print_result(vars(made) | {"groups": groups}, lines, as_json)
 
 
 @click.command(short_help="Find problems of the project folder.")

@@ -48,7 +48,7 @@ def write_run(folder, empty_store, experiment):
 def make_report(project, *settings):
     """Run `make report` in ``project``."""
     return subprocess.run(
-        ["make", "report", "INSTALLED=installed.txt", *settings],
+        ["make", "report", "INSTALLED=installed.txt", "METRIC=validation_f1", *settings],
         cwd=project,
         env=environment(project.parent),
         capture_output=True,
@@ -67,8 +67,8 @@ def test_page_has_report_and_charts_and_no_code(project, empty_store):
     page = (project / "build/experiment_report.html").read_text(encoding="utf-8")
     body = page[page.index("<body") :]
     assert "Experiment report: iris_classification" in body
-    assert f"<strong>{RUN}</strong> wins with a validation_f1 of 0.9000." in body
-    assert body.count('src="data:image/png;base64') == 2
+    assert f"{RUN} wins with a mean validation_f1 of 0.9000" in body
+    assert body.count('src="data:image/png;base64') == 1
     assert "<table>" in body
     assert "jp-CodeCell" not in body
     # and all that is said to be written is there
@@ -83,7 +83,7 @@ def test_other_experiment_is_reported_if_asked_for(project, empty_store, name):
     write_run(project, empty_store, name)
     process = make_report(project, f"EXPERIMENT={name}")
     assert process.returncode == 0, process.stderr
-    assert (project / "reports" / name / "model_summary.csv").is_file()
+    assert (project / "reports" / name / "experiment_report.md").is_file()
     assert f"Experiment report: {name}" in (project / "build/experiment_report.html").read_text(encoding="utf-8")
 
 

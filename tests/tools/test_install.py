@@ -134,6 +134,7 @@ def test_only_settings_of_the_network_and_the_cache_reach_pip_and_uv(project):
     ("target", "name"),
     [
         ("report", "EXPERIMENT"),
+        ("report", "METRIC"),
         ("ui", "PORT"),
         ("lab", "PORT"),
         ("notebooks", "NOTEBOOKS"),
