@@ -13,10 +13,6 @@ class InvalidInputError(LifecycleError, ValueError):
     """An argument, a file or a table is invalid."""
 
 
-class ColumnsDifferError(InvalidInputError):
-    """A column of the reference is missing in the rows, or has another dtype."""
-
-
 class StoreUnusableError(LifecycleError):
     """The MLflow store cannot be used. The message contains no secret."""
 

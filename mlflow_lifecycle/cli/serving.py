@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +18,9 @@ from mlflow_lifecycle.cli.options import (
     use_store,
 )
 from mlflow_lifecycle.exceptions import InvalidInputError, ServingFailedError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @click.command(short_help="Serve a release over HTTP.")
@@ -119,12 +123,18 @@ class ErrorIsOne(click.Command):
 @PUBLIC_KEY
 @TYPES
 @click.option(
-    "--shift", default=0.5, show_default=True, help="Drift that counts, in standard deviations."
+    "--shift", default=0.5, show_default=True, help="Limit of drift, in standard deviations."
 )
 @click.option(
-    "--share", default=0.1, show_default=True, help="Drift that counts, as a share of the rows."
+    "--share", default=0.1, show_default=True, help="Limit of drift, as a share of the rows."
 )
-@click.option("--loss", default=0.05, show_default=True, help="Loss of accuracy that counts.")
+@click.option("--loss", default=0.05, show_default=True, help="Limit of the loss of accuracy.")
+@click.option(
+    "--error", default=0.2, show_default=True, help="Limit of the relative increase of the error."
+)
+@click.option(
+    "--accept-change", default="", metavar="REASON", help="Record why the change is a true one."
+)
 @click.option(
     "--experiment", default="monitoring", show_default=True, help="Where the run is logged."
 )
@@ -138,12 +148,16 @@ def watch(
     shift: float,
     share: float,
     loss: float,
+    error: float,
+    accept_change: str,
     experiment: str,
     as_json: bool,
 ) -> None:
-    """Judge the rows that the version at URI was asked about, and log the result as a run.
+    """Compare rows with the training rows of the version at URI, and log the result as a run.
 
-    The exit status is 0 if nothing has changed, 2 for an alarm and 1 for an error.
+    The exit status is 0 without an alarm or with an accepted change, 2 for an alarm, 1 for an
+    error. If you know that the alarm shows a true change and no fault, accept it with
+    --accept-change "the reason". A new model may then learn from these rows.
 
     Example: lifecycle watch models:/tracking_quick_start@production --data batch.csv
     """
@@ -153,37 +167,42 @@ def watch(
     from mlflow_lifecycle.experiments import open_experiment
     from mlflow_lifecycle.monitoring.batches import log_batch
     from mlflow_lifecycle.monitoring.drift import Limits
-    from mlflow_lifecycle.monitoring.judge import Verdict, baseline, judge
+    from mlflow_lifecycle.monitoring.judge import Verdict, judge, load_reference
     from mlflow_lifecycle.signing.keys import own_public_key
     from mlflow_lifecycle.signing.verify import verified
 
     table = read_table(data)
     use_store()
+    limits = Limits(shift=shift, share=share, loss=loss, error=error)
     public_key = public_key or own_public_key()
     with verified(uri, public_key, trusted_types=trusted_types) as version:
-        known = baseline(version)
-        if target and target not in table:
-            columns = ", ".join(table)
-            raise InvalidInputError(
-                f"There is no column {target!r} in {data}. The columns are: {columns}"
-            )
-        if target and target != known.target and known.target in table:
-            raise InvalidInputError(
-                f"{data} has {target!r} and also {known.target!r}, the model's own labels. "
-                f"Leave --target out, or take the column {known.target!r} out of the file."
-            )
+        reference = load_reference(version)
         if target:
-            table = table.rename(columns={target: known.target})
-        judgement = judge(known, table, Limits(shift=shift, share=share, loss=loss))
+            table = _rename_target(table, target, reference.target)
+        judgement = judge(reference, table, limits, accept_change)
         open_experiment(experiment, "Batches of rows, judged.", Path.cwd())
-        run = log_batch(version, known, table, judgement, data.stem)
+        run = log_batch(version, reference, table, judgement, data.stem)
     lines = [
         f"{judgement.verdict}: {judgement.rows} rows",
         *judgement.reasons,
         f"recorded in run {run.info.run_id}",
     ]
     print_result(asdict(judgement) | {"run_id": run.info.run_id}, lines, as_json)
-    raise SystemExit(0 if judgement.verdict == Verdict.QUIET else 2)
+    quiet = judgement.verdict in (Verdict.QUIET, Verdict.ACCEPTED)
+    raise SystemExit(0 if quiet else 2)
+
+
+def _rename_target(table: "pd.DataFrame", target: str, known: str) -> "pd.DataFrame":
+    """Return the table with its column of labels named as in the training rows."""
+    if target not in table:
+        columns = ", ".join(table)
+        raise InvalidInputError(f"There is no column {target!r}. The columns are: {columns}")
+    if target != known and known in table:
+        raise InvalidInputError(
+            f"There is a column {target!r}, and also {known!r}, the target of the model. "
+            f"Omit --target, or remove the column {known!r} from the file."
+        )
+    return table.rename(columns={target: known})
 
 
 @click.command(short_help="Score a Parquet data set.")

@@ -1,37 +1,36 @@
-"""Have rows drifted away from the rows that a model learned from? How far, how surely, and how often is that false?
+"""Compare rows with the rows that a model learned from: drift, and values never seen.
 
-MLflow logs data and compares none. A test alone is no answer: with enough rows it finds any difference, however
-small. So drift counts here only if it is significant and its size is at least a stated one.
+MLflow logs data, and does not compare it. With enough rows, a test finds any difference, however
+small. Drift is therefore an alarm only if it is significant and also reaches a stated size.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from mlflow_lifecycle.datasets import as_text
-from mlflow_lifecycle.exceptions import ColumnsDifferError, InvalidInputError
+from mlflow_lifecycle.exceptions import InvalidInputError
 
-MOST_VALUES = 50  # of a column of text; rarer ones are taken together
-TABLES, MOST_TABLES = (
-    9_999,
-    1_000_000,
-)  # drawn at random for a column of categories with small counts
+# A skewed column has one or two rows far outside the training range by chance.
+LEAST_OUTSIDE = 3
 
 
 @dataclass(frozen=True)
 class Limits:
-    """From where on a finding is an alarm.
+    """Alarm thresholds.
 
     Attributes:
-        level: the share of false discoveries that is accepted, after the correction for several columns.
-        shift: the smallest size of drift in a column of numbers, in standard deviations of the reference. J. Cohen,
-            "Statistical Power Analysis for the Behavioral Sciences", 2nd edition 1988, calls 0.2 small, 0.5 medium.
-        share: the smallest size of drift in a column of categories, as the share of rows with another value.
-        outside: the smallest share of rows outside of the range.
-        loss: the smallest loss of accuracy.
+        level: the accepted share of false discoveries among the alarms of one batch.
+        shift: the size of drift in a column of numbers, in standard deviations of the training
+            rows. J. Cohen, "Statistical Power Analysis for the Behavioral Sciences", 2nd edition
+            1988, calls 0.2 small and 0.5 medium.
+        share: the size of drift in a column of categories, as a share of the rows.
+        outside: the share of rows outside the training range.
+        loss: the loss of accuracy.
+        error: the increase of the mean absolute error, as a share of the expected error.
     """
 
     level: float = 0.01
@@ -39,291 +38,282 @@ class Limits:
     share: float = 0.1
     outside: float = 0.05
     loss: float = 0.05
+    error: float = 0.2
 
 
 LIMITS = Limits()
 
 
 @dataclass(frozen=True)
-class ColumnDrift:
-    """One column, tested: the corrected p-value, the size of the difference, and whether both make it an alarm."""
+class Difference:
+    """One test of a column.
+
+    Attributes:
+        column: the column, or what of it was compared, such as ``size (missing)``.
+        size: the size of the difference.
+        unit: the unit of the size, as text to read behind it.
+        limit: the size from which on a significant difference is an alarm.
+        p_value: corrected for the number of tests.
+        outside: whether the test is about values outside the training range, and not about drift.
+        alarm: whether it is significant and reaches the limit.
+    """
 
     column: str
-    test: str
-    statistic: float
-    p_value: float
     size: float
     unit: str
-    smallest: float  # the size from which on it counts
-    alarm: bool
-
-
-@dataclass(frozen=True)
-class OutOfRange:
-    """How many rows have a value in this column that was not seen in training, and whether they are an alarm."""
-
-    column: str
-    seen: str
-    rows: int
-    share: float
+    limit: float
     p_value: float
-    alarm: bool
+    outside: bool = False
+    alarm: bool = False
+
+    def __str__(self) -> str:
+        """Return it as text: ``petal length (cm): 0.63 standard deviations, p = 1e-09``."""
+        return f"{self.column}: {self.size:.2f} {self.unit}, p = {self.p_value:.1g}"
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of a number of cases, and the interval in which it lies with 95 % confidence."""
+class Estimate:
+    """A mean over a number of rows, and its 95 % interval."""
 
-    count: int
-    cases: int
+    value: float
+    rows: int
     low: float
     high: float
 
-    @property
-    def value(self) -> float:
-        """The share itself."""
-        return self.count / self.cases
-
     def __str__(self) -> str:
-        """Return it as one reads it: ``0.9467 (95 % interval 0.8690 to 0.9853)``."""
+        """Return it as text: ``0.9467 (95 % interval 0.8690 to 0.9853)``."""
         return f"{self.value:.4f} (95 % interval {self.low:.4f} to {self.high:.4f})"
 
 
-def share(count: int, cases: int) -> Share:
-    """Return ``count`` of ``cases`` with its interval, which no approximation makes too narrow.
-
-    It is that of C. Clopper and E. Pearson, "The use of confidence or fiducial limits illustrated in the case of the
-    binomial", Biometrika 26 (1934), 404-413.
-
-    Raises:
-        ValueError: there is no case, or there are fewer cases than counted ones.
-    """
-    interval = stats.binomtest(count, cases).proportion_ci()
-    return Share(int(count), int(cases), float(interval.low), float(interval.high))
+def estimate_share(count: int, rows: int) -> Estimate:
+    """Return the share ``count`` of ``rows`` with the exact interval of Clopper and Pearson."""
+    interval = stats.binomtest(count, rows).proportion_ci()
+    return Estimate(count / rows, rows, float(interval.low), float(interval.high))
 
 
-def drift(
+def compare(
     reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS
-) -> tuple[ColumnDrift, ...]:
-    """Return the drift of each column of ``reference`` in ``rows``.
+) -> tuple[Difference, ...]:
+    """Return the differences of ``rows`` from ``reference``: two tests or more for each column.
 
-    Numbers are compared by the Kolmogorov-Smirnov test. Their size is the Wasserstein distance in standard deviations
-    of the reference: where one distribution is the other, shifted, this is the shift. Categories, truth values and gaps
-    are compared by the chi-squared test, where counts are small with tables drawn at random in place of the
-    approximation, the more the more columns there are. Their size is the total variation distance: the share of rows
-    that would have to take another value. The p-values are corrected for several columns: Y. Benjamini and Y. Hochberg,
-    "Controlling the False Discovery Rate", Journal of the Royal Statistical Society B 57 (1995), 289-300. Dates are
-    left out, because they always move.
+    Drift of numbers is tested by Kolmogorov and Smirnov's test. The size is the Wasserstein
+    distance in standard deviations of the reference: for a shifted distribution, this is the shift.
+
+    Drift of categories, booleans and missing values is tested by the chi-squared test, or by
+    Fisher's exact test if there are two. The size is the total variation distance, the share of
+    rows that would have to take another value, less the distance that chance alone would give.
+
+    Outside the training range, the model extrapolates. Often the cause is a fault, such as another
+    unit, a broken instrument or a new code. A few rows outside are normal. With n rows seen, the
+    share of later numbers outside their range has the distribution Beta(2, n - 1), for any
+    continuous distribution (S. Wilks, "Determination of sample sizes for setting tolerance limits",
+    Annals of Mathematical Statistics 12 (1941), 91-96). The share of categories never seen is about
+    the share s / n of those seen once (I. Good, Biometrika 40 (1953), 237-264), here with the
+    distribution Beta(s + 1, n - s + 1). A missing value is outside if the training rows have none.
+
+    The p-values are corrected for the number of tests as by Y. Benjamini and Y. Hochberg,
+    "Controlling the False Discovery Rate", Journal of the Royal Statistical Society B 57 (1995),
+    289-300. Dates are left out, because they always change.
 
     Args:
         reference: the rows that the model learned from.
-        rows: the rows to judge. Columns that the reference lacks do not count.
-        limits: from where on drift is an alarm.
+        rows: the rows to compare. Columns that the reference does not have are ignored.
+        limits: the alarm thresholds.
 
     Raises:
-        ColumnsDifferError: ``rows`` lack a column, or hold something else than numbers where the reference has numbers.
-        ValueError: there are no rows.
+        InvalidInputError: there are no rows, a column is missing in them, or it does not hold
+            numbers where the reference does.
     """
-    found, names = [], _compared(reference, rows)
-    # With two tests of each column, so many tables can give a p-value that is below the level when it is corrected.
-    tables = int(min(2 * len(names) / max(limits.level, 1e-9), MOST_TABLES))
-    for name in names:
-        gaps = _missing(reference[name]), _missing(rows[name])
-        if _is_number(reference[name]):
-            numbers = [
-                table[name][~gap].astype(float)
-                for table, gap in zip((reference, rows), gaps, strict=True)
-            ]
-            if min(map(len, numbers)):
-                found.append(
-                    (
-                        name,
-                        "Kolmogorov-Smirnov",
-                        *_numbers(*numbers),
-                        "standard deviations",
-                        limits.shift,
-                    )
-                )
-            if any(gap.any() for gap in gaps):
-                found.append(
-                    (
-                        f"{name} (gaps)",
-                        "chi-squared",
-                        *_categories(*gaps, tables),
-                        "of the rows",
-                        limits.share,
-                    )
-                )
-        else:
-            values = [as_text(table[name]).fillna("(gap)") for table in (reference, rows)]
-            found.append(
-                (name, "chi-squared", *_categories(*values, tables), "of the rows", limits.share)
-            )
-    corrected = stats.false_discovery_control([p for _, _, _, p, *_ in found]) if found else []
-    return tuple(
-        ColumnDrift(
-            name,
-            test,
-            statistic,
-            float(p),
-            size,
-            unit,
-            smallest,
-            bool(p < limits.level and size >= smallest),
-        )
-        for (name, test, statistic, _, size, unit, smallest), p in zip(
-            found, corrected, strict=True
-        )
-    )
-
-
-def out_of_range(
-    reference: pd.DataFrame, rows: pd.DataFrame, limits: Limits = LIMITS
-) -> tuple[OutOfRange, ...]:
-    """Return for each column of ``reference`` how many ``rows`` hold a value beyond all that was seen in training.
-
-    There the model guesses, and most often the cause is a fault: another unit, a broken instrument, a new code. Refuse
-    such rows or repair them, and let no model learn from them.
-
-    A few rows beyond are no fault. With n rows seen, the share of later numbers beyond their extremes has the
-    distribution Beta(2, n - 1), whatever that of the numbers (S. Wilks, "Determination of sample sizes for setting
-    tolerance limits", Annals of Mathematical Statistics 12 (1941), 91-96). The share of values never seen is about that
-    of the values that were seen once (I. Good, Biometrika 40 (1953), 237-264). No chance brings many numbers that lie
-    farther beyond than the whole range is wide, such as -999 for unknown. A gap counts where training had none.
-
-    Args:
-        reference: the rows that the model learned from.
-        rows: the rows to judge.
-        limits: from where on it is an alarm.
-
-    Raises:
-        ColumnsDifferError: as in ``drift``.
-        ValueError: there are no rows, or fewer than two to compare with.
-    """
-    found, count = [], len(rows)
-    for name in _compared(reference, rows):
-        gap, seen = _missing(rows[name]), reference[name][~_missing(reference[name])]
-        new_gap, far = gap & (len(seen) == len(reference)), 0
-        if len(seen) < 2:
+    check_columns(reference.columns, rows)
+    if len(reference) < 2 or rows.empty:
+        raise InvalidInputError(f"{len(rows)} rows cannot be compared with {len(reference)}.")
+    tests = []
+    for name, column in reference.items():
+        if pd.api.types.is_datetime64_any_dtype(column):
             continue
-        if _is_number(reference[name]):
-            low, high = float(seen.min()), float(seen.max())
-            numbers = pd.to_numeric(rows[name]).astype(float)
-            beyond, text = numbers.lt(low) | numbers.gt(high), f"{low:g} to {high:g}"
-            far = int((numbers.lt(2 * low - high) | numbers.gt(2 * high - low)).sum())
-            chance = stats.betabinom(count, 2, len(seen) - 1)
+        if pd.api.types.is_numeric_dtype(column) and column.dtype != bool:
+            tests += _compare_numbers(name, column, rows[name], limits)
         else:
-            known = as_text(seen).value_counts()
-            beyond = ~gap & ~as_text(rows[name]).isin(known.index)
-            text = ", ".join(known.index[:5]) + (", ..." if len(known) > 5 else "")
-            chance = stats.binom(count, ((known == 1).sum() + 1) / (len(seen) + 1))
-        outside = int((beyond | new_gap).sum())
-        found.append((name, text, outside, far, float(chance.sf(outside - 1))))
-    corrected = stats.false_discovery_control([p for *_, p in found]) if found else []
-    many, ranges = limits.outside * count, []
-    for (name, text, outside, far, _), p in zip(found, corrected, strict=True):
-        alarm = far >= max(many, 1) or (outside >= many and p < limits.level)
-        ranges.append(OutOfRange(name, text, outside, outside / count, float(p), bool(alarm)))
-    return tuple(ranges)
+            tests += _compare_texts(name, as_text(column), as_text(rows[name]), limits)
+    corrected = stats.false_discovery_control([test.p_value for test in tests])
+    differences = []
+    for test, p_value in zip(tests, corrected, strict=True):
+        alarm = p_value < limits.level and test.size >= test.limit
+        differences.append(replace(test, p_value=float(p_value), alarm=bool(alarm)))
+    return tuple(differences)
 
 
-def false_alarms(
+def check_columns(names: Iterable[str], rows: pd.DataFrame) -> None:
+    """Refuse rows without these columns.
+
+    Raises:
+        InvalidInputError: a column is missing.
+    """
+    missing = [str(name) for name in names if name not in rows]
+    if missing:
+        raise InvalidInputError(f"These columns are missing: {', '.join(missing)}")
+
+
+def read_numbers(name: str, column: pd.Series) -> pd.Series:
+    """Return a column as decimal numbers. An infinite number becomes NaN.
+
+    Raises:
+        InvalidInputError: it holds something else.
+    """
+    try:
+        numbers = pd.to_numeric(column).astype(float)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"Column {name!r} must hold numbers: {error}") from None
+    return numbers.replace([np.inf, -np.inf], np.nan)
+
+
+def has_alarm(reference: pd.DataFrame, rows: pd.DataFrame) -> bool:
+    """Return whether a difference of ``rows`` from ``reference`` is an alarm."""
+    return any(difference.alarm for difference in compare(reference, rows))
+
+
+def alarm_rate(
     reference: pd.DataFrame,
     batch: int,
-    alarm: Callable[[pd.DataFrame, pd.DataFrame], bool],
+    alarm: Callable[[pd.DataFrame, pd.DataFrame], bool] = has_alarm,
     *,
     resamples: int = 200,
     seed: int = 0,
-) -> Share:
-    """Return how often ``alarm`` is raised although nothing has changed.
+) -> Estimate:
+    """Return how often a batch raises an alarm: by default the rate of false alarms.
 
-    Both tables that it compares are drawn from ``reference``, with replacement, so they differ by chance alone.
+    Both tables are drawn from ``reference`` with replacement, so they differ by chance alone. An
+    ``alarm`` that changes the batch before it compares gives the power for that change.
 
     Args:
         reference: the rows that the model learned from.
-        batch: how many rows are judged at a time.
-        alarm: ``alarm(reference, rows)``, for example ``lambda a, b: any(c.alarm for c in drift(a, b))``.
-        resamples: how often it is tried.
+        batch: how many rows a batch has.
+        alarm: what raises the alarm, called with the reference and the batch.
+        resamples: how many batches are drawn.
         seed: of the draws.
     """
-    generator, raised = np.random.default_rng(seed), 0
+    generator = np.random.default_rng(seed)
+    alarms = 0
     for _ in range(resamples):
-        drawn = (generator.integers(len(reference), size=size) for size in (len(reference), batch))
-        first, second = (reference.iloc[rows].reset_index(drop=True) for rows in drawn)
-        raised += bool(alarm(first, second))
-    return share(raised, resamples)
+        first = reference.sample(frac=1, replace=True, random_state=generator, ignore_index=True)
+        second = reference.sample(batch, replace=True, random_state=generator, ignore_index=True)
+        alarms += bool(alarm(first, second))
+    return estimate_share(alarms, resamples)
 
 
-def _compared(reference: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
-    """Return the columns to compare; refuse rows that cannot be compared with the reference."""
-    if len(reference) < 2 or not len(rows):
-        raise InvalidInputError(f"{len(rows)} rows cannot be compared with {len(reference)}.")
-    if lacking := [str(name) for name in reference if name not in rows]:
-        raise ColumnsDifferError(
-            f"The rows lack a column that the model learned from: {', '.join(lacking)}."
-        )
-    for name in filter(lambda name: _is_number(reference[name]), reference):
-        values = rows[name][~_missing(rows[name])]
-        odd = values[pd.to_numeric(values, errors="coerce").isna()]
-        if len(odd) or pd.api.types.is_datetime64_any_dtype(values):
-            found = (odd if len(odd) else values).iloc[0]
-            raise ColumnsDifferError(
-                f"Column {name!r} holds numbers in training, and here {str(found)!r}."
+def _compare_numbers(
+    name: str,
+    reference: pd.Series,
+    rows: pd.Series,
+    limits: Limits,
+) -> list[Difference]:
+    """Return the tests of a column of numbers."""
+    reference = read_numbers(name, reference)
+    rows = read_numbers(name, rows)
+    seen = reference.dropna()
+    numbers = rows.dropna()
+    tests = []
+    if reference.isna().any() or rows.isna().any():
+        label = f"{name} (missing)"
+        tests.append(_compare_counts(label, reference.isna(), rows.isna(), limits))
+    if seen.empty:
+        return tests
+    if len(numbers):
+        scale = seen.std(ddof=0) or 1.0
+        tests.append(
+            Difference(
+                column=name,
+                size=float(stats.wasserstein_distance(seen, numbers) / scale),
+                unit="standard deviations",
+                limit=limits.shift,
+                p_value=stats.ks_2samp(seen, numbers).pvalue,
             )
-    return [name for name in reference if not pd.api.types.is_datetime64_any_dtype(reference[name])]
+        )
+    low = seen.min()
+    high = seen.max()
+    width = high - low
+    outside = rows.lt(low) | rows.gt(high)
+    far = rows.lt(low - width) | rows.gt(high + width)
+    if len(seen) == len(reference):
+        outside |= rows.isna()
+    chance = stats.betabinom(len(rows), 2, max(len(seen) - 1, 1))
+    tests.append(_count_outside(name, outside, far, f"{low:g} to {high:g}", chance, limits))
+    return tests
 
 
-def _is_number(column: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-
-
-def _missing(column: pd.Series) -> pd.Series:
-    """Tell which values are gaps; an infinite number is one."""
-    return column.isna() | column.isin([np.inf, -np.inf])
-
-
-def _numbers(reference: pd.Series, rows: pd.Series) -> tuple[float, float, float]:
-    """Return the statistic and the p-value of the Kolmogorov-Smirnov test, and the size."""
-    test = stats.ks_2samp(
-        reference, rows, method="asymp" if len(reference) * len(rows) > 10**6 else "auto"
-    )
-    scale = float(reference.std(ddof=0)) or abs(float(reference.mean())) or 1.0
-    return (
-        float(test.statistic),
-        float(test.pvalue),
-        float(stats.wasserstein_distance(reference, rows)) / scale,
-    )
-
-
-def _categories(reference: pd.Series, rows: pd.Series, tables: int) -> tuple[float, float, float]:
-    """Return the statistic and the p-value of the chi-squared test, and the size.
-
-    ``tables`` are drawn at random where fewer do not tell how small the p-value is.
-    """
-    counts = pd.concat([reference, rows]).value_counts()
-    frequent = counts[counts > 1].index[:MOST_VALUES]
-    counted = [
-        column.where(column.isin(frequent), "(rarer)").value_counts()
-        for column in (reference, rows)
+def _compare_texts(
+    name: str,
+    reference: pd.Series,
+    rows: pd.Series,
+    limits: Limits,
+) -> list[Difference]:
+    """Return the tests of a column of categories."""
+    filled = reference.fillna("(missing)")
+    rows = rows.fillna("(missing)")
+    counts = filled.value_counts()
+    once = (counts == 1).sum()
+    outside = ~rows.isin(counts.index)
+    chance = stats.betabinom(len(rows), once + 1, len(filled) - once + 1)
+    seen = ", ".join(counts.index[:5])
+    return [
+        _compare_counts(name, filled, rows, limits),
+        _count_outside(name, outside, outside & False, seen, chance, limits),
     ]
-    table = pd.concat(counted, axis=1).fillna(0).to_numpy().T
-    if table.shape[1] < 2:
-        return 0.0, 1.0, 0.0
-    small = stats.contingency.expected_freq(table).min() < 5
-    test = _chi_squared(table, TABLES if small else 0)
-    if (
-        small and tables > TABLES and test.pvalue < 2 / (TABLES + 1)
-    ):  # none of the tables was as unlike
-        test = _chi_squared(table, tables)
-    shares = table / table.sum(axis=1, keepdims=True)
-    return float(test.statistic), float(test.pvalue), float(np.abs(shares[0] - shares[1]).sum() / 2)
 
 
-def _chi_squared(table: np.ndarray, tables: int) -> stats.contingency.Chi2ContingencyResult:
-    """Return scipy's chi-squared test, by so many tables drawn at random, or with 0 by the approximation."""
-    drawn = (
-        stats.MonteCarloMethod(tables, batch=10_000, rng=np.random.default_rng(0))
-        if tables
-        else None
+def _compare_counts(
+    name: str,
+    reference: pd.Series,
+    rows: pd.Series,
+    limits: Limits,
+) -> Difference:
+    """Return the test of how often each value occurs."""
+    counts = pd.concat([reference.value_counts(), rows.value_counts()], axis=1).fillna(0)
+    smaller = min(len(reference), len(rows)) / (len(reference) + len(rows))
+    # Values that are expected less than once are merged: with them, the chi-squared test raises
+    # false alarms (W. Cochran, "Some methods for strengthening the common chi-squared tests",
+    # Biometrics 10 (1954), 417-451).
+    rare = counts.sum(axis=1) * smaller < 1
+    counts = counts.groupby(counts.index.astype(str).where(~rare, "(rare)")).sum()
+    p_value = 1.0
+    if len(counts) > 1:
+        test = stats.fisher_exact if len(counts) == 2 else stats.chi2_contingency
+        p_value = test(counts.to_numpy(dtype=int)).pvalue
+    shares = counts / counts.sum()
+    distance = (shares.iloc[:, 0] - shares.iloc[:, 1]).abs().sum() / 2
+    # By chance, the difference of a share p has the variance p (1 - p) (1 / n + 1 / m), and the
+    # mean absolute value of a normal variable is its standard deviation times the root of 2 / pi.
+    pooled = counts.sum(axis=1) / counts.to_numpy().sum()
+    variance = pooled * (1 - pooled) * (1 / counts.sum()).sum()
+    by_chance = np.sqrt(variance * 2 / np.pi).sum() / 2
+    return Difference(
+        column=name,
+        size=max(float(distance - by_chance), 0.0),
+        unit="of the rows",
+        limit=limits.share,
+        p_value=p_value,
     )
-    return stats.chi2_contingency(table.astype(int), correction=False, method=drawn)
+
+
+def _count_outside(
+    name: str,
+    outside: pd.Series,
+    far: pd.Series,
+    seen: str,
+    chance: object,
+    limits: Limits,
+) -> Difference:
+    """Return the test of how many rows are outside the training range."""
+    count = len(outside)
+    many = max(limits.outside * count, LEAST_OUTSIDE)
+    p_value = chance.sf(outside.sum() - 1)
+    if far.sum() >= many:  # no chance brings these, such as -999
+        p_value = 0.0
+    return Difference(
+        column=name,
+        size=float(outside.mean()),
+        unit=f"of the rows are outside the training range ({seen})",
+        limit=many / count,
+        p_value=p_value,
+        outside=True,
+    )

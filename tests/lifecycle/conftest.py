@@ -8,7 +8,7 @@ import pytest
 from releases import make_store
 from versions import NAME, iris_rows, register, restored, store_in
 
-from mlflow_lifecycle.monitoring.judge import baseline
+from mlflow_lifecycle.monitoring.judge import load_reference
 from mlflow_lifecycle.signing.keys import own_public_key
 from mlflow_lifecycle.signing.verify import verified
 
@@ -71,7 +71,7 @@ def version(store):
 @pytest.fixture(scope="module")
 def known(version):
     """Give what a batch is compared with."""
-    return baseline(version)
+    return load_reference(version)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from versions import LOCK, iris_rows, register, restored, store_in
 from mlflow_lifecycle.cli import main
 from mlflow_lifecycle.datasets import fingerprint
 from mlflow_lifecycle.exceptions import NotVerifiedError, ServingFailedError, UnreviewedContentError
-from mlflow_lifecycle.monitoring.judge import baseline
+from mlflow_lifecycle.monitoring.judge import load_reference
 from mlflow_lifecycle.serving import training_limits
 from mlflow_lifecycle.signing.adopt import sign_version
 from mlflow_lifecycle.signing.keys import own_key, own_public_key
@@ -121,13 +121,13 @@ def test_second_time_changes_nothing_or_adds_the_training_data(folder, sign):
 
 def test_what_needs_training_data_names_the_command_that_adds_it(folder, sign):
     sign()
-    command = f"no training data was signed. Add it: lifecycle sign {PLAIN} --training-data FILE"
+    command = f"No training data was signed with models:/plain/1. Add it: lifecycle sign {PLAIN} --training-data FILE"
     with verified(PLAIN, own_public_key()) as copy:
         assert (copy.training_rows, copy.statement.training_rows) == (None, "")
         with pytest.raises(ServingFailedError, match=command):
             training_limits(copy)
         with pytest.raises(ValueError, match=command):
-            baseline(copy)
+            load_reference(copy)
 
 
 def test_files_outside_of_the_store_are_not_downloaded(folder, sign):

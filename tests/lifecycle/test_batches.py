@@ -1,5 +1,6 @@
 """batches: rows from the record of a served version, and what a batch leaves in the store."""
 
+import dataclasses
 import json
 
 import mlflow
@@ -10,9 +11,9 @@ from matplotlib.figure import Figure
 from sklearn.dummy import DummyClassifier
 from versions import NAME, iris_rows, save
 
-from mlflow_lifecycle.monitoring.batches import log_batch, plot_drift, recorded
-from mlflow_lifecycle.monitoring.drift import drift
-from mlflow_lifecycle.monitoring.judge import Judgement, Verdict, judge
+from mlflow_lifecycle.monitoring.batches import log_batch, plot_differences, read_batch
+from mlflow_lifecycle.monitoring.drift import compare
+from mlflow_lifecycle.monitoring.judge import Verdict, judge
 
 ROWS = iris_rows()
 FEATURES = ROWS.columns[:-1].tolist()
@@ -38,7 +39,7 @@ def write(folder, *entries, name="requests-2026-01-31-aa.jsonl") -> None:
 
 def test_recorded_rows_come_back_with_their_answers(tmp_path, version):
     write(tmp_path, entry(1, ROWS[:2]), entry(2, ROWS[100:101], predictions=["virginica"]))
-    rows = recorded(tmp_path, version)
+    rows = read_batch(tmp_path, version)
     pd.testing.assert_frame_equal(
         rows[FEATURES].reset_index(drop=True), ROWS.loc[[0, 1, 100], FEATURES].reset_index(drop=True)
     )
@@ -52,7 +53,7 @@ def test_requests_of_another_client_are_not_in_a_batch(tmp_path, version):
     others = [entry(2, ROWS[50:90]), entry(4, ROWS[:0], status=400, predictions=[])]
     write(tmp_path, mine[0], others[0], mine[1], others[1], mine[2])
     # when the batch is read by the ids of its answers, in the order in which its labels will come
-    rows = recorded(tmp_path, version, ["id5", "id1", "id3"])
+    rows = read_batch(tmp_path, version, ["id5", "id1", "id3"])
     # then
     assert rows[FEATURES].to_numpy().tolist() == ROWS.loc[[5, 1, 3], FEATURES].to_numpy().tolist()
 
@@ -60,14 +61,14 @@ def test_requests_of_another_client_are_not_in_a_batch(tmp_path, version):
 def test_record_of_several_servers_and_days_is_read_by_time(tmp_path, version):
     write(tmp_path, entry(2, ROWS[2:3]))
     write(tmp_path, entry(1, ROWS[1:2]), entry(3, ROWS[3:4]), name="requests-2026-01-30-bb.jsonl")
-    assert recorded(tmp_path, version).index.tolist() == ["id1", "id2", "id3"]
+    assert read_batch(tmp_path, version).index.tolist() == ["id1", "id2", "id3"]
 
 
 def test_line_that_is_being_written_and_refused_requests_are_left_out(tmp_path, version):
     write(tmp_path, entry(1, ROWS[:1]), {"time": "2026-01-31", "id": "id2", "status": 400, "message": "no rows"})
     with (tmp_path / "requests-2026-01-31-aa.jsonl").open("a") as file:
         file.write('{"time": "2026-01-31T13')
-    assert recorded(tmp_path, version).index.tolist() == ["id1"]
+    assert read_batch(tmp_path, version).index.tolist() == ["id1"]
 
 
 def test_recorded_times_come_back_as_times(tmp_path):
@@ -78,20 +79,20 @@ def test_recorded_times_come_back_as_times(tmp_path):
     answer = {"name": "flowers", "predictions": ["a"] * 4, "version": "7"}
     write(tmp_path, entry(1, ROWS[:0], inputs={"time": rows["time"].map(str).tolist()}, **answer))
     # then
-    assert recorded(tmp_path, asked)["time"].tolist() == rows["time"].tolist()
+    assert read_batch(tmp_path, asked)["time"].tolist() == rows["time"].tolist()
 
 
 def test_answer_that_is_not_recorded_is_said(tmp_path, version):
     write(tmp_path, entry(1, ROWS[:1]))
     with pytest.raises(ValueError, match=r"1 of 2 answers of .* are not in the record .*, the first is id7"):
-        recorded(tmp_path, version, ["id1", "id7"])
+        read_batch(tmp_path, version, ["id1", "id7"])
     with pytest.raises(ValueError, match=f"There is no answer of models:/{NAME}/1 in the record"):
-        recorded(tmp_path / "nowhere", version)
+        read_batch(tmp_path / "nowhere", version)
 
 
 def test_answers_of_another_version_do_not_count(tmp_path, version):
     write(tmp_path, entry(1, ROWS[:1]), entry(2, ROWS[1:2], version="2"), entry(3, ROWS[2:3], name="other"))
-    assert recorded(tmp_path, version).index.tolist() == ["id1"]
+    assert read_batch(tmp_path, version).index.tolist() == ["id1"]
 
 
 # What a batch leaves in the store
@@ -127,16 +128,12 @@ def test_rows_answers_and_judgement_are_kept(version, known, usual):
     assert kept["prediction"].tolist() == known.estimator.predict(usual[FEATURES]).tolist()
     said = mlflow.artifacts.load_dict(f"runs:/{run_id}/judgement.json")
     assert said["verdict"] == judgement.verdict == Verdict.QUIET
-    assert said["accuracy"] == {
-        "count": judgement.accuracy.count,
-        "cases": 75,
-        "low": judgement.accuracy.low,
-        "high": judgement.accuracy.high,
-    }
+    assert said["metric"] == "accuracy"
+    assert said["performance"] == dataclasses.asdict(judgement.performance)
     assert {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)} == {
         "batch.json",
         "judgement.json",
-        "drift.png",
+        "differences.png",
     }
 
 
@@ -145,6 +142,13 @@ def test_batch_without_labels_leaves_no_accuracy(version, known, usual):
     run = mlflow.get_run(run_id)
     assert run.data.metrics == {}
     assert [used.model_id for used in run.inputs.model_inputs] == [version.model_id]
+
+
+def test_accepted_change_is_recorded_with_its_reason(version, known, usual):
+    longer = usual.assign(**1.3 * usual[FEATURES])
+    run = log_batch(version, known, longer, judge(known, longer, accepted="another garden"))
+    tags = mlflow.get_run(run.info.run_id).data.tags
+    assert (tags["verdict"], tags["accepted_change"]) == ("accepted change", "another garden")
 
 
 def test_broken_batch_is_kept_without_answers(version, known, usual):
@@ -157,25 +161,32 @@ def test_broken_batch_is_kept_without_answers(version, known, usual):
 def test_picture_shows_sizes_in_multiples_of_what_counts(known, usual):
     judgement = judge(known, usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6}))
     axes = Figure().subplots()
-    plot_drift(judgement, axes)
+    plot_differences(judgement, axes)
     widths = {
         label.get_text(): bar.get_width() for label, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
     }
-    assert widths == {column.column: column.size / column.smallest for column in judgement.drift}
+    expected = {}
+    for found in judgement.differences:
+        expected[found.column + (", outside" if found.outside else "")] = found.size / found.limit
+    assert widths == expected
     assert axes.lines[0].get_xdata()[0] == 1
-    red = {bar.get_facecolor() for bar, column in zip(axes.patches, judgement.drift[::-1], strict=True) if column.alarm}
+    red = {
+        bar.get_facecolor()
+        for bar, column in zip(axes.patches, judgement.differences[::-1], strict=True)
+        if column.alarm
+    }
     assert len(red) == 1
 
 
-def test_picture_shows_names_of_columns_as_they_are():
+def test_picture_shows_names_of_columns_as_they_are(known, usual):
     # given columns with names that matplotlib would read as formulas
     names = ["price in $, cost in $", "a_$_b_$"]
     rows = pd.DataFrame([[1.0, 2.0], [2.0, 3.0]], columns=names)
     figure = Figure()
     axes = figure.subplots()
     # when
-    plot_drift(Judgement(Verdict.QUIET, (), 2, drift(rows, rows)), axes)
+    plot_differences(dataclasses.replace(judge(known, usual), differences=compare(rows, rows)), axes)
     figure.canvas.draw()
     # then
-    assert [label.get_text() for label in axes.get_yticklabels()] == names[::-1]
+    assert [label.get_text() for label in axes.get_yticklabels()][1::2] == names[::-1]
     assert not any(label.get_parse_math() for label in axes.get_yticklabels())

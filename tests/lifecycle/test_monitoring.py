@@ -2,18 +2,23 @@
 
 import dataclasses
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.models import infer_signature
+from scipy import stats
+from sklearn.base import clone
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import KFold, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
-from versions import iris_rows, save
+from versions import LOCK, iris_rows, save
 
-from mlflow_lifecycle.monitoring.drift import Limits, false_alarms, share
-from mlflow_lifecycle.monitoring.judge import Verdict, answered, baseline, judge
+from mlflow_lifecycle.monitoring.drift import Limits, alarm_rate
+from mlflow_lifecycle.monitoring.judge import Verdict, _is_worse, add_predictions, judge, load_reference
 from mlflow_lifecycle.signing.statement import Statement
 from mlflow_lifecycle.signing.verify import Verified
 
@@ -33,7 +38,7 @@ def version_of(folder, model, rows, target=TARGET) -> Verified:
 def known(tmp_path_factory):
     """Give what batches are compared with: of a linear model that learned from every second flower."""
     model = LogisticRegression(max_iter=1000)
-    return baseline(version_of(tmp_path_factory.mktemp("model"), model, ROWS[::2].reset_index(drop=True)))
+    return load_reference(version_of(tmp_path_factory.mktemp("model"), model, ROWS[::2].reset_index(drop=True)))
 
 
 @pytest.fixture
@@ -53,18 +58,18 @@ def test_usual_rows_are_quiet(known, usual):
     judgement = judge(known, usual)
     assert judgement.verdict == Verdict.QUIET
     assert judgement.reasons == ()
-    assert judgement.accuracy.count == (known.estimator.predict(usual[FEATURES]) == usual[TARGET]).sum()
+    assert judgement.performance.value == (known.estimator.predict(usual[FEATURES]) == usual[TARGET]).mean()
 
 
 def test_rows_without_labels_are_judged_without_accuracy(known, usual):
     judgement = judge(known, usual[FEATURES])
     assert judgement.verdict == Verdict.QUIET
-    assert judgement.accuracy is None
+    assert judgement.performance is None
 
 
 def test_labels_that_are_there_for_some_rows_count(known, usual):
     usual.loc[10:, TARGET] = None
-    assert judge(known, usual).accuracy.cases == 10
+    assert judge(known, usual).performance.rows == 10
 
 
 def test_further_columns_and_another_order_change_nothing(known, usual):
@@ -81,7 +86,7 @@ def test_rate_of_false_alarms_of_the_whole_verdict_is_low(known):
         drawn = dataclasses.replace(known, rows=reference, predictions=known.estimator.predict(reference[FEATURES]))
         return judge(drawn, rows).verdict != Verdict.QUIET
 
-    rate = false_alarms(known.rows, 75, alarm, resamples=60)
+    rate = alarm_rate(known.rows, 75, alarm, resamples=60)
     assert rate.low <= 2 * Limits().level
 
 
@@ -92,13 +97,13 @@ def test_ruler_that_shows_thirty_percent_too_much_is_broken_input(known, usual):
     judgement = judge(known, usual.assign(**1.3 * usual[FEATURES]))
     assert judgement.verdict == Verdict.BROKEN
     assert "sepal length (cm): " in judgement.reasons[0]
-    assert "rows are beyond what training saw" in judgement.reasons[0]
+    assert "of the rows are outside the training range" in judgement.reasons[0]
 
 
 def test_rows_that_lack_a_column_or_hold_text_in_one_are_broken_input(known, usual):
     judgement = judge(known, usual.drop(columns=FEATURES[3]))
     assert judgement.verdict == Verdict.BROKEN
-    assert "lack a column that the model learned from: petal width (cm)" in reasons(judgement)
+    assert "These columns are missing: petal width (cm)" in reasons(judgement)
     judgement = judge(known, usual.assign(**{FEATURES[3]: "wide"}))
     assert judgement.verdict == Verdict.BROKEN
     assert "'wide'" in reasons(judgement)
@@ -130,7 +135,7 @@ def test_predictions_that_drift_are_drift_although_no_column_does(known, usual):
     # given answers that are all of one class, for the usual rows
     judgement = judge(known, usual[FEATURES].assign(prediction="setosa"))
     assert judgement.verdict == Verdict.DRIFT
-    assert judgement.reasons[0].startswith("prediction of species: 0.6")
+    assert judgement.reasons[0].startswith("prediction of species: 0.59 of the rows")
 
 
 def test_two_percent_of_scale_in_five_thousand_rows_is_quiet(known):
@@ -145,27 +150,27 @@ def test_two_percent_of_scale_in_five_thousand_rows_is_quiet(known):
 def test_class_that_is_written_differently_is_an_alarm_that_says_so(known, usual, name):
     judgement = judge(known, usual.replace({TARGET: {"setosa": name}}))
     assert judgement.verdict == Verdict.LABELS
-    assert f"{name!r} is no class that the model knows, and is written like 'setosa'" in judgement.reasons
+    assert f"the model does not know the class {name!r}, which is written like 'setosa'" in judgement.reasons
 
 
 def test_new_class_is_an_alarm(known, usual):
     usual.loc[0, TARGET] = "pumila"
     judgement = judge(known, usual)
     assert judgement.verdict == Verdict.LABELS
-    assert judgement.reasons == ("'pumila' is no class that the model knows",)
+    assert judgement.reasons == ("the model does not know the class 'pumila'",)
 
 
 def test_class_that_has_vanished_is_an_alarm(known, usual):
     judgement = judge(known, usual[usual[TARGET] != "virginica"].head(20))
     assert judgement.verdict == Verdict.LABELS
-    assert "no row of the class 'virginica' among 20, where 33% were" in judgement.reasons
+    assert "none of 20 rows has the class 'virginica', which 33% of the training rows have" in judgement.reasons
 
 
 def test_class_of_many_that_a_batch_lacks_by_chance_is_no_alarm(known):
     # given 20 equally frequent classes, of which one in six batches of 90 rows lacks at least one
     names = [f"species {number}" for number in range(20)] * 50
     rows = ROWS.sample(1000, replace=True, random_state=0, ignore_index=True).assign(species=names)
-    many = dataclasses.replace(known, rows=rows, predictions=np.array(names), expected=share(1000, 1000))
+    many = dataclasses.replace(known, rows=rows, predictions=np.array(names))
     batch = rows.assign(prediction=names)[rows[TARGET] != "species 0"]
     # then
     assert judge(many, batch.head(90)).verdict == Verdict.QUIET
@@ -188,14 +193,14 @@ def test_labels_that_are_swapped_raise_the_accuracy_alarm(known, usual):
     swapped = {"versicolor": "virginica", "virginica": "versicolor"}
     judgement = judge(known, usual.replace({TARGET: swapped}))
     # then nothing but the accuracy shows it
-    assert judgement.verdict == Verdict.ACCURACY
-    assert judgement.reasons == (f"accuracy {judgement.accuracy}, expected {known.expected}",)
-    assert judgement.accuracy.high < known.expected.low
+    assert judgement.verdict == Verdict.PERFORMANCE
+    assert judgement.reasons == (f"accuracy {judgement.performance}, expected {known.expected}",)
+    assert judgement.performance.high < known.expected.low
 
 
 def test_accuracy_that_may_be_lower_by_chance_is_no_alarm(known, usual):
     # given two errors in ten rows
-    rows = answered(known, usual.sample(10, random_state=0))
+    rows = add_predictions(known, usual.sample(10, random_state=0))
     wrong = rows.index[:2]
     rows.loc[wrong, "prediction"] = rows.loc[wrong, TARGET].map(
         {"setosa": "virginica", "versicolor": "setosa", "virginica": "setosa"}
@@ -205,18 +210,19 @@ def test_accuracy_that_may_be_lower_by_chance_is_no_alarm(known, usual):
 
 def test_small_loss_is_no_alarm_however_many_rows(known):
     # given an expectation that is met but for two in a hundred, on 20,000 rows
-    expected = dataclasses.replace(known, expected=share(20_000, 20_000))
-    rows = answered(known, ROWS.sample(20_000, replace=True, random_state=0, ignore_index=True))
+    rows = ROWS.sample(20_000, replace=True, random_state=0, ignore_index=True)
+    expected = dataclasses.replace(known, rows=rows, predictions=rows[TARGET].to_numpy())
+    rows = add_predictions(known, rows)
     rows["prediction"] = rows[TARGET].where(rows.index % 50 != 0, "setosa")
     judgement = judge(expected, rows)
-    assert judgement.accuracy.high < judgement.expected.low
+    assert judgement.performance.high < judgement.expected.low
     assert judgement.verdict == Verdict.QUIET
-    assert judge(expected, rows, Limits(loss=0.01)).verdict == Verdict.ACCURACY
+    assert judge(expected, rows, Limits(loss=0.01)).verdict == Verdict.PERFORMANCE
 
 
 def test_answers_that_were_given_are_judged_and_not_those_of_today(known, usual):
     judgement = judge(known, usual.assign(prediction=usual[TARGET]))
-    assert judgement.accuracy.value == 1
+    assert judgement.performance.value == 1
 
 
 @pytest.mark.parametrize("kind", ["int", "text", "bool"])
@@ -225,7 +231,7 @@ def test_classes_of_any_type_meet_labels_as_a_file_gives_them(tmp_path, kind):
     frame = load_breast_cancer(as_frame=True).frame[["mean radius", "mean texture", "target"]]
     classes = {"int": frame["target"], "text": frame["target"].map(str), "bool": frame["target"].astype(bool)}[kind]
     rows = frame.assign(target=classes)
-    known = baseline(version_of(tmp_path, LogisticRegression(max_iter=1000), rows[::2], "target"))
+    known = load_reference(version_of(tmp_path, LogisticRegression(max_iter=1000), rows[::2], "target"))
     batch = rows[1::2].reset_index(drop=True)
     batch["target"] = batch["target"].astype(object)
     batch.loc[0, "target"] = None
@@ -233,7 +239,7 @@ def test_classes_of_any_type_meet_labels_as_a_file_gives_them(tmp_path, kind):
     # then they are the same classes
     judgement = judge(known, pd.read_csv(tmp_path / "batch.csv"))
     assert judgement.verdict == Verdict.QUIET
-    assert judgement.accuracy.cases == len(batch) - 1
+    assert judgement.performance.rows == len(batch) - 1
 
 
 @pytest.mark.parametrize("names", [("0", "1"), ("1.0", "2.0"), ("True", "False")])
@@ -241,7 +247,7 @@ def test_answers_from_a_file_meet_classes_of_text_that_look_like_something_else(
     # given classes of text, and a file of labels and right answers, with a gap in each of both
     frame = load_breast_cancer(as_frame=True).frame[["mean radius", "mean texture", "target"]]
     rows = frame.assign(target=frame["target"].map(dict(enumerate(names))))
-    known = baseline(version_of(tmp_path, LogisticRegression(max_iter=1000), rows[::2], "target"))
+    known = load_reference(version_of(tmp_path, LogisticRegression(max_iter=1000), rows[::2], "target"))
     batch = rows[1::2].reset_index(drop=True).assign(prediction=rows["target"][1::2].tolist())
     batch.to_csv(tmp_path / "whole.csv", index=False)
     batch.loc[0, "target"] = batch.loc[1, "prediction"] = None
@@ -250,7 +256,7 @@ def test_answers_from_a_file_meet_classes_of_text_that_look_like_something_else(
     for name, wrong in (("whole", 0), ("gaps", 1)):
         judgement = judge(known, pd.read_csv(tmp_path / f"{name}.csv"))
         assert judgement.reasons == ()
-        assert judgement.accuracy.count == judgement.accuracy.cases - wrong
+        assert round(judgement.performance.value * judgement.performance.rows) == judgement.performance.rows - wrong
 
 
 # What batches are compared with
@@ -261,24 +267,31 @@ def test_expected_accuracy_is_that_of_cross_validation_on_the_rows_learned_from(
     model = LogisticRegression(max_iter=1000)
     scores = cross_val_score(model, known.rows[FEATURES], known.rows[TARGET], cv=folds)
     assert known.expected.value == pytest.approx(scores.mean())
-    assert known.expected.cases == 75
+    assert known.expected.rows == 75
 
 
 def test_target_is_the_column_that_the_model_is_not_asked_with(known):
     assert (known.target, known.features) == (TARGET, FEATURES)
 
 
-def test_model_that_is_no_classifier_is_refused(tmp_path):
-    rows = ROWS[FEATURES]
-    with pytest.raises(ValueError, match="models:/iris/1 is no classifier with one target"):
-        baseline(version_of(tmp_path, LinearRegression(), rows, FEATURES[0]))
+def test_training_data_with_more_than_one_target_is_refused(tmp_path):
+    version = version_of(tmp_path, None, ROWS)
+    ROWS.assign(kind=1).to_parquet(version.training_rows)
+    with pytest.raises(ValueError, match=r"models:/iris/1 must have one target, got \['species', 'kind'\]"):
+        load_reference(version)
+
+
+def test_version_without_training_data_is_refused_with_the_command_that_adds_it(tmp_path):
+    version = dataclasses.replace(version_of(tmp_path, None, ROWS), training_rows=None)
+    with pytest.raises(ValueError, match="Add it: lifecycle sign models:/iris/1 --training-data FILE"):
+        load_reference(version)
 
 
 def test_gaps_in_text_are_those_that_the_model_learned(tmp_path):
     # given a model that learned from a text with gaps, as read_csv reads them
     rows = pd.DataFrame({"group": np.array(["a", "b", np.nan] * 20, dtype=object), "kind": ["x", "y", "x"] * 20})
-    known = baseline(version_of(tmp_path, make_pipeline(OneHotEncoder(), LogisticRegression()), rows, "kind"))
-    # then the rows that it learned from are rows that it can take, and a challenger learns from the same gaps
+    known = load_reference(version_of(tmp_path, make_pipeline(OneHotEncoder(), LogisticRegression()), rows, "kind"))
+    # then the rows that it learned from are rows that it can take
     assert known.estimator.predict(known.rows[["group"]]).tolist() == rows["kind"].tolist()
 
 
@@ -286,14 +299,162 @@ def test_gaps_in_text_are_those_that_the_model_learned(tmp_path):
 def test_column_that_is_called_as_the_answers_are_is_refused_with_the_remedy(tmp_path, column):
     rows = ROWS.rename(columns={column: "prediction"})
     version = version_of(tmp_path, None, rows, "prediction" if column == TARGET else TARGET)
-    with pytest.raises(ValueError, match=r"learned from a column 'prediction', .* Rename the column"):
-        baseline(version)
+    with pytest.raises(ValueError, match=r"learned from a column 'prediction'.* Rename it"):
+        load_reference(version)
 
 
 def test_class_of_one_row_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="A class of 'species' has one row"):
-        baseline(version_of(tmp_path, None, ROWS.head(51)))
+    with pytest.raises(
+        ValueError, match="A class of 'species' has one row, so models:/iris/1 cannot be cross-validated"
+    ):
+        load_reference(version_of(tmp_path, None, ROWS.head(51)))
 
 
 def test_class_of_three_rows_is_cross_validated(tmp_path):
-    assert baseline(version_of(tmp_path, None, ROWS.head(53))).expected.cases == 53
+    assert load_reference(version_of(tmp_path, None, ROWS.head(53))).expected.rows == 53
+
+
+# A person decides
+
+
+def test_accepted_change_is_a_verdict_of_its_own_and_keeps_its_reasons(known, usual):
+    # given flowers that are longer, a concept that changed, and a new class
+    swapped = {"versicolor": "virginica", "virginica": "versicolor"}
+    batches = {
+        Verdict.BROKEN: usual.assign(**1.3 * usual[FEATURES]),
+        Verdict.PERFORMANCE: usual.replace({TARGET: swapped}),
+        Verdict.LABELS: usual.replace({TARGET: {"setosa": "pumila"}}),
+    }
+    for verdict, rows in batches.items():
+        before = judge(known, rows)
+        assert before.verdict == verdict
+        # when a person has found the cause
+        after = judge(known, rows, accepted="another garden")
+        # then
+        assert (after.verdict, after.accepted) == (Verdict.ACCEPTED, "another garden")
+        assert after.reasons == before.reasons
+
+
+def test_nothing_is_accepted_where_nothing_changed_or_the_model_cannot_take_the_rows(known, usual):
+    assert judge(known, usual, accepted="another garden").verdict == Verdict.QUIET
+    assert judge(known, usual.drop(columns=FEATURES[0]), accepted="no ruler").verdict == Verdict.BROKEN
+
+
+# Regression
+
+
+@pytest.fixture(scope="module")
+def expected_length(tmp_path_factory):
+    """Give what batches are compared with: of a regression of the length of petals, with a column of text."""
+    rows = ROWS[::2].reset_index(drop=True).rename(columns={TARGET: "kind"})
+    text = make_column_transformer((OneHotEncoder(), ["kind"]), remainder="passthrough")
+    model = make_pipeline(text, LinearRegression())
+    return load_reference(version_of(tmp_path_factory.mktemp("regression"), model, rows, FEATURES[2]))
+
+
+@pytest.fixture
+def later():
+    """Give the other flowers, with the length of their petals as the label."""
+    return ROWS[1::2].reset_index(drop=True).rename(columns={TARGET: "kind"})
+
+
+def test_expected_error_of_a_regression_is_that_of_cross_validation(expected_length):
+    reference = expected_length
+    folds = KFold(5, shuffle=True, random_state=0)
+    scores = cross_val_score(
+        clone(reference.estimator),
+        reference.rows[reference.features],
+        reference.rows[reference.target],
+        cv=folds,
+        scoring="neg_mean_absolute_error",
+    )
+    assert (reference.metric, reference.expected.value) == ("mean_absolute_error", pytest.approx(-scores.mean()))
+    assert reference.expected.low < reference.expected.value < reference.expected.high
+
+
+def test_usual_rows_of_a_regression_are_quiet(expected_length, later):
+    judgement = judge(expected_length, later)
+    assert judgement.reasons == ()
+    assert judgement.verdict == Verdict.QUIET
+    errors = expected_length.estimator.predict(later[expected_length.features]) - later[FEATURES[2]]
+    assert judgement.performance.value == pytest.approx(errors.abs().mean())
+    interval = stats.ttest_1samp(errors.abs(), 0).confidence_interval()
+    assert (judgement.performance.low, judgement.performance.high) == pytest.approx(tuple(interval))
+
+
+def test_larger_errors_of_a_regression_raise_the_alarm(expected_length, later):
+    # given labels that are half a centimetre longer, for the same flowers
+    judgement = judge(expected_length, later.assign(**{FEATURES[2]: later[FEATURES[2]] + 0.5}))
+    assert judgement.verdict == Verdict.PERFORMANCE
+    assert judgement.reasons[0].startswith("mean_absolute_error 0.")
+
+
+def test_small_increase_of_the_error_is_no_alarm_however_many_rows(expected_length, later):
+    # given a hundred times the same rows, whose errors are larger by a tenth
+    rows = pd.concat([expected_length.rows] * 100, ignore_index=True)
+    predictions = np.tile(expected_length.predictions, 100)
+    reference = dataclasses.replace(expected_length, rows=rows, predictions=predictions)
+    batch = rows.assign(prediction=rows[FEATURES[2]] + 1.1 * (predictions - rows[FEATURES[2]]))
+    assert judge(reference, batch).verdict == Verdict.QUIET
+    assert judge(reference, batch, Limits(error=0.05)).verdict == Verdict.PERFORMANCE
+
+
+def test_predictions_of_a_regression_drift_as_numbers(expected_length, later):
+    rows = add_predictions(expected_length, later)
+    rows["prediction"] += 2
+    judgement = judge(expected_length, rows.drop(columns=FEATURES[2]))
+    assert judgement.verdict == Verdict.BROKEN  # some are longer than any petal
+    assert any(reason.startswith("prediction of petal length (cm): 1.") for reason in judgement.reasons)
+
+
+def test_label_of_a_regression_that_is_no_number_is_refused(expected_length, later):
+    with pytest.raises(ValueError, match=r"Column 'petal length \(cm\)' must hold numbers: .*\"long\""):
+        judge(expected_length, later.assign(**{FEATURES[2]: "long"}))
+
+
+@pytest.mark.parametrize("kind", [np.random.Generator.exponential, np.random.Generator.lognormal])
+def test_skewed_errors_raise_no_false_alarms(expected_length, kind):
+    # given errors with a long tail, as before
+    raised = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        reference = dataclasses.replace(expected_length)
+        reference.__dict__["errors"] = kind(generator, size=75)
+        raised += _is_worse(reference, kind(generator, size=20), Limits())
+    assert raised <= stats.binom.ppf(0.999, 200, Limits().level)
+
+
+# Other flavors
+
+
+@pytest.mark.parametrize("name", ["xgboost", "lightgbm"])
+def test_native_flavor_is_cross_validated_with_the_parameters_of_its_run(tmp_path, name):
+    # given a model with few shallow trees; XGBoost's format does not hold these parameters
+    library = pytest.importorskip(name)
+    rows = load_breast_cancer(as_frame=True).frame
+    features = rows.columns[:-1].tolist()
+    model_class = {"xgboost": "XGBClassifier", "lightgbm": "LGBMClassifier"}[name]
+    parameters = {"n_estimators": 2, "max_depth": 1, "learning_rate": 0.1}
+    model = getattr(library, model_class)(**parameters, n_jobs=1)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    accuracy = cross_val_score(model, rows[features], rows["target"], cv=folds).mean()
+    model.fit(rows[features], rows["target"])
+    options = {"xgboost": {"model_format": "ubj"}, "lightgbm": {"serialization_format": "skops"}}[name]
+    module = getattr(mlflow, name)
+    module.save_model(
+        model,
+        tmp_path / "model",
+        signature=infer_signature(rows[features], rows["target"]),
+        pip_requirements=[name],
+        **options,
+    )
+    rows.to_parquet(tmp_path / "rows.parquet")
+    logged = {key: str(value) for key, value in parameters.items()}
+    statement = Statement("cancer", "1", "0", "release", "", parameters=logged)
+    version = Verified("models:/cancer/1", statement, tmp_path / "model", LOCK, tmp_path / "rows.parquet", "")
+    # when its columns come in another order
+    reference = load_reference(version)
+    judgement = judge(reference, rows[rows.columns[::-1]])
+    # then
+    assert reference.expected.value == pytest.approx(accuracy, abs=0.001)
+    assert judgement.performance.value == (model.predict(rows[features]) == rows["target"]).mean()

@@ -23,7 +23,7 @@ def watched(store, tmp_path, monkeypatch):
 
     def run(rows: pd.DataFrame, *options: str, uri: str = f"models:/{NAME}/1"):
         rows.to_csv(tmp_path / "Monday.csv", index=False)
-        result = CliRunner().invoke(main, ["watch", uri, "--rows", str(tmp_path / "Monday.csv"), *options])
+        result = CliRunner().invoke(main, ["watch", uri, "--data", str(tmp_path / "Monday.csv"), *options])
         return result.exit_code, result.output
 
     return run
@@ -44,31 +44,39 @@ def test_broken_ruler_ends_with_2_and_the_reason(watched, usual):
     assert printed.startswith("broken input: 75 rows\nsepal length (cm): ")
 
 
+def test_accepted_change_ends_with_0_and_is_recorded(watched, usual):
+    options = ["--accept-change", "another garden", "--experiment", "accepted"]
+    status, printed = watched(usual.assign(**1.3 * usual[FEATURES]), *options)
+    assert (status, printed.splitlines()[0]) == (0, "accepted change: 75 rows")
+    (run,) = mlflow.search_runs(experiment_names=["accepted"], output_format="list")
+    assert run.data.tags["accepted_change"] == "another garden"
+
+
 def test_swapped_labels_end_with_2(watched, usual):
     status, printed = watched(usual.replace({TARGET: {"versicolor": "virginica", "virginica": "versicolor"}}))
     assert status == 2
-    assert printed.startswith("accuracy alarm: 75 rows\naccuracy 0.")
+    assert printed.startswith("performance alarm: 75 rows\naccuracy 0.")
 
 
 def test_judgement_as_json(watched, usual):
     status, printed = watched(usual[FEATURES], "--json")
     assert status == 0
     said = json.loads(printed)
-    assert (said["verdict"], said["accuracy"]) == ("quiet", None)
-    assert {column["column"] for column in said["drift"]} == {*FEATURES, "prediction of species"}
+    assert (said["verdict"], said["performance"]) == ("quiet", None)
+    assert {column["column"] for column in said["differences"]} == {*FEATURES, "prediction of species"}
 
 
 def test_labels_under_another_name_count(watched, usual):
     renamed = usual.rename(columns={TARGET: "what it was"})
-    assert json.loads(watched(renamed, "--json")[1])["accuracy"] is None
-    assert json.loads(watched(renamed, "--json", "--target", "what it was")[1])["accuracy"]["cases"] == 75
+    assert json.loads(watched(renamed, "--json")[1])["performance"] is None
+    assert json.loads(watched(renamed, "--json", "--target", "what it was")[1])["performance"]["rows"] == 75
 
 
 def test_labels_under_two_names_are_refused(watched, usual):
     doubled = usual.assign(label=usual[TARGET])
     status, printed = watched(doubled, "--target", "label")
     assert status == 1
-    assert "Monday.csv has 'label' and also 'species', the model's own labels" in printed
+    assert "There is a column 'label', and also 'species', the target of the model" in printed
     # and the model's own name can be chosen
     assert watched(doubled, "--target", TARGET)[0] == 0
 
@@ -96,7 +104,7 @@ def test_error_ends_with_1_and_is_no_alarm(watched, usual, options, reason):
 
 def test_missing_file_and_missing_option_end_with_1(store, monkeypatch):
     monkeypatch.chdir(store)
-    result = CliRunner().invoke(main, ["watch", f"models:/{NAME}/1", "--rows", "none.csv"])
+    result = CliRunner().invoke(main, ["watch", f"models:/{NAME}/1", "--data", "none.csv"])
     assert (result.exit_code, "there is no such file" in result.output) == (1, True)
     assert CliRunner().invoke(main, ["watch", f"models:/{NAME}/1"]).exit_code == 1
 
@@ -131,7 +139,7 @@ def test_as_a_process_in_the_folder_of_the_store(store, usual, tmp_path):
         "mlflow_lifecycle",
         "watch",
         f"models:/{NAME}/1",
-        "--rows",
+        "--data",
         str(tmp_path / "Monday.csv"),
     ]
     process = finished(command, store, environment(tmp_path), limit=120)
