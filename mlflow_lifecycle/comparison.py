@@ -1,7 +1,8 @@
-"""Is a difference between two models more than chance? One decision rule for all guides, gate and report.
+"""Compare two models by the interval of the difference of their scores.
 
-A difference counts when its interval excludes 0. Otherwise the incumbent stays, or where there is none the simpler
-model. MLflow compares single numbers: ``mlflow.validate_evaluation_results`` knows thresholds, and no uncertainty.
+One rule decides in the guides, the gate and the report: a difference counts if its interval
+excludes 0. Otherwise the baseline stays, or the simpler model. MLflow compares single numbers:
+``mlflow.validate_evaluation_results`` knows thresholds, and no uncertainty.
 """
 
 import math
@@ -16,7 +17,7 @@ from mlflow_lifecycle.exceptions import InvalidInputError
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference, and the interval in which it lies with 95 % confidence."""
+    """A difference and its 95 % interval."""
 
     difference: float
     low: float
@@ -24,127 +25,105 @@ class Interval:
 
     @property
     def counts(self) -> bool:
-        """Whether the interval excludes 0, so that the difference is taken for real."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        """Return it as one reads it: ``+0.0083 (95 % interval -0.0226 to +0.0393)``."""
+        """Return it as text: ``+0.0083 (95 % interval -0.0226 to +0.0393)``."""
         return f"{self.difference:+.4f} (95 % interval {self.low:+.4f} to {self.high:+.4f})"
 
 
 def folds_interval(
-    scores: Sequence[float], other_scores: Sequence[float], test_share: float
+    scores: Sequence[float],
+    other_scores: Sequence[float],
+    test_share: float,
 ) -> Interval:
-    """Return the difference of two models that were scored on the same folds, the first minus the second.
+    """Return the difference of two models on the same folds, the first minus the second.
 
-    The folds share training rows, so their scores are not independent, and the usual paired t-test finds differences
-    where there are none. The variance is therefore corrected as by C. Nadeau and Y. Bengio, "Inference for the
-    Generalization Error", Machine Learning 52 (2003), 239-281: (1/n + test rows / training rows) in place of 1/n.
+    Folds share training rows, so their scores are not independent, and the usual paired t-test
+    finds differences where there are none. The variance is therefore corrected as by C. Nadeau and
+    Y. Bengio, "Inference for the Generalization Error", Machine Learning 52 (2003), 239-281, for
+    repeated cross-validation as by R. Bouckaert and E. Frank, "Evaluating the Replicability of
+    Significance Tests for Comparing Learning Algorithms", PAKDD (2004), 3-12: (1/n + test rows /
+    training rows) in place of 1/n.
 
     Args:
-        scores: the first model's score in each fold, of one or more repetitions of the cross-validation.
+        scores: the first model's score in each fold, of one or more repetitions.
         other_scores: the second model's, in the same order.
         test_share: the share of the rows that a fold holds back, such as 0.2 for five folds.
 
     Raises:
-        ValueError: there are fewer than two pairs, a score is not a finite number, or the share is not between 0 and 1.
+        InvalidInputError: there are fewer than two pairs, a score is not a finite number, or the
+            share is not between 0 and 1.
     """
     if not 0 < test_share < 1:
-        raise InvalidInputError(f"test_share {test_share} must lie between 0 and 1")
-    differences = paired(scores, other_scores)
+        raise InvalidInputError(f"test_share must be between 0 and 1, got {test_share}")
+    differences = _subtract(scores, other_scores)
     count = len(differences)
-    variance = (1 / count + test_share / (1 - test_share)) * differences.var(ddof=1)
-    margin = float(stats.t.ppf(0.975, count - 1) * math.sqrt(variance))
+    factor = 1 / count + test_share / (1 - test_share)
+    margin = stats.t.ppf(0.975, count - 1) * math.sqrt(factor * differences.var(ddof=1))
     mean = float(differences.mean())
-    return Interval(mean, mean - margin, mean + margin)
+    return Interval(mean, float(mean - margin), float(mean + margin))
 
 
 def rows_interval(scores: Sequence[float], other_scores: Sequence[float]) -> Interval:
-    """Return the difference of two models' mean scores on the same test rows, the first minus the second.
+    """Return the difference of two models on the same test rows, the first minus the second.
 
-    It is a paired bootstrap: rows are drawn with replacement, and both models are scored on the rows that were drawn
-    (B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13: the percentile interval).
-
-    Where every score is 0 or 1, it is the interval of A. Agresti and Y. Min, "Simple improved confidence intervals for
-    comparing matched proportions", Statistics in Medicine 24 (2005), 729-740. Two models that are right on the same
-    30 rows can still differ, and the bootstrap would give an interval of width 0.
+    It is the interval of the paired t-test. If every score is 0 or 1, half a row is added for each
+    way in which two models can be right or wrong, as by A. Agresti and Y. Min, "Simple improved
+    confidence intervals for comparing matched proportions", Statistics in Medicine 24 (2005),
+    729-740: two models that are right on the same 30 rows can still differ.
 
     Args:
         scores: the first model's score on each row.
         other_scores: the second model's, in the same order.
 
     Raises:
-        ValueError: there are fewer than two pairs, or a score is not a finite number.
+        InvalidInputError: there are fewer than two pairs, or a score is not a finite number.
     """
-    differences = paired(scores, other_scores)
-    if _are_zero_or_one(scores, other_scores):
-        middle, error = _adjusted_proportions(differences)
-        margin = float(stats.norm.ppf(0.975)) * error
-        return Interval(float(differences.mean()), middle - margin, middle + margin)
-    drawn = {"n_resamples": 2000, "batch": 100, "method": "percentile", "rng": 0}
-    low, high = stats.bootstrap((differences,), np.mean, **drawn).confidence_interval
-    return Interval(float(differences.mean()), float(low), float(high))
+    differences = _subtract(scores, other_scores)
+    middle, error = _center_and_error(differences, scores, other_scores)
+    margin = stats.t.ppf(0.975, len(differences) - 1) * error
+    return Interval(float(differences.mean()), float(middle - margin), float(middle + margin))
 
 
 def detectable_difference(scores: Sequence[float], other_scores: Sequence[float]) -> float:
-    """Return the smallest true difference that these rows would show with 80 % power at the level of 5 %.
+    """Return the smallest true difference that these rows would show with 80 % power.
 
-    It is (t(0.975) + t(0.8)) times the standard error of the paired differences, with n - 1 degrees of freedom: H. S.
-    Bloom, "Minimum detectable effects", Evaluation Review 19 (1995), 547-556. A smaller difference often stays unseen,
-    so that "not worse" and "not better" on few rows prove little.
+    It is (t(0.975) + t(0.8)) times the standard error of the paired differences, with n - 1 degrees
+    of freedom: H. S. Bloom, "Minimum detectable effects", Evaluation Review 19 (1995), 547-556. A
+    smaller difference often stays unseen, so few rows prove neither "not worse" nor "not better".
 
     Args:
         scores: the first model's score on each row.
         other_scores: the second model's, in the same order.
 
     Raises:
-        ValueError: there are fewer than two pairs, or a score is not a finite number.
+        InvalidInputError: there are fewer than two pairs, or a score is not a finite number.
     """
-    differences = paired(scores, other_scores)
-    count = len(differences)
-    if _are_zero_or_one(scores, other_scores):
-        _, error = _adjusted_proportions(differences)
-    else:
-        error = float(differences.std(ddof=1)) / math.sqrt(count)
-    return float(stats.t.ppf(0.975, count - 1) + stats.t.ppf(0.8, count - 1)) * error
-
-
-def _are_zero_or_one(scores: Sequence[float], other_scores: Sequence[float]) -> bool:
-    """Return whether every score is 0 or 1."""
-    return bool(np.isin(scores, (0, 1)).all() and np.isin(other_scores, (0, 1)).all())
-
-
-def _adjusted_proportions(differences: np.ndarray) -> tuple[float, float]:
-    """Return the mean and its standard error, as Agresti and Min adjust them by two rows more.
-
-    Half a row is added for each way in which two models can be right or wrong.
-    """
-    count = len(differences) + 2
-    wins = np.sum(differences == 1) + 0.5
-    losses = np.sum(differences == -1) + 0.5
-    mean = (wins - losses) / count
-    variance = (wins + losses) / count - mean**2
-    return float(mean), math.sqrt(variance / count)
+    differences = _subtract(scores, other_scores)
+    _, error = _center_and_error(differences, scores, other_scores)
+    return float(stats.t.ppf([0.975, 0.8], len(differences) - 1).sum() * error)
 
 
 def choose(candidates: Sequence[str], interval: Callable[[str, str], Interval]) -> str:
-    """Return the candidate that the decision rule chooses.
+    """Return the candidate that the rule chooses.
+
+    A candidate replaces the current choice only if it is better by a difference that counts.
 
     Args:
-        candidates: names, the incumbent first, or where there is none the simplest.
+        candidates: names, the simplest first, or the baseline.
         interval: gives the difference of two candidates, the first name's score minus the second's.
     """
-    first, *others = candidates
-    better = {name: found.difference for name in others if (found := interval(name, first)).low > 0}
-    return max(better, key=better.get, default=first)
+    chosen, *others = candidates
+    for name in others:
+        if interval(name, chosen).low > 0:
+            chosen = name
+    return chosen
 
 
-def paired(scores: Sequence[float], other_scores: Sequence[float]) -> np.ndarray:
-    """Return the differences of scores that belong together, one per pair.
-
-    Raises:
-        ValueError: there are fewer than two pairs, or a score is not a finite number.
-    """
+def _subtract(scores: Sequence[float], other_scores: Sequence[float]) -> np.ndarray:
+    """Return the differences of scores that belong together, one per pair."""
     if len(scores) != len(other_scores) or len(scores) < 2:
         raise InvalidInputError(
             f"{len(scores)} and {len(other_scores)} scores are not two or more pairs"
@@ -153,3 +132,18 @@ def paired(scores: Sequence[float], other_scores: Sequence[float]) -> np.ndarray
     if not np.isfinite(differences).all():
         raise InvalidInputError("a score is not a finite number")
     return differences
+
+
+def _center_and_error(
+    differences: np.ndarray,
+    scores: Sequence[float],
+    other_scores: Sequence[float],
+) -> tuple[float, float]:
+    """Return the center of the interval and the standard error, see ``rows_interval``."""
+    if not np.isin([scores, other_scores], (0, 1)).all():
+        return differences.mean(), stats.sem(differences)
+    extended = np.append(differences, [1, -1, 0, 0])
+    weights = np.append(np.ones(len(differences)), [0.5] * 4)
+    center = np.average(extended, weights=weights)
+    variance = np.average(extended**2, weights=weights) - center**2
+    return center, math.sqrt(variance / weights.sum())
