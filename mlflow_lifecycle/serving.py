@@ -1,11 +1,12 @@
-"""Serve a verified version in its own environment, so that nothing outlives whoever started it.
+"""Serve a verified version in its own environment, so that nothing outlives its caller.
 
-`mlflow models serve` loads what the store holds, builds an environment whose packages it does not verify (mlflow#4886),
-and goes on when its starter is killed. Here a version is verified, its environment is built with the hashes that were
-signed, and `mlflow_lifecycle.guard` answers for it, run by that environment's Python.
+`mlflow models serve` loads what the store holds, builds an environment whose packages it does not
+verify (mlflow#4886), and goes on when its caller is killed. Here a version is verified, its
+environment is built with the hashes that were signed, and that environment's Python runs
+`mlflow_lifecycle.server`.
 
-    with serve("models:/iris@champion", own_public_key(), record=Path("record")) as server:
-        requests.post(f"{server.address}/invocations", json={"inputs": [...]}).json()["predictions"]
+    with serve("models:/iris@production", own_public_key(), record=Path("record")) as server:
+        requests.post(f"{server.address}/invocations", json={"inputs": [...]})
 """
 
 import contextlib
@@ -15,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
     from mlflow_lifecycle.signing.verify import Verified
 
-GUARD = Path(__file__).with_name("guard.py")
-NUMBERS = {"double", "float", "long", "integer"}
-ABOUT = ("request_id", "request_time", "model_name", "model_version")
-# A process that makes a folder. When its standard input ends, also because its starter was killed, it ends whatever was
-# started with a path in that folder, such as an installation under way, and removes the folder.
+SERVER = Path(__file__).with_name("server")
+NUMBERS = ("double", "float", "long", "integer")
+ANSWER_COLUMNS = ("request_id", "request_time", "model_name", "model_version")
+# A process that makes a folder. When its standard input ends, also because its caller was killed,
+# it kills every process that was started with a path in that folder, such as an installation, and
+# removes the folder.
 KEEPER = """
 import contextlib, os, psutil, shutil, sys, tempfile, time
 folder = tempfile.mkdtemp(prefix="serving-")
@@ -53,9 +54,9 @@ for _ in range(600):
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers. `process` ends when the block does."""
+    """A server that answers at ``address``, such as http://127.0.0.1:5001."""
 
-    address: str  # as in http://127.0.0.1:5001; POST to {address}/invocations
+    address: str
     uri: str
     name: str
     version: str
@@ -70,9 +71,9 @@ def serve(
     """Serve the release at ``uri`` until the end of the block.
 
     Args:
-        uri: ``models:/name/3`` or ``models:/name@champion``. It must have been released.
+        uri: ``models:/name/3`` or ``models:/name@production``. It must have been released.
         public_key: the public half of the key that signed it.
-        trusted_types: what the model may hold beyond what skops knows to be harmless.
+        trusted_types: what skops may load beside the types that it knows.
         options: see `serve_verified`.
 
     Raises:
@@ -83,14 +84,17 @@ def serve(
     from mlflow_lifecycle.signing.verify import verified
 
     with _kept_folder() as folder:
+        copy = folder / "version"
         with verified(uri, public_key, purpose="release", trusted_types=trusted_types) as version:
-            files = {"folder": folder / "model", "packages": folder / "packages.txt"}
-            shutil.copytree(version.folder, files["folder"])
-            shutil.copy(version.packages, files["packages"])
-            if version.training_rows:
-                files["training_rows"] = folder / "training_rows.parquet"
-                shutil.copy(version.training_rows, files["training_rows"])
-        with serve_verified(replace(version, **files), **options) as server:
+            shutil.copytree(version.folder.parent, copy)
+        rows = version.training_rows
+        version = replace(
+            version,
+            folder=copy / version.folder.name,
+            packages=copy / version.packages.name,
+            training_rows=rows and copy / rows.name,
+        )
+        with serve_verified(version, **options) as server:
             yield server
 
 
@@ -107,87 +111,139 @@ def serve_verified(
     start_seconds: float = 120,
     **settings,
 ) -> Iterator[Server]:
-    """Serve a verified version from its own environment until the end of the block; then nothing of it is left.
+    """Serve a verified version from its own environment until the end of the block.
 
-    That holds for an error in the block and for a SIGKILL of this process, too. What the server answers and refuses
-    stands in `mlflow_lifecycle.guard`.
+    Then nothing of it is left, also if the block raises an error or this process is killed.
 
     Args:
-        version: what `mlflow_lifecycle.signing.verify.verified` has given.
-        limits: for a column of numbers its lowest and highest value; or the margin for `training_limits`.
-        record: a folder, made if need be, in which requests and answers are kept. `read_record` reads it.
-        cache: where packages that were downloaded are kept; see `mlflow_lifecycle.environments.built`.
+        version: from `mlflow_lifecycle.signing.verify.verified`.
+        limits: the lowest and the highest value of columns with numbers; or the margin for
+            `training_limits`.
+        record: a folder for requests and answers, created if needed. `read_record` reads it.
+        cache: a folder for downloaded packages; see `mlflow_lifecycle.environments.built`.
         offline: take all packages from ``cache``.
-        python: the Python of an environment that is there already; then none is built.
-        log: where the server writes what went wrong; by default it is kept for `ServingFailedError` only.
+        python: the Python of an existing environment to use in place of a new one.
+        log: where the server writes errors. By default only `ServingFailedError` shows the last.
         start_seconds: how long loading the model may take.
-        settings: the others of `mlflow_lifecycle.guard.Settings`, such as the port.
+        settings: others of `mlflow_lifecycle.server.app.Settings`, such as the port.
 
     Raises:
         EnvironmentNotBuiltError: the environment cannot be built.
-        ServingFailedError: the model cannot be loaded, has no signature of named columns, or a setting does not fit.
+        ServingFailedError: the model cannot be loaded, its signature has no named columns, or a
+            setting is invalid.
     """
-    limits = (
-        limits if limits is None or isinstance(limits, dict) else training_limits(version, limits)
-    )
-    name, number, key = (
-        version.statement.registered_model,
-        version.statement.version,
-        version.key_fingerprint,
-    )
-    settings |= {
-        "model": str(version.folder.resolve()),
-        "name": name,
-        "version": number,
-        "key_fingerprint": key,
-    }
-    settings |= {"limits": limits or {}, "record": str(Path(record).resolve()) if record else None}
-    with _kept_folder() as folder, contextlib.ExitStack() as stack:
-        if python is None:
-            requirements = version.folder / "requirements.txt"
-            python = built(
-                requirements,
-                folder / "environment",
-                lock=version.packages,
-                cache=cache,
-                offline=offline,
-            )
-        (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        errors = log or stack.enter_context(
-            (folder / "log.txt").open("w+", encoding="utf-8", errors="replace")
+    if limits is not None and not isinstance(limits, dict):
+        limits = training_limits(version, limits)
+    settings["limits"] = limits or {}
+    settings["record"] = str(Path(record).resolve()) if record else None
+    settings["model"] = str(version.folder.resolve())
+    settings["name"] = version.statement.registered_model
+    settings["version"] = version.statement.version
+    settings["key_fingerprint"] = version.key_fingerprint
+    with _kept_folder() as folder:
+        python = python or built(
+            version.folder / "requirements.txt",
+            folder / "environment",
+            lock=version.packages,
+            cache=cache,
+            offline=offline,
         )
-        variables = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("MLFLOW_", "PYTHON"))
-        }
-        variables |= {
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "TMPDIR": str(folder),
-            "TEMP": str(folder),
-        }
-        process = subprocess.Popen(
-            [str(Path(python).absolute()), "-I", str(GUARD), str(folder / "settings.json")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, cwd=folder, env=variables, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        stack.callback(_end, process)
-        began = time.monotonic()
-        address = _first_line(process, start_seconds)
-        if not address:
-            late = time.monotonic() - began >= start_seconds
-            said = f"Its start took longer than start_seconds={start_seconds:g}. " if late else ""
-            said += "The log says why." if log else _last_line(errors) or "Its log is empty."
-            raise ServingFailedError(f"{version.uri} is not served. {said}")
-        yield Server(address, version.uri, name, number, key, process)
+        path = folder / "settings.json"
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        with (
+            (folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as own_log,
+            _started(Path(python), path, log or own_log) as process,
+        ):
+            address, is_late = _first_line(process, start_seconds)
+            if not address:
+                reason = "The log says why." if log else _last_line(own_log)
+                if is_late:
+                    reason = f"Its start took longer than start_seconds={start_seconds:g}. {reason}"
+                raise ServingFailedError(f"{version.uri} is not served. {reason}")
+            yield Server(
+                address,
+                version.uri,
+                settings["name"],
+                settings["version"],
+                version.key_fingerprint,
+                process,
+            )
+
+
+@contextlib.contextmanager
+def _started(python: Path, settings: Path, log: IO) -> Iterator[subprocess.Popen]:
+    """Give the process of a server; end it at the end of the block."""
+    variables = {}
+    for name, value in os.environ.items():
+        if not name.startswith(("MLFLOW_", "PYTHON")):
+            variables[name] = value
+    variables["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    variables["TMPDIR"] = variables["TEMP"] = str(settings.parent)
+    process = subprocess.Popen(
+        [str(python.absolute()), "-I", str(SERVER), str(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        cwd=settings.parent,
+        env=variables,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # the server answers what it has read, and ends
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def _first_line(process: subprocess.Popen, seconds: float) -> tuple[str, bool]:
+    """Return the first line that a process prints, and whether it was killed for being late."""
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, kill)
+    timer.start()
+    line = process.stdout.readline()
+    timer.cancel()
+    return line.strip(), late.is_set()
+
+
+def _last_line(log: IO) -> str:
+    log.seek(0)
+    lines = log.read().split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "Its log is empty.")
+
+
+@contextlib.contextmanager
+def _kept_folder() -> Iterator[Path]:
+    """Give a folder that is removed at the end of the block, or when this process is killed."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", KEEPER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as keeper:  # its end closes the pipe, and waits
+        folder = os.fsdecode(keeper.stdout.readline().rstrip(b"\n"))
+        if not folder:
+            raise ServingFailedError("No temporary folder can be made. Is the disk full?")
+        yield Path(folder).resolve()
 
 
 def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple[float, float]]:
-    """Return for each column of numbers the lowest and highest value that the version learned from.
+    """Return the training range of each column with numbers: its lowest and its highest value.
 
     Args:
-        version: what `mlflow_lifecycle.signing.verify.verified` has given.
-        margin: by how much a value may be beyond, as a share of the difference of the two.
+        version: from `mlflow_lifecycle.signing.verify.verified`.
+        margin: by which share of a range to extend it at both ends.
 
     Raises:
         ServingFailedError: no training data was signed.
@@ -196,107 +252,79 @@ def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple
     from mlflow.models import Model
 
     if version.training_rows is None:
-        remedy = f"Add it: lifecycle sign {version.uri} --training-data FILE"
-        raise ServingFailedError(f"There are no limits: no training data was signed. {remedy}")
-    signature, rows = (
-        Model.load(str(version.folder)).signature,
-        pd.read_parquet(version.training_rows),
-    )
+        raise ServingFailedError(
+            "There are no limits: no training data was signed. "
+            f"Add it: lifecycle sign {version.uri} --training-data FILE"
+        )
+    signature = Model.load(str(version.folder)).signature
+    rows = pd.read_parquet(version.training_rows)
     limits = {}
-    for column in (
-        signature.inputs if signature and signature.inputs else ()
-    ):  # the server refuses to be without
+    for column in signature.inputs if signature and signature.inputs else ():
         if getattr(column.type, "name", "") in NUMBERS and rows[column.name].notna().any():
-            low, high = rows[column.name].min().item(), rows[column.name].max().item()
-            beyond = margin * (high - low)
-            limits[column.name] = (
-                (low - beyond, high + beyond) if beyond else (low, high)
-            )  # a long number as it is
+            low = rows[column.name].min().item()
+            high = rows[column.name].max().item()
+            if margin:  # without it, long integers stay exact
+                extension = margin * (high - low)
+                low -= extension
+                high += extension
+            limits[column.name] = (low, high)
     return limits
 
 
 def read_record(folder: Path) -> "pd.DataFrame":
-    """Return what was answered: a row for each row that was asked, in the order of the answers.
+    """Return the answers in a record: a row for each row that was predicted, by time.
 
-    Columns: ``request_id``, ``request_time`` (UTC), ``model_name``, ``model_version``, the recorded columns of the
-    request, ``prediction``. Refused requests are left out, and so is a line that a killed server had only begun: it was
-    never answered.
+    The columns are ``request_id``, ``request_time`` (UTC), ``model_name``, ``model_version``, the
+    recorded columns of the request, and ``prediction``. Refused requests are left out. A line that
+    a killed server did not complete is left out, too: it was never answered.
 
     Args:
         folder: the record of one server or of several.
 
     Raises:
-        ValueError: a column of the request is called like one of the others.
+        ValueError: a column of the request has the name of one of the others.
     """
     import pandas as pd
 
     rows = []
     for path in sorted(Path(folder).glob("requests-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            entry = json.loads(line) if line.endswith("\n") else {"status": 0}
-            if entry["status"] == 200:
-                if taken := [name for name in (*ABOUT, "prediction") if name in entry["inputs"]]:
-                    told = f"{path} holds a column {taken[0]!r} of {entry['name']}, as read_record itself has one"
-                    raise InvalidInputError(
-                        f"{told}. Read the file by itself, or leave that column out."
-                    )
-                about = (entry["id"], pd.Timestamp(entry["time"]), entry["name"], entry["version"])
-                for number, prediction in enumerate(entry["predictions"]):
-                    asked = {name: values[number] for name, values in entry["inputs"].items()}
-                    rows.append(
-                        asked | dict(zip(ABOUT, about, strict=True)) | {"prediction": prediction}
-                    )
+            if line.endswith("\n"):
+                rows.extend(_answered_rows(json.loads(line)))
     if not rows:
-        return pd.DataFrame(columns=[*ABOUT, "prediction"])
-    found = pd.DataFrame(rows, dtype=object)
-    found = pd.DataFrame({name: _column(found[name]) for name in found})
-    found = found.sort_values("request_time", kind="stable", ignore_index=True)
-    asked = [name for name in found if name not in (*ABOUT, "prediction")]
-    return found[[*ABOUT, *asked, "prediction"]]
+        return pd.DataFrame(columns=[*ANSWER_COLUMNS, "prediction"])
+    table = pd.DataFrame(rows, dtype=object)
+    for name in table:
+        table[name] = _infer_type(table[name])
+    table["prediction"] = table.pop("prediction")
+    return table.sort_values("request_time", kind="stable", ignore_index=True)
 
 
-def _column(values: "pd.Series") -> "pd.Series":
-    """Return a column of the record as the model got it: a gap is NaN, and long whole numbers beside one stay exact."""
-    gaps = values.isna()
-    if gaps.any() and set(values[~gaps].map(type)) == {int}:
+def _answered_rows(entry: dict) -> list[dict]:
+    """Return the rows of an entry of the record."""
+    import pandas as pd
+
+    if entry["status"] != 200:
+        return []
+    inputs = entry["inputs"]
+    for name in (*ANSWER_COLUMNS, "prediction"):
+        if name in inputs:
+            raise InvalidInputError(
+                f"The record has a column {name!r} of {entry['name']}, and read_record adds one. "
+                "Serve the model with leave_out for that column."
+            )
+    values = (entry["id"], pd.Timestamp(entry["time"]), entry["name"], entry["version"])
+    answer = dict(zip(ANSWER_COLUMNS, values, strict=True))
+    rows = []
+    for number, prediction in enumerate(entry["predictions"]):
+        asked = {name: column[number] for name, column in inputs.items()}
+        rows.append({**answer, **asked, "prediction": prediction})
+    return rows
+
+
+def _infer_type(values: "pd.Series") -> "pd.Series":
+    """Return a column as the model got it: null is NaN, and long integers beside it stay exact."""
+    missing = values.isna()
+    if missing.any() and set(values[~missing].map(type)) == {int}:
         return values.astype("Int64")
-    return type(values)(values.where(~gaps, float("nan")).tolist())
-
-
-@contextlib.contextmanager
-def _kept_folder() -> Iterator[Path]:
-    """Give a folder that is gone at the end of the block, and also once this process is killed."""
-    command = [sys.executable, "-I", "-c", KEEPER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
-    with subprocess.Popen(command, **pipes) as keeper:  # its end closes the pipe, and waits
-        folder = os.fsdecode(keeper.stdout.readline().rstrip(b"\n"))
-        if not folder:  # an empty path would be the present folder
-            raise ServingFailedError("No temporary folder can be made. Is the disk full?")
-        yield Path(folder).resolve()
-
-
-def _first_line(process: subprocess.Popen, seconds: float) -> str:
-    """Return the first line that the process prints, or nothing if it ends or does not print one in time."""
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    try:
-        return process.stdout.readline().strip()
-    finally:
-        timer.cancel()
-
-
-def _last_line(log: IO) -> str:
-    log.seek(0)
-    return next((line.strip() for line in reversed(log.read().splitlines()) if line.strip()), "")
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End the server: it answers what it is asked already, for a few seconds."""
-    with contextlib.suppress(OSError):
-        process.stdin.close()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    process.stdout.close()
+    return type(values)(values.where(~missing, float("nan")).tolist())

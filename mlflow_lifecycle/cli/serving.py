@@ -44,6 +44,14 @@ if TYPE_CHECKING:
     help="Remove older records.",
 )
 @click.option(
+    "--record-limit",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    metavar="MB",
+    help="Size limit of the record. The oldest files are removed.",
+)
+@click.option(
     "--leave-out", multiple=True, metavar="COLUMN", help="Not recorded, such as personal data."
 )
 @click.option(
@@ -62,12 +70,16 @@ def serve(
     port: int,
     record: Path | None,
     keep_days: int,
+    record_limit: int,
     leave_out: tuple[str, ...],
     limits: float | None,
     cache: Path | None,
     offline: bool,
 ) -> None:
     """Serve the release at URI in the environment that it recorded, until Ctrl+C.
+
+    POST rows to /invocations. GET /ping, /version and /metrics (for Prometheus) describe the
+    server.
 
     With --limits 0 a number outside the training range is refused. With --limits 0.5 it may be
     outside by half of that range.
@@ -86,6 +98,7 @@ def serve(
         port=port,
         record=record,
         keep_days=keep_days,
+        record_bytes=record_limit * 1_000_000,
         leave_out=leave_out,
         limits=limits,
         cache=cache,
@@ -99,7 +112,7 @@ def serve(
         except KeyboardInterrupt:
             print_lines(["Ended."])
             return
-    raise ServingFailedError(f"The server has ended with status {status}. The reason is above.")
+    raise ServingFailedError(f"The server ended with status {status}. The log above says why.")
 
 
 class ErrorIsOne(click.Command):

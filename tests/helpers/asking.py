@@ -4,14 +4,23 @@ import contextlib
 import http.client
 import json
 import socket
+import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pandas as pd
-from versions import LOCK
+from mlflow.models import infer_signature
+from versions import LOCK, iris_rows
 
+from mlflow_lifecycle.server.app import Predictor, Settings
 from mlflow_lifecycle.signing.statement import Statement
 from mlflow_lifecycle.signing.verify import Verified
+
+FEATURES = iris_rows().drop(columns="species")
+NAMES = [*FEATURES]
+PETAL = "petal length (cm)"
+THREE = iris_rows().groupby("species").head(1)[NAMES]
+SPECIES = ["setosa", "versicolor", "virginica"]
 
 
 def as_verified(model: Path, rows: pd.DataFrame | None = None) -> Verified:
@@ -21,6 +30,35 @@ def as_verified(model: Path, rows: pd.DataFrame | None = None) -> Verified:
         rows.to_parquet(training_rows, index=False)
     statement = Statement("flowers", "7", "a run", "release", "a fingerprint", "champion", "2026-01-31T00:00:00Z")
     return Verified("models:/flowers/7", statement, model, LOCK, training_rows, "ab" * 32)
+
+
+def predictor_of(model: Path, **options) -> Predictor:
+    """Return what answers for the model in a folder, in this process."""
+    return Predictor(Settings(str(model), "flowers", "7", "ab", **options))
+
+
+def answered(predictor: Predictor, payload: object, probabilities: bool = False) -> tuple[int, dict]:
+    """Return the status and the content of its answer to a payload."""
+    status, text = predictor.answer(json.dumps(payload).encode(), probabilities)
+    return status, json.loads(text)
+
+
+def record_entries(folder: Path) -> list[dict]:
+    """Return the lines of a record."""
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def inferred(rows, *more):
+    """Return the signature that MLflow infers; its advice on whole numbers is no error here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return infer_signature(rows, *more)
+
+
+def in_json(rows: pd.DataFrame) -> dict[str, list]:
+    """Return the columns of ``rows`` as JSON has them."""
+    rows = rows.astype({name: str for name in rows if rows[name].dtype.kind == "M"}).astype(object)
+    return {name: [None if pd.isna(v) or v == "NaT" else v for v in rows[name]] for name in rows}
 
 
 def ask(

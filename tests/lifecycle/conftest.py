@@ -1,14 +1,20 @@
 """Stores with released versions, and one with a version that learned from half of Iris, which several tests share."""
 
 import base64
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+from asking import NAMES, as_verified
 from releases import make_store
-from versions import NAME, iris_rows, register, restored, store_in
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from versions import NAME, iris_rows, register, restored, save, store_in
 
 from mlflow_lifecycle.monitoring.judge import load_reference
+from mlflow_lifecycle.serving import serve_verified
 from mlflow_lifecycle.signing.keys import own_public_key
 from mlflow_lifecycle.signing.verify import verified
 
@@ -78,3 +84,31 @@ def known(version):
 def usual():
     """Give the flowers that it did not learn from."""
     return iris_rows()[1::2].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def iris(tmp_path_factory):
+    """Give the folder of a linear model of Iris."""
+    return save(tmp_path_factory.mktemp("iris") / "model", make_pipeline(StandardScaler(), LogisticRegression()))
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """Give the folder of the server's record."""
+    return tmp_path_factory.mktemp("record")
+
+
+@pytest.fixture(scope="module")
+def server(iris, record):
+    """Serve that model, with limits and a record."""
+    limits = dict.fromkeys(NAMES, (0.0, 100.0))
+    options = {"record": record, "leave_out": ["sepal width (cm)"], "patience_seconds": 60}
+    with serve_verified(as_verified(iris), python=Path(sys.executable), limits=limits, **options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hasty(iris):
+    """Serve that model so that a client must be quick."""
+    with serve_verified(as_verified(iris), python=Path(sys.executable), patience_seconds=1) as server:
+        yield server

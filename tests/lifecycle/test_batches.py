@@ -23,7 +23,7 @@ FEATURES = ROWS.columns[:-1].tolist()
 
 
 def entry(number: int, rows: pd.DataFrame, **other) -> dict:
-    """Return what the guard records of one request."""
+    """Return what the server records of one request."""
     answer = {"name": NAME, "version": "1", "status": 200, "predictions": ["setosa"] * len(rows)}
     return (
         {"time": f"2026-01-31T12:00:{number:02}.000+00:00", "id": f"id{number}"}

@@ -23,7 +23,7 @@ from sklearn.ensemble import RandomForestClassifier
 from versions import iris_rows, register, save, store_in
 
 from mlflow_lifecycle.exceptions import NotVerifiedError, ServingFailedError
-from mlflow_lifecycle.serving import read_record, serve, serve_verified, training_limits
+from mlflow_lifecycle.serving import SERVER, read_record, serve, serve_verified, training_limits
 from mlflow_lifecycle.signing.keys import own_key, own_public_key
 from mlflow_lifecycle.signing.statement import sign
 from mlflow_lifecycle.signing.verify import release_tag, released_now, verified
@@ -94,7 +94,8 @@ def test_server_answers_until_the_end_of_the_block_and_leaves_nothing(iris, temp
         # and only on the loopback interface
         listening = [c for c in psutil.Process(server.process.pid).net_connections("inet") if c.status == "LISTEN"]
         assert [connection.laddr.ip for connection in listening] == ["127.0.0.1"]
-    assert server.process.poll() is not None
+    # then it has ended by itself when its standard input was closed, and was not killed
+    assert server.process.returncode == 0
     with pytest.raises(OSError):
         ask(server.address, path="/ping")
 
@@ -142,7 +143,7 @@ def test_nothing_outlives_a_caller_that_is_killed(iris, temporary, moment):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"leave_out": ("colour",)}, "no such columns to leave out: colour"),
+        ({"leave_out": ("colour",)}, "leave_out must name columns of the signature, got 'colour'"),
         ({"start_seconds": 0.01}, r"is not served\. Its start took longer than start_seconds=0\.01\."),
         ({"start_seconds": 0.01, "log": sys.__stderr__}, r"Its start took longer than start_seconds=0\.01\."),
         ({"python": Path("/usr/bin/false")}, r"is not served\. Its log is empty\."),
@@ -261,7 +262,7 @@ def written(folder: Path, inputs: dict[str, list]) -> Path:
 
 def test_record_with_gaps_is_read_as_the_model_got_it(tmp_path):
     rows = read_record(written(tmp_path, {"long": [2**53 + 1, None], "text": ["a", None], "double": [0.5, None]}))
-    # then a whole number has all its digits, and a gap in text is the one that the guard gives to the model
+    # then a whole number has all its digits, and a gap in text is the one that the server gives to the model
     assert rows["long"].dtype == "Int64"
     assert rows["long"][0] == 2**53 + 1
     assert rows["text"][1] is not None
@@ -270,7 +271,7 @@ def test_record_with_gaps_is_read_as_the_model_got_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["request_id", "request_time", "model_name", "model_version", "prediction"])
 def test_column_that_is_called_as_what_is_told_of_answers_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"holds a column '{name}' of flowers"):
+    with pytest.raises(ValueError, match=f"has a column '{name}' of flowers"):
         read_record(written(tmp_path, {name: [1.5]}))
 
 
@@ -310,7 +311,18 @@ def test_command_serves_a_release_in_its_own_environment_until_it_is_interrupted
     # given the command, with packages from the index
     record = tmp_path / "record"
     command = [sys.executable, "-m", "mlflow_lifecycle", "serve", "models:/iris@champion", "--trusted-type", TREE]
-    command += ["--port", "0", "--record", record, "--leave-out", "petal width (cm)", "--limits", "0.5"]
+    command += [
+        "--port",
+        "0",
+        "--record",
+        record,
+        "--leave-out",
+        "petal width (cm)",
+        "--limits",
+        "0.5",
+        "--record-limit",
+        "50",
+    ]
     variables = environment(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
     child = subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -320,7 +332,7 @@ def test_command_serves_a_release_in_its_own_environment_until_it_is_interrupted
         address = re.fullmatch(r"Version 1 of iris answers: (http://127.0.0.1:\d+)/invocations\n", line)
         assert address, line + child.stderr.read()
         # then the server is run by an environment that holds the recorded packages and not this library
-        (server,) = [p for p in psutil.Process(child.pid).children() if any("guard.py" in part for part in p.cmdline())]
+        (server,) = [p for p in psutil.Process(child.pid).children() if str(SERVER) in p.cmdline()]
         assert (tmp_path / "tmp") in Path(server.cmdline()[0]).parents
         status, text = ask(address[1], split(FEATURES))
         assert (status, json.loads(text)["predictions"]) == (200, iris_rows()["species"].tolist())

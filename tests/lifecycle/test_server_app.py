@@ -1,0 +1,594 @@
+"""The application of a served model: a right answer or a clear refusal, whatever is asked."""
+
+import ast
+import contextlib
+import json
+import math
+import re
+import sys
+import threading
+import time
+import warnings
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from asking import (
+    FEATURES,
+    NAMES,
+    PETAL,
+    SPECIES,
+    THREE,
+    answer_on,
+    answered,
+    as_verified,
+    ask,
+    connected,
+    in_json,
+    inferred,
+    message,
+    predictor_of,
+    record_entries,
+    split,
+)
+from execution import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlflow.models import infer_signature
+from sklearn.compose import make_column_transformer
+from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression
+from sklearn.mixture import GaussianMixture
+from sklearn.multioutput import MultiOutputClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+from sklearn.svm import SVC
+from versions import iris_rows, save
+
+from mlflow_lifecycle.pins import read_pins
+from mlflow_lifecycle.serving import read_record, serve_verified
+
+BODY = split(THREE).encode()
+WHOLE = message(BODY)
+
+
+MINUTE = 60
+INSTALL = ".venv/bin/uv pip install xgboost-cpu==3.2.0 lightgbm==4.7.0"
+NO_PROBABILITIES = "the model has no predict_proba for the classes of one target: ask without probabilities=true"
+
+
+@pytest.fixture(scope="module")
+def model(iris):
+    """Give the served model, loaded here."""
+    return mlflow.sklearn.load_model(str(iris))
+
+
+# --- Right answers
+
+
+@pytest.mark.parametrize("form", ["dataframe_split", "dataframe_records", "inputs", "instances"])
+def test_predictions_are_those_in_process(server, model, form):
+    # given all flowers in one of MLflow's forms
+    rows = {
+        "dataframe_split": FEATURES.to_dict("split"),
+        "dataframe_records": FEATURES.to_dict("records"),
+        "inputs": FEATURES.to_dict("list"),
+        "instances": FEATURES.to_dict("records"),
+    }
+    # when
+    status, text = ask(server.address, json.dumps({form: rows[form]}))
+    # then
+    assert status == 200
+    assert json.loads(text)["predictions"] == model.predict(FEATURES).tolist()
+
+
+@pytest.mark.parametrize("rows", [THREE.assign(colour="blue"), THREE[NAMES[::-1]], THREE.astype(object)])
+def test_extra_and_reordered_columns_change_no_answer(server, rows):
+    status, text = ask(server.address, split(rows))
+    assert (status, json.loads(text)["predictions"]) == (200, SPECIES)
+
+
+def test_probabilities_come_on_request_in_the_order_of_the_classes(server, model):
+    status, text = ask(server.address, split(FEATURES), path="/invocations?probabilities=true")
+    answer = json.loads(text)
+    assert (status, answer["classes"]) == (200, SPECIES)
+    np.testing.assert_allclose(answer["probabilities"], model.predict_proba(FEATURES), rtol=1e-12)
+    assert answer["predictions"] == model.predict(FEATURES).tolist()
+    assert "probabilities" not in ask(server.address, split(FEATURES))[1]
+
+
+def test_model_without_probabilities_says_so(tmp_path):
+    predictor = predictor_of(save(tmp_path / "model", SVC(kernel="linear")))
+    status, answer = answered(predictor, {"inputs": THREE.to_dict("list")}, probabilities=True)
+    assert (status, answer["message"]) == (400, NO_PROBABILITIES)
+    assert answered(predictor, {"inputs": THREE.to_dict("list")})[0] == 200
+
+
+def test_ping_and_version(server):
+    assert ask(server.address, path="/ping")[0] == 200
+    status, text = ask(server.address, path="/version")
+    assert (status, json.loads(text)) == (200, {"name": "flowers", "version": "7", "key_fingerprint": "ab" * 32})
+
+
+def test_connection_serves_many_requests(server):
+    with connected(server.address) as connection:
+        for _ in range(5):
+            connection.sendall(message(split(THREE)))
+            status, text = answer_on(connection)
+            assert (status, json.loads(text)["predictions"]) == (200, SPECIES)
+
+
+# --- Bad requests
+
+
+def with_value(value) -> str:
+    """Return three flowers with a value in place of the second one's petal length."""
+    rows = THREE.astype(object)
+    rows.iloc[1, 2] = value
+    return split(rows)
+
+
+CELL = f"column '{PETAL}', row 2 of 3: "
+BAD = {
+    "text": (with_value("wide"), 400, CELL),
+    "true": (with_value(True), 400, CELL),
+    "a list": (with_value([5.6]), 400, CELL),
+    "null": (with_value(None), 400, CELL),
+    "NaN": (with_value(math.nan), 400, CELL),
+    "infinity": (with_value(math.inf), 400, CELL),
+    "-999": (with_value(-999.0), 400, CELL),
+    "1000": (with_value(1000), 400, CELL),
+    "an overflow": (with_value("x").replace('"x"', "1e999"), 400, CELL),
+    "a huge integer": (with_value("x").replace('"x"', "1" + "0" * 400), 400, CELL),
+    "an endless integer": (with_value("x").replace('"x"', "1" + "0" * 5000), 400, "limit"),
+    "a number as text": (with_value("5.6"), 400, CELL),
+    "a missing column": (split(THREE[NAMES[:2] + NAMES[3:]]), 400, f"column '{PETAL}'"),
+    "a column missing in a row": (
+        json.dumps({"inputs": [*THREE.to_dict("records"), {"sepal length (cm)": 1.0}]}),
+        400,
+        "column 'sepal width (cm)', row 4 of 4",
+    ),
+    "a column twice": (
+        json.dumps({"dataframe_split": {"columns": [*NAMES, NAMES[0]], "data": [[5.1] * 5] * 3}}),
+        400,
+        "'sepal length (cm)' is repeated",
+    ),
+    "a key twice": (
+        f'{{"inputs": [{json.dumps(THREE.to_dict("records")[0])[:-1]}, "{PETAL}": 9}}]}}',
+        400,
+        f"'{PETAL}'",
+    ),
+    "a form twice": (f"{split(THREE)[:-1]}, {split(THREE)[1:]}", 400, "dataframe_split"),
+    "two forms": (json.dumps({"inputs": THREE.to_dict("list"), "instances": THREE.to_dict("list")}), 400, "inputs"),
+    "parameters": (json.dumps({"inputs": THREE.to_dict("list"), "params": {"a": 1}}), 400, "inputs"),
+    "an empty body": ("", 400, "JSON"),
+    "an empty object": ("{}", 400, "inputs"),
+    "0 rows": (split(THREE.head(0)), 400, "row"),
+    "0 records": ('{"inputs": []}', 400, "row"),
+    "no columns": ('{"inputs": {}}', 400, "row"),
+    "a short row": (split(THREE).replace(", 0.2]", "]", 1), 400, "row 1 of 3"),
+    "a long row": (split(THREE).replace(", 0.2]", ", 0.2, 0.2]", 1), 400, "row 1 of 3"),
+    "rows without names": (json.dumps({"inputs": THREE.to_numpy().tolist()}), 400, "name"),
+    "rows of another form": ('{"dataframe_records": "rows"}', 400, "dataframe_records"),
+    "records of another form": (json.dumps({"dataframe_records": THREE.to_dict("list")}), 400, "dataframe_records"),
+    "split of another form": (json.dumps({"dataframe_split": THREE.to_dict("records")}), 400, "dataframe_split"),
+    "split without data": (json.dumps({"dataframe_split": {"columns": NAMES}}), 400, "data"),
+    "names that are no texts": (
+        json.dumps({"dataframe_split": {"columns": [[]] * 4, "data": [[1.0] * 4]}}),
+        400,
+        "name",
+    ),
+    "columns of two lengths": (
+        json.dumps({"inputs": THREE.to_dict("list") | {PETAL: [1.0]}}),
+        400,
+        f"column '{PETAL}'",
+    ),
+    "a value for a column": (json.dumps({"inputs": THREE.to_dict("list") | {PETAL: 1.0}}), 400, f"column '{PETAL}'"),
+    "a number": ("3", 400, "inputs"),
+    "an array": ("[]", 400, "inputs"),
+    "malformed JSON": (split(THREE)[:-3], 400, "JSON"),
+    "more after it": (f"{split(THREE)} {{}}", 400, "JSON"),
+    "other bytes": (b"\xff\xfe\x00{}", 400, "UTF-8"),
+    "UTF-16": (split(THREE).encode("utf-16"), 400, "UTF-8"),
+    "a byte order mark": (split(THREE).encode("utf-8-sig"), 400, "JSON"),
+    "900 deep": ('{"inputs":' + "[" * 900 + "]" * 900 + "}", 400, "name"),
+    "deep nesting": ("[" * 100_000 + "]" * 100_000, 400, "nested"),
+    "8 MB": (split(THREE.assign(colour="x" * 2_700_000)), 413, "1000000 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_request_is_refused_and_told_why(server, case):
+    body, expected, told = BAD[case]
+    status, text = ask(server.address, body)
+    assert status == expected
+    said = json.loads(text)["message"]
+    assert told in said
+    assert "\n" not in said
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "text/csv", "application/json; charset=latin-1"])
+def test_another_content_type_is_refused(server, kind):
+    assert ask(server.address, split(THREE), kind)[0] == 415
+
+
+def test_content_type_may_name_its_encoding(server):
+    assert ask(server.address, split(THREE), "Application/JSON; charset=UTF-8")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status"),
+    [
+        ("/", "GET", 404),
+        ("/openapi.json", "GET", 404),
+        ("/invocations/", "POST", 404),
+        ("/invocations", "GET", 405),
+        ("/ping", "POST", 405),
+        ("/invocations?probability=true", "POST", 400),
+        ("/invocations?probabilities=1", "POST", 400),
+    ],
+)
+def test_another_path_method_or_parameter_is_refused(server, path, method, status):
+    answer = ask(server.address, split(THREE), path=path, method=method)
+    assert answer[0] == status
+    assert json.loads(answer[1])["message"]
+
+
+def test_refusal_leaves_the_connection_usable(server):
+    with connected(server.address) as connection:
+        for body, expected in (("{}", 400), ("x" * 1_000_001, 413), (split(THREE), 200)):
+            connection.sendall(message(body))
+            assert answer_on(connection)[0] == expected
+
+
+FLAVORS = [("sklearn", "LinearRegression", "LogisticRegression")]
+FLAVORS += [("xgboost", "XGBRegressor", "XGBClassifier"), ("lightgbm", "LGBMRegressor", "LGBMClassifier")]
+
+
+@pytest.mark.parametrize(("flavor", "regressor", "classifier"), FLAVORS)
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_model_of_each_flavor_and_task_answers_as_in_process(tmp_path, flavor, regressor, classifier, task):
+    # given a model that its library has trained, and MLflow has saved
+    name = "sklearn.linear_model" if flavor == "sklearn" else flavor
+    library = pytest.importorskip(name, reason=f"{name} is not installed. Install it: {INSTALL}")
+    data = load_diabetes(as_frame=True) if task == "regression" else load_breast_cancer(as_frame=True)
+    model = getattr(library, regressor if task == "regression" else classifier)()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(data.data, data.target)
+    signature = infer_signature(data.data, model.predict(data.data))
+    pins = str(ROOT / "model_requirements.txt")
+    getattr(mlflow, flavor).save_model(model, tmp_path / "model", signature=signature, pip_requirements=pins)
+    # when it is served and asked, with its columns in another order
+    rows = data.data.head(20)
+    with serve_verified(as_verified(tmp_path / "model"), python=Path(sys.executable)) as server:
+        status, text = ask(server.address, split(rows[[*rows][::-1]]))
+        with_probabilities = ask(server.address, split(rows), path="/invocations?probabilities=true")
+    # then it answers as in this process, with probabilities where there are some
+    assert (status, json.loads(text)["predictions"]) == (200, model.predict(rows).tolist())
+    if task == "regression":
+        assert with_probabilities[0] == 400
+        assert json.loads(with_probabilities[1])["message"] == NO_PROBABILITIES
+    else:
+        assert with_probabilities[0] == 200
+        answer = json.loads(with_probabilities[1])
+        assert answer["classes"] == [0, 1]
+        np.testing.assert_allclose(answer["probabilities"], model.predict_proba(rows), rtol=1e-6)
+
+
+def test_ping_is_answered_while_the_model_predicts(tmp_path):
+    """Attack 35."""
+    # given a model that needs seconds for a large request
+    folder = save(tmp_path / "model", KNeighborsClassifier(algorithm="brute"), pd.concat([iris_rows()] * 200))
+    body = split(pd.concat([FEATURES] * 100))
+    pings, answers = [], []
+    with serve_verified(as_verified(folder), python=Path(sys.executable)) as server:
+        began = time.monotonic()
+        asking = threading.Thread(target=lambda: answers.append(ask(server.address, body)[0]))
+        asking.start()
+        # when it is pinged meanwhile
+        while asking.is_alive():
+            begin = time.monotonic()
+            assert ask(server.address, path="/ping")[0] == 200
+            pings.append(time.monotonic() - begin)
+            time.sleep(0.01)
+        needed = time.monotonic() - began
+    # then nearly every ping is answered in a small part of the time
+    assert answers == [200]
+    assert len(pings) > 10
+    assert np.quantile(pings, 0.95) < needed / 10
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """Return the samples of a text in Prometheus' format, by name and labels; refuse anything else."""
+    assert text.endswith("\n")
+    samples, kinds = {}, {}
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name not in kinds
+            assert kind in ("counter", "gauge", "histogram")
+            kinds[name] = kind
+        elif not line.startswith("# HELP "):
+            found = re.fullmatch(r'([a-z_]+)(\{[a-z]+="[^"\\\n]*"\})? (\d+(?:\.\d+)?(?:e-?\d+)?)', line)
+            assert found, line
+            family = re.sub("_(bucket|sum|count)$", "", found[1]) if found[1] not in kinds else found[1]
+            assert (kinds[family] == "histogram") == (family != found[1])
+            assert found[1] + (found[2] or "") not in samples
+            samples[found[1] + (found[2] or "")] = float(found[3])
+    return samples
+
+
+def test_metrics_count_answers_rows_and_time(iris):
+    # given a server that has answered, and refused
+    with serve_verified(as_verified(iris), python=Path(sys.executable)) as server:
+        before = read_metrics(ask(server.address, path="/metrics")[1])
+        for body, kind in ((split(THREE), "application/json"), ("{}", "application/json"), ("", "text/csv")):
+            ask(server.address, body, kind)
+        ask(server.address, split(FEATURES))
+        ask(server.address, path="/ping")
+        # when its metrics are asked for
+        metrics = read_metrics(ask(server.address, path="/metrics")[1])
+    # then each answer to a request for predictions is counted once, and each predicted row
+    assert (before["model_rows_total"], before["model_request_seconds_count"]) == (0, 0)
+    requests = {name: value for name, value in metrics.items() if name.startswith("model_requests")}
+    assert requests == {f'model_requests_total{{status="{status}"}}': n for status, n in ((200, 2), (400, 1), (415, 1))}
+    assert metrics["model_rows_total"] == 153
+    buckets = [value for name, value in metrics.items() if name.startswith("model_request_seconds_bucket")]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == metrics["model_request_seconds_count"] == 4
+    assert metrics["model_request_seconds_sum"] > 0
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Give the folder of a model of numbers with gaps and of categories, and the rows it learned from."""
+    rows = pd.DataFrame(
+        {
+            "age": pd.array([20, 30, None, 50] * 5, dtype="Int64"),
+            "dose": [0.5, np.nan, 1.5, 2.5] * 5,
+            "group": ["a", "b", "a", "b"] * 5,
+            "kind": ["yes", "no", "no", "yes"] * 5,
+        }
+    )
+    encode = make_column_transformer((SimpleImputer(), ["age", "dose"]), (OneHotEncoder(), ["group"]))
+    options = {"skops_trusted_types": ["numpy.dtype"], "signature": inferred(rows.drop(columns="kind"), rows["kind"])}
+    return save(
+        tmp_path_factory.mktemp("mixed") / "m", make_pipeline(encode, LogisticRegression()), rows, "kind", **options
+    ), rows
+
+
+def test_model_of_numbers_and_categories_answers_as_in_process(mixed):
+    folder, rows = mixed
+    features = rows.drop(columns="kind")
+    status, answer = answered(predictor_of(folder), {"inputs": in_json(features)}, probabilities=True)
+    assert status == 200
+    expected = mlflow.sklearn.load_model(str(folder)).predict_proba(features)
+    np.testing.assert_allclose(answer["probabilities"], expected, rtol=1e-12)
+
+
+def test_rows_that_fit_but_that_the_model_cannot_take_are_refused(mixed, caplog):
+    row = {"age": 20, "dose": 0.5, "group": "unheard of"}
+    status, answer = answered(predictor_of(mixed[0]), {"inputs": [row]})
+    assert status == 422
+    assert "unknown categories" in answer["message"]
+    assert "Traceback" in caplog.text
+
+
+def test_refusal_that_quotes_a_column_that_is_left_out_is_not_recorded_with_it(mixed, tmp_path):
+    # given a record without a column
+    predictor = predictor_of(mixed[0], record=str(tmp_path), leave_out=("group",))
+    # when the model cannot take a value of it, and says which
+    status, answer = answered(predictor, {"inputs": [{"age": 20, "dose": 0.5, "group": "my secret"}]})
+    # then only the client is told
+    assert (status, "my secret" in answer["message"]) == (422, True)
+    (entry,) = record_entries(tmp_path)
+    assert (entry["status"], entry["message"]) == (422, "the model cannot predict these rows")
+
+
+def test_log_does_not_grow_without_end(mixed, caplog):
+    predictor = predictor_of(mixed[0])
+    for _ in range(1100):
+        assert answered(predictor, {"inputs": [{"age": 20, "dose": 0.5, "group": "unheard of"}]})[0] == 422
+    assert caplog.text.count("Traceback") == 1000
+
+
+@pytest.mark.parametrize(
+    "model", [GaussianMixture(2), MultiOutputClassifier(LogisticRegression())], ids=["no classes", "two targets"]
+)
+def test_probabilities_that_belong_to_no_classes_of_one_target_are_refused(tmp_path, model):
+    rows = THREE.iloc[[0, 1, 2] * 2].reset_index(drop=True)
+    model.fit(rows, np.array([[0, 0], [1, 1], [1, 2]] * 2))
+    options = {"signature": infer_signature(rows), "pip_requirements": str(ROOT / "model_requirements.txt")}
+    mlflow.sklearn.save_model(model, tmp_path / "model", **options)
+    status, answer = answered(predictor_of(tmp_path / "model"), {"inputs": rows.to_dict("list")}, probabilities=True)
+    assert (status, answer["message"]) == (400, NO_PROBABILITIES)
+
+
+def test_model_that_prints_is_answered(tmp_path):
+    # given a model that prints to the standard output with each answer
+    model = RandomForestClassifier(50, verbose=100, random_state=0)
+    folder = save(tmp_path / "model", model, skops_trusted_types=["sklearn.tree._tree.Tree"])
+    with serve_verified(as_verified(folder), python=Path(sys.executable)) as server:
+        # then it is answered when a pipe that nobody reads would long be full
+        for _ in range(60):
+            assert ask(server.address, split(THREE))[0] == 200
+
+
+def test_model_that_fails_otherwise_is_answered_with_one_line(iris, caplog):
+    predictor = predictor_of(iris)
+    predictor.model.predict = lambda rows: rows.secret
+    status, answer = answered(predictor, {"inputs": THREE.to_dict("list")})
+    assert (status, answer) == (500, {"message": "the model failed"})
+    assert "secret" in caplog.text
+
+
+def test_unknown_column_to_leave_out_is_refused(iris):
+    with pytest.raises(ValueError, match="leave_out must name columns of the signature, got 'colour'"):
+        predictor_of(iris, leave_out=("colour",))
+
+
+# --- Many requests
+
+numbers = st.one_of(st.floats(), st.integers(), st.floats(0, 100), st.integers(0, 100))
+anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=9)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    max_leaves=9,
+)
+good = st.one_of(st.floats(0, 100), st.integers(0, 100))
+values = st.one_of(good, good, good, good, anything)
+rows = st.lists(
+    st.fixed_dictionaries(dict.fromkeys(NAMES, values), optional={"colour": anything}), min_size=1, max_size=3
+)
+names = st.lists(st.sampled_from([*NAMES, "colour"]), max_size=6) | st.permutations(NAMES)
+tables = st.one_of(
+    st.lists(st.fixed_dictionaries(dict.fromkeys(NAMES, good)), min_size=1, max_size=3),
+    rows,
+    st.fixed_dictionaries(dict.fromkeys(NAMES, st.lists(values, max_size=3))),
+    names.flatmap(
+        lambda names: st.fixed_dictionaries(
+            {
+                "columns": st.just(names),
+                "data": st.lists(st.lists(values, min_size=len(names), max_size=len(names)), max_size=3),
+            }
+        )
+    ),
+    anything,
+)
+forms = st.sampled_from(["dataframe_split", "dataframe_records", "inputs", "instances"])
+bodies = st.one_of(
+    st.builds(lambda form, table: json.dumps({form: table}).encode(), forms, tables),
+    st.builds(lambda form, table: json.dumps({form: table}).encode(), forms, tables),
+    anything.map(lambda value: json.dumps(value).encode()),
+    st.binary(max_size=99),
+    st.builds(
+        lambda at, byte: BODY[:at] + bytes([byte]) + BODY[at + 1 :], st.integers(0, len(BODY) - 1), st.integers(0, 255)
+    ),
+)
+
+
+def right(model, body: bytes) -> list | None:
+    """Return the predictions for a body that is well formed, by another way than the server's; None for any other."""
+    try:
+        ((form, table),) = json.loads(body).items()
+        if form == "dataframe_split":
+            frame = pd.DataFrame(table["data"], columns=table["columns"], dtype=object)
+        else:
+            frame = pd.DataFrame(table, dtype=object)
+        frame = frame[NAMES]
+        fits = frame.map(lambda value: type(value) in (int, float) and 0 <= value <= 100).to_numpy().all()
+        return model.predict(frame.astype(float)).tolist() if fits and len(frame) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+MANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+def test_thousand_bodies_get_a_right_answer_or_a_clear_refusal(server, model):
+    asked = dict.fromkeys((200, 400), 0)
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(connected(server.address))
+
+        @settings(max_examples=1000, **MANY)
+        @given(bodies)
+        def ask_for(body):
+            connection.sendall(message(body))
+            status, text = answer_on(connection)
+            asked[status] += 1
+            if status == 200:
+                assert json.loads(text)["predictions"] == right(model, body)
+            else:
+                said = json.loads(text)["message"]
+                assert "\n" not in said
+                assert "Traceback" not in said
+
+        ask_for()
+    assert min(asked.values()) > 50, asked
+
+
+def crowd(server, clients: int, go_on, pause: float = 0) -> list[tuple[str, int]]:
+    """Let clients ask at once for flowers, until ``go_on(number)`` is false; return the ids and which flower it was.
+
+    Each waits ``pause`` seconds before it asks again.
+    """
+    found, errors = [], []
+
+    def client(number: int):
+        try:
+            count = 0
+            while go_on(count):
+                flower = (number + count) % 150
+                status, text = ask(server.address, split(FEATURES.iloc[[flower]]))
+                answer = json.loads(text)
+                assert status == 200, text
+                found.append((answer["id"], flower, answer["predictions"][0]))
+                count += 1
+                time.sleep(pause)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    return found
+
+
+def check_crowd(found: list, record: Path, model) -> None:
+    """See that each was answered rightly, and that each answer is in the record, once."""
+    answers = pd.DataFrame(found, columns=["request_id", "flower", "answer"])
+    assert (answers["answer"] == model.predict(FEATURES)[answers["flower"]]).all()
+    kept = read_record(record)
+    kept = kept[kept["request_id"].isin(answers["request_id"])]  # without other clients'
+    both = answers.merge(kept, on="request_id", validate="one_to_one")
+    assert len(both) == len(found)
+    assert (both["prediction"] == both["answer"]).all()
+    assert (both[PETAL] == FEATURES[PETAL].to_numpy()[both["flower"]]).all()
+
+
+def test_fifty_clients_at_once_lose_nothing(server, record, model):
+    check_crowd(crowd(server, 50, lambda count: count < 10), record, model)
+
+
+@pytest.mark.extended  # it takes a minute
+def test_fifty_clients_for_a_minute_lose_nothing_and_memory_stays_flat(iris, model, tmp_path):
+    with serve_verified(as_verified(iris), python=Path(sys.executable), record=tmp_path / "record") as server:
+        memory = psutil.Process(server.process.pid).memory_info
+        crowd(server, 50, lambda count: count < 20)
+        before, end = memory().rss, time.monotonic() + MINUTE
+        found = crowd(server, 50, lambda _: time.monotonic() < end, pause=0.5)
+        assert memory().rss < before + 10_000_000
+    check_crowd(found, tmp_path / "record", model)
+
+
+# --- What it needs
+
+
+def test_server_imports_only_what_is_in_the_environment_of_each_model():
+    # given what the modules of the server import, and the packages that bring it
+    imported = set()
+    for path in (ROOT / "mlflow_lifecycle/server").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module)
+    modules = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) - {"model_server"}
+    installed = packages_distributions()
+    # then a package for each is among the pins of a model
+    pinned = {re.split("[=; ]", pin)[0].replace("_", "-") for pin in read_pins(ROOT / "model_requirements.txt")}
+    missing = [name for name in modules if not {package.replace("_", "-") for package in installed[name]} & pinned]
+    assert missing == []
+    assert {"starlette", "uvicorn", "mlflow"} <= modules
