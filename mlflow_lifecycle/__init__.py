@@ -1,5 +1,38 @@
-"""What MLflow lacks for model versions that a team can trust, one noun per module.
+"""Release, verify, serve and monitor MLflow models.
 
-What MLflow and scikit-learn have is called directly; no function here wraps a call of theirs. Each module says which
-lack it fills, so that it can be deleted on the day MLflow has it.
+MLflow and scikit-learn are called directly; no function here wraps one call of theirs. Each module
+says what MLflow does not have, so that it can be deleted once MLflow has it.
 """
+
+import importlib
+
+# The public names, by the module that defines them. Each is imported at first use, because MLflow
+# takes seconds to import.
+MODULES = {
+    "comparison": ("Interval", "choose", "folds_interval", "rows_interval"),
+    "datasets": ("check_table", "fingerprint", "read_table", "runs_with", "verified_file"),
+    "exceptions": ("GateClosedError", "LifecycleError", "NotVerifiedError"),
+    "experiments": ("open_experiment", "source_tags"),
+    "pins": ("find_model_requirements",),
+    "releases.card": ("make_card",),
+    "releases.gate": ("DEFAULT_CHECKS", "CheckResult", "GateContext", "GateSettings"),
+    "releases.promote": ("promote",),
+    "releases.release": ("history", "release", "rollback"),
+    "report": ("make_report", "write_report"),
+    "search": ("run_search",),
+    "serving": ("read_record", "serve", "serve_verified"),
+    "signing.adopt": ("sign_version",),
+    "signing.keys": ("own_key", "own_public_key"),
+    "signing.statement": ("register_candidate",),
+    "signing.verify": ("Verified", "verified"),
+}
+PUBLIC = {name: module for module, names in MODULES.items() for name in names}
+__all__ = list(PUBLIC)
+
+
+def __getattr__(name: str) -> object:
+    """Return a public name, imported from its module."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{PUBLIC[name]}")
+    return getattr(module, name)

@@ -80,7 +80,8 @@ XGBOOST = Flavor(
     version_key="xgb_version",
     packages=("xgboost", "xgboost-cpu"),
     advice=(
-        'Save an XGBClassifier or XGBRegressor with mlflow.xgboost.log_model(..., model_format="ubj")'
+        "Save an XGBClassifier or XGBRegressor with "
+        'mlflow.xgboost.log_model(..., model_format="ubj")'
     ),
     model_classes={
         "xgboost.sklearn.XGBClassifier": CLASSIFICATION,
@@ -97,7 +98,8 @@ LIGHTGBM = Flavor(
     version_key="lgb_version",
     packages=("lightgbm",),
     advice=(
-        'Save an LGBMClassifier or LGBMRegressor with mlflow.lightgbm.log_model(..., serialization_format="skops")'
+        "Save an LGBMClassifier or LGBMRegressor with "
+        'mlflow.lightgbm.log_model(..., serialization_format="skops")'
     ),
     model_classes={
         "lightgbm.sklearn.LGBMClassifier": CLASSIFICATION,
@@ -139,7 +141,7 @@ def load_estimator(folder: Path) -> "BaseEstimator":
     """Return the estimator in a folder that ``policy.check_contents`` has accepted.
 
     Raises:
-        RuntimeError: its library is not installed here.
+        LifecycleError: its library is not installed here.
     """
     flavor = flavor_of(mlflow.models.Model.load(str(Path(folder) / "MLmodel")))
     module = importlib.import_module(f"mlflow.{flavor.name}")
@@ -156,7 +158,7 @@ def task_of(estimator: "BaseEstimator") -> str:
     """Return "classification" or "regression".
 
     Raises:
-        ValueError: the estimator is neither a classifier nor a regressor.
+        InvalidInputError: the estimator is neither a classifier nor a regressor.
     """
     if is_classifier(estimator):
         return CLASSIFICATION
@@ -171,7 +173,7 @@ def stored_task(folder: Path) -> str:
     The class of a scikit-learn model is imported: the policy must have accepted the folder.
 
     Raises:
-        ValueError: the model is neither a classifier nor a regressor.
+        InvalidInputError: the model is neither a classifier nor a regressor.
     """
     model = mlflow.models.Model.load(str(Path(folder) / "MLmodel"))
     flavor = flavor_of(model)

@@ -28,8 +28,8 @@ LEARNED = ("train", "training")
 UNKNOWN = "rows that were not recorded"
 BY_FOLDS = (
     "a difference counts if its 95 % interval, over the same {folds} folds, excludes 0. The "
-    "simplest group wins, unless another one is better by a difference that counts. The group that "
-    "began first is taken for the simplest. The interval ignores variation between repeated runs; "
+    "group that began first is the first choice, and a later one replaces the current choice if it "
+    "is better by a difference that counts. The interval ignores variation between repeated runs; "
     "the range of their scores shows it"
 )
 BY_MEANS = (
@@ -158,7 +158,7 @@ def describe_runs(candidates: list[Run], metric: str, by: str) -> pd.DataFrame:
         elif by not in run.data.tags:
             reason = f"no tag {by}"
         name = run.info.run_name
-        rows = describe_data(run, SCORED)
+        rows = describe_data(run, SCORED + LEARNED)  # cross-validation scores the training rows
         group = run.data.tags.get(by, "")
         table.append(
             (run.info.run_id, name, group, value, rows, describe_data(run, LEARNED), reason)
@@ -254,21 +254,25 @@ def verdict(report: Report) -> str:
     """Return who wins, by what and on which rows, and who is tied with the winner."""
     best = report.groups.loc[report.winner]
     tie = f"Tied with {', '.join(report.tied)}." if report.tied else "No other group is tied."
-    score = f"a mean {report.metric} of {best['mean']:.4f} ({best['runs']:.0f} runs)"
+    runs = "1 run" if best["runs"] == 1 else f"{best['runs']:.0f} runs"
+    score = f"a mean {report.metric} of {best['mean']:.4f} ({runs})"
     return f"{report.winner} wins with {score} on {report.rows}. {tie}"
 
 
 def markdown(report: Report) -> str:
     """Return the report as Markdown, without its chart."""
-    table = report.groups.rename(index=in_markdown).reset_index()
-    cells = table.to_markdown(index=False, floatfmt=".4f")
+    table = report.groups.reset_index()
+    lines = [list(table), ["---"] * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append([f"{value:.4f}" if isinstance(value, float) else value for value in row])
+    cells = [f"| {' | '.join(in_markdown(value) for value in line)} |" for line in lines]
     left_out = [f"- {in_markdown(f'{key}: {names}')}" for key, names in report.left_out.items()]
     paragraphs = [
         f"# Experiment report: {in_markdown(report.experiment)}",
         in_markdown(verdict(report)),
         f"The rule: {report.rule}.",
         f"Scores: {in_markdown(report.metric)} on {in_markdown(report.rows)}.",
-        cells,
+        "\n".join(cells),
         "## Left out",
         "\n".join(left_out) or "No run.",
         "## Final evaluation",
@@ -290,7 +294,7 @@ def chart(report: Report) -> Figure:
     return figure
 
 
-def write(report: Report, folder: Path) -> None:
+def write_report(report: Report, folder: Path) -> None:
     """Write the report and its chart into ``folder``, which is created."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

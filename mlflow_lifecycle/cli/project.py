@@ -24,12 +24,12 @@ def report(experiment: str, metric: str, by: str, output: Path | None, as_json: 
 
     Example: lifecycle report tracking_quick_start --metric neg_log_loss
     """
-    from mlflow_lifecycle.report import make_report, verdict, write
+    from mlflow_lifecycle.report import make_report, verdict, write_report
 
     use_store()
     made = make_report(experiment, metric, by)
     folder = output or Path("reports") / re.sub(r"[^\w.-]|^[.]+", "_", experiment)
-    write(made, folder)
+    write_report(made, folder)
     lines = [verdict(made), f"The report: {folder / 'experiment_report.md'}"]
     groups = made.groups.reset_index().to_dict("records")
     print_result(vars(made) | {"groups": groups}, lines, as_json)

@@ -11,7 +11,7 @@ from kernels import execute_in
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the server's image is Linux")
 GUIDES = git(ROOT, "ls-files", "guides/*.ipynb").splitlines()
 # Guides 04 and 05 build no environments here: test_release.py and test_monitor.py do, and compare what they print.
-FIRST = {"04": {"allow_unchecked": True}, "05": {"allow_unchecked": True}}
+FIRST = {"04": {}, "05": {}}
 # What makes a second execution shorter. Guides 03 to 05 are executed again in test_search.py, test_release.py and
 # test_monitor.py, guide 06 with other parameters in test_scale.py; guide 02 logs as guide 01 does.
 SECOND = {"01": {"repeats": 1}}

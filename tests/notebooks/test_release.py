@@ -3,7 +3,7 @@
 import mlflow
 import pytest
 from browser import picture
-from execution import copy_project, differing_outputs, papermill
+from execution import copy_project, differing_outputs, executed, papermill, text_outputs
 from kernels import execute_in
 
 from mlflow_lifecycle.releases.release import history
@@ -39,26 +39,28 @@ def test_better_version_is_in_production_and_verifies(folder, client):
         assert copy.statement.version == "2"
 
 
-def test_history_has_two_releases_the_refusal_and_the_way_back_and_forth(client):
+def test_history_has_two_releases_two_refusals_and_the_way_back_and_forth(client):
     found = [(item.kind, item.version, item.status) for item in reversed(history(MODEL))]
     assert found == [
         ("release", "1", "FINISHED"),
         ("release", "2", "FINISHED"),
+        ("release", "4", "FAILED"),
         ("release", "3", "FAILED"),
         ("rollback", "1", "FINISHED"),
         ("rollback", "2", "FINISHED"),
     ]
 
 
-def test_unchecked_environment_stops_the_release(tmp_path, kernel):
-    error = execute_in(kernel, copy_project(tmp_path, GUIDE), tmp_path)
-    assert "fresh environment not checked" in error
+def test_environment_that_was_not_built_is_said(tmp_path, kernel):
+    assert execute_in(kernel, copy_project(tmp_path, GUIDE), tmp_path) == ""
+    checks = next(text for text in text_outputs(executed(tmp_path)) if "fresh environment" in text)
+    assert "no environment was built, as was asked for" in checks
 
 
 def test_another_execution_finds_its_candidate_in_production_and_changes_nothing(folder, client, kernel):
     before = aliases(client)
     (folder / "again").mkdir()
-    assert execute_in(kernel, folder / GUIDE, folder / "again", {"allow_unchecked": True}) == ""
+    assert execute_in(kernel, folder / GUIDE, folder / "again") == ""
     assert aliases(client) == before
 
 
