@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -154,10 +155,11 @@ def serve_verified(
             (folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as own_log,
             _started(Path(python), path, log or own_log) as process,
         ):
-            address, is_late = _first_line(process, start_seconds)
+            began = time.monotonic()
+            address = _first_line(process, start_seconds)
             if not address:
                 reason = "The log says why." if log else _last_line(own_log)
-                if is_late:
+                if time.monotonic() - began >= start_seconds:
                     reason = f"Its start took longer than start_seconds={start_seconds:g}. {reason}"
                 raise ServingFailedError(f"{version.uri} is not served. {reason}")
             yield Server(
@@ -202,19 +204,13 @@ def _started(python: Path, settings: Path, log: IO) -> Iterator[subprocess.Popen
         process.stdout.close()
 
 
-def _first_line(process: subprocess.Popen, seconds: float) -> tuple[str, bool]:
-    """Return the first line that a process prints, and whether it was killed for being late."""
-    late = threading.Event()
-
-    def kill() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(seconds, kill)
+def _first_line(process: subprocess.Popen, seconds: float) -> str:
+    """Return the first line that a process prints. It is killed if it takes longer."""
+    timer = threading.Timer(seconds, process.kill)
     timer.start()
     line = process.stdout.readline()
     timer.cancel()
-    return line.strip(), late.is_set()
+    return line.strip()
 
 
 def _last_line(log: IO) -> str:
@@ -296,14 +292,13 @@ def read_record(folder: Path) -> "pd.DataFrame":
     table = pd.DataFrame(rows, dtype=object)
     for name in table:
         table[name] = _infer_type(table[name])
-    table["prediction"] = table.pop("prediction")
+    table["prediction"] = table.pop("prediction")  # the last column
+    table["request_time"] = pd.to_datetime(table["request_time"], format="ISO8601")
     return table.sort_values("request_time", kind="stable", ignore_index=True)
 
 
 def _answered_rows(entry: dict) -> list[dict]:
     """Return the rows of an entry of the record."""
-    import pandas as pd
-
     if entry["status"] != 200:
         return []
     inputs = entry["inputs"]
@@ -313,12 +308,18 @@ def _answered_rows(entry: dict) -> list[dict]:
                 f"The record has a column {name!r} of {entry['name']}, and read_record adds one. "
                 "Serve the model with leave_out for that column."
             )
-    values = (entry["id"], pd.Timestamp(entry["time"]), entry["name"], entry["version"])
-    answer = dict(zip(ANSWER_COLUMNS, values, strict=True))
     rows = []
     for number, prediction in enumerate(entry["predictions"]):
-        asked = {name: column[number] for name, column in inputs.items()}
-        rows.append({**answer, **asked, "prediction": prediction})
+        row = {
+            "request_id": entry["id"],
+            "request_time": entry["time"],
+            "model_name": entry["name"],
+            "model_version": entry["version"],
+        }
+        for name, values in inputs.items():
+            row[name] = values[number]
+        row["prediction"] = prediction
+        rows.append(row)
     return rows
 
 

@@ -96,6 +96,11 @@ class Predictor:
             ValueError: its signature has no named columns, or a setting is invalid.
         """
         self.settings = settings
+        self.version = {
+            "name": settings.name,
+            "version": settings.version,
+            "key_fingerprint": settings.key_fingerprint,
+        }
         self.metrics = Metrics()
         self.errors = 0
         described = Model.load(settings.model)
@@ -124,13 +129,17 @@ class Predictor:
             return 500, '{"message": "the model failed"}'
 
     def _answer(self, body: bytes, probabilities: bool) -> tuple[int, str]:
-        names = {"name": self.settings.name, "version": self.settings.version}
-        entry = {"id": secrets.token_hex(16), **names, "status": 200}
+        entry = {
+            "id": secrets.token_hex(16),
+            "name": self.version["name"],
+            "version": self.version["version"],
+            "status": 200,
+        }
         try:
             table = self.columns.check(read_table(body))
-            entry["inputs"] = {
-                name: table[name] for name in table if name not in self.settings.leave_out
-            }
+            entry["inputs"] = table.copy()
+            for name in self.settings.leave_out:
+                entry["inputs"].pop(name, None)
             answer = self._predict(table, probabilities)
         except RefusedError as error:
             entry["status"] = error.status
@@ -177,8 +186,7 @@ def create_app(predictor: Predictor) -> Starlette:
         return respond(200, "\n")
 
     async def version(request: Request) -> Response:
-        names = ("name", "version", "key_fingerprint")
-        return respond(200, json.dumps({name: getattr(predictor.settings, name) for name in names}))
+        return respond(200, json.dumps(predictor.version))
 
     async def metrics(request: Request) -> Response:
         return Response(predictor.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -188,10 +196,8 @@ def create_app(predictor: Predictor) -> Starlette:
         try:
             probabilities = read_head(request)
             body = await read_body(request, predictor.settings.largest_body)
-            answer = asyncio.get_running_loop().run_in_executor(
-                worker, predictor.answer, body, probabilities
-            )
-            status, text = await answer
+            loop = asyncio.get_running_loop()
+            status, text = await loop.run_in_executor(worker, predictor.answer, body, probabilities)
         except RefusedError as error:
             status = error.status
             text = json.dumps({"message": str(error)})

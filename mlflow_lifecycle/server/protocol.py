@@ -10,6 +10,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
+LENGTHS = {b"content-length", b"transfer-encoding"}
 
 
 class StrictParser(h11.Connection):
@@ -29,9 +30,10 @@ class StrictParser(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request | h11.EndOfMessage):
             lines = before.removesuffix(self.trailing_data[0])
-            names = {name for name, _ in event.headers}
-            if BARE_LINE_FEED.search(lines) or {b"content-length", b"transfer-encoding"} <= names:
-                raise h11.RemoteProtocolError("the end of a line or of the request is ambiguous")
+            if BARE_LINE_FEED.search(lines):
+                raise h11.RemoteProtocolError("lines must end with CR LF")
+            if dict(event.headers).keys() >= LENGTHS:
+                raise h11.RemoteProtocolError("the length of the body is ambiguous")
         return event
 
 

@@ -196,8 +196,11 @@ def read_table(body: bytes) -> dict[str, list]:
     form, table = payload.popitem()
     read = READERS.get((form, type(table)))
     if read is None:
-        forms = ", ".join(f"{form} with a {kind.__name__}" for form, kind in READERS)
-        raise RefusedError(400, f"the body must be an object with one key: {forms}")
+        raise RefusedError(
+            400,
+            "the body must be an object with one key: dataframe_split with an object, "
+            "dataframe_records with a list, or inputs or instances with either",
+        )
     return read(table)
 
 

@@ -255,32 +255,32 @@ FLAVORS += [("xgboost", "XGBRegressor", "XGBClassifier"), ("lightgbm", "LGBMRegr
 
 @pytest.mark.parametrize(("flavor", "regressor", "classifier"), FLAVORS)
 @pytest.mark.parametrize("task", ["regression", "classification"])
-def test_model_of_each_flavor_and_task_answers_as_in_process(tmp_path, flavor, regressor, classifier, task):
+def test_model_of_each_flavor_and_task_answers_as_before_it_was_saved(tmp_path, flavor, regressor, classifier, task):
     # given a model that its library has trained, and MLflow has saved
     name = "sklearn.linear_model" if flavor == "sklearn" else flavor
     library = pytest.importorskip(name, reason=f"{name} is not installed. Install it: {INSTALL}")
     data = load_diabetes(as_frame=True) if task == "regression" else load_breast_cancer(as_frame=True)
     model = getattr(library, regressor if task == "regression" else classifier)()
+    if flavor != "sklearn":
+        model.set_params(n_estimators=3, n_jobs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(data.data, data.target)
     signature = infer_signature(data.data, model.predict(data.data))
     pins = str(ROOT / "model_requirements.txt")
     getattr(mlflow, flavor).save_model(model, tmp_path / "model", signature=signature, pip_requirements=pins)
-    # when it is served and asked, with its columns in another order
+    # when it is loaded and asked, with its columns in another order
     rows = data.data.head(20)
-    with serve_verified(as_verified(tmp_path / "model"), python=Path(sys.executable)) as server:
-        status, text = ask(server.address, split(rows[[*rows][::-1]]))
-        with_probabilities = ask(server.address, split(rows), path="/invocations?probabilities=true")
-    # then it answers as in this process, with probabilities where there are some
-    assert (status, json.loads(text)["predictions"]) == (200, model.predict(rows).tolist())
+    payload = {"inputs": rows[[*rows][::-1]].to_dict("list")}
+    predictor = predictor_of(tmp_path / "model")
+    status, answer = answered(predictor, payload)
+    # then it answers as before, with probabilities where there are some
+    assert (status, answer["predictions"]) == (200, model.predict(rows).tolist())
+    status, answer = answered(predictor, payload, probabilities=True)
     if task == "regression":
-        assert with_probabilities[0] == 400
-        assert json.loads(with_probabilities[1])["message"] == NO_PROBABILITIES
+        assert (status, answer["message"]) == (400, NO_PROBABILITIES)
     else:
-        assert with_probabilities[0] == 200
-        answer = json.loads(with_probabilities[1])
-        assert answer["classes"] == [0, 1]
+        assert (status, answer["classes"]) == (200, [0, 1])
         np.testing.assert_allclose(answer["probabilities"], model.predict_proba(rows), rtol=1e-6)
 
 
@@ -288,7 +288,7 @@ def test_ping_is_answered_while_the_model_predicts(tmp_path):
     """Attack 35."""
     # given a model that needs seconds for a large request
     folder = save(tmp_path / "model", KNeighborsClassifier(algorithm="brute"), pd.concat([iris_rows()] * 200))
-    body = split(pd.concat([FEATURES] * 100))
+    body = split(pd.concat([FEATURES] * 60))
     pings, answers = [], []
     with serve_verified(as_verified(folder), python=Path(sys.executable)) as server:
         began = time.monotonic()
@@ -394,11 +394,12 @@ def test_refusal_that_quotes_a_column_that_is_left_out_is_not_recorded_with_it(m
     assert (entry["status"], entry["message"]) == (422, "the model cannot predict these rows")
 
 
-def test_log_does_not_grow_without_end(mixed, caplog):
+def test_log_does_not_grow_without_end(mixed, caplog, monkeypatch):
+    monkeypatch.setattr("mlflow_lifecycle.server.app.ERRORS_LOGGED", 5)
     predictor = predictor_of(mixed[0])
-    for _ in range(1100):
+    for _ in range(9):
         assert answered(predictor, {"inputs": [{"age": 20, "dose": 0.5, "group": "unheard of"}]})[0] == 422
-    assert caplog.text.count("Traceback") == 1000
+    assert caplog.text.count("Traceback") == 5
 
 
 @pytest.mark.parametrize(

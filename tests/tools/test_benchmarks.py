@@ -123,7 +123,7 @@ def test_servers_that_are_measured_give_the_same_answers(tmp_path):
             with benchmark["connected"](port) as connection:
                 answers.append(json.loads(benchmark["answer"](connection, benchmark["request"](1000)))["predictions"])
             # then each gives its times
-            assert all(value > 0 for value in benchmark["load"](port, process, 1, 2, False, 0.5))
+            assert all(value > 0 for value in benchmark["load"](port, process, benchmark["request"](1), 2, False, 0.5))
     # and the answers are the same
     assert answers[0] == answers[1]
     assert set(answers[0]) == {"setosa", "versicolor", "virginica"}
