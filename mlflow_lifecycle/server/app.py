@@ -39,7 +39,7 @@ from starlette.routing import Route
 from .metrics import Metrics
 from .protocol import Connection
 from .record import Record
-from .schema import Columns, RefusedError, read_table
+from .schema import Columns, Limits, RefusedError, Table, read_table
 
 FLAVORS = ("sklearn", "xgboost", "lightgbm")
 CONTENT_TYPES = ("application/json", "application/json;charset=utf-8")
@@ -76,7 +76,7 @@ class Settings:
     key_fingerprint: str
     host: str = "127.0.0.1"
     port: int = 0
-    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
+    limits: Limits = field(default_factory=dict)
     record: str | None = None
     keep_days: int = 30
     record_bytes: int = 1_000_000_000
@@ -151,7 +151,7 @@ class Predictor:
             self.record.add({**entry, **answer})
         return entry["status"], text
 
-    def _predict(self, table: dict[str, list], probabilities: bool) -> dict[str, list]:
+    def _predict(self, table: Table, probabilities: bool) -> Table:
         """Return what the model predicts for a checked table."""
         if probabilities and not isinstance(self.classes, np.ndarray):
             reason = "the model has no predict_proba for the classes of one target"

@@ -12,10 +12,20 @@ from typing import Annotated, NotRequired
 import numpy as np
 import pandas as pd
 from mlflow.models import ModelSignature
-from pydantic import AfterValidator, FailFast, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    FailFast,
+    Field,
+    StrictBool,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
 from typing_extensions import TypedDict
 
 TIME = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?")
+Table = dict[str, list]  # the values of each column
+Limits = dict[str, tuple[float, float]]  # the lowest and the highest value of columns with numbers
 FLOAT32 = float(np.finfo("float32").max)
 
 
@@ -60,7 +70,7 @@ TYPES = {
         "Int32",
     ),
     "boolean": (
-        Annotated[bool, Field(strict=True)],
+        StrictBool,
         "bool",
         "boolean",
     ),
@@ -70,7 +80,7 @@ TYPES = {
         "object",
     ),
     "datetime": (
-        Annotated[str, Field(strict=True), AfterValidator(check_time)],
+        Annotated[StrictStr, AfterValidator(check_time)],
         "datetime64[ns]",
         "datetime64[ns]",
     ),
@@ -81,12 +91,12 @@ NUMBERS = ("double", "float", "long", "integer")
 class Columns:
     """The columns of a signature."""
 
-    def __init__(self, signature: ModelSignature | None, limits: dict[str, tuple[float, float]]):
+    def __init__(self, signature: ModelSignature | None, limits: Limits):
         """Make the rules for a table.
 
         Args:
             signature: the model's.
-            limits: the lowest and the highest value of columns with numbers.
+            limits: values outside them are refused.
 
         Raises:
             ValueError: the signature has no named columns, or a limit is invalid.
@@ -122,7 +132,7 @@ class Columns:
                 )
         self.rules = TypeAdapter(TypedDict("Table", fields))
 
-    def check(self, table: dict[str, list]) -> dict[str, list]:
+    def check(self, table: Table) -> Table:
         """Return the columns of the signature, in its order.
 
         Missing optional columns are filled with null. Other columns are left out.
@@ -136,14 +146,14 @@ class Columns:
         try:
             checked = self.rules.validate_python(table)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+            first = error.errors()[0]
             name, *row = first["loc"]
             where = f", row {row[0] + 1} of {rows}" if row else ""
             reason = first["msg"].removeprefix("Value error, ")
             raise RefusedError(400, f"column {name!r}{where}: {reason}") from None
         return {name: checked.get(name, [None] * rows) for name in self.dtypes}
 
-    def frame(self, table: dict[str, list]) -> pd.DataFrame:
+    def frame(self, table: Table) -> pd.DataFrame:
         """Return a checked table as the DataFrame that the model takes.
 
         Null becomes NaN, NA or NaT, as in training.
@@ -179,7 +189,7 @@ class Columns:
             raise RefusedError(400, f"{where}: Input should be {limits}")
 
 
-def read_table(body: bytes) -> dict[str, list]:
+def read_table(body: bytes) -> Table:
     """Return the columns that a body holds in one of MLflow's forms, all of the same length.
 
     Raises:
@@ -204,22 +214,17 @@ def read_table(body: bytes) -> dict[str, list]:
     return read(table)
 
 
-def make_object(pairs: list[tuple[str, object]]) -> dict:
+def make_object(pairs: Iterable[tuple[str, object]]) -> dict:
     """Return a JSON object as a dictionary; refuse a repeated key, whose value would be lost."""
-    refuse_repeated(name for name, _ in pairs)
-    return dict(pairs)
-
-
-def refuse_repeated(names: Iterable[str]) -> None:
-    """Refuse a name that occurs twice."""
-    seen = set()
-    for name in names:
-        if name in seen:
+    result = {}
+    for name, value in pairs:
+        if name in result:
             raise RefusedError(400, f"column or key {name!r} is repeated")
-        seen.add(name)
+        result[name] = value
+    return result
 
 
-def from_records(rows: list) -> dict[str, list]:
+def from_records(rows: list) -> Table:
     """Return the columns of rows that are objects."""
     if not all(isinstance(row, dict) for row in rows):
         raise RefusedError(400, "each row must be an object, with the names of the columns as keys")
@@ -231,7 +236,7 @@ def from_records(rows: list) -> dict[str, list]:
     return {name: [row[name] for row in rows] for name in names}
 
 
-def from_split(table: dict) -> dict[str, list]:
+def from_split(table: dict) -> Table:
     """Return the columns of a table with ``columns`` and ``data``, and maybe ``index``."""
     names = table.get("columns")
     rows = table.get("data")
@@ -240,16 +245,15 @@ def from_split(table: dict) -> dict[str, list]:
         raise RefusedError(400, "dataframe_split must hold the lists columns and data")
     if not all(isinstance(name, str) for name in names):
         raise RefusedError(400, "the names of columns must be strings")
-    refuse_repeated(names)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, list) or len(row) != len(names):
             where = f"row {number} of {len(rows)}"
             raise RefusedError(400, f"{where}: must be a list of {len(names)} values")
-    values = map(list, zip(*rows, strict=True))
-    return dict(zip(names, values, strict=False))  # without rows there are no columns
+    columns = map(list, zip(*rows, strict=True))
+    return make_object(zip(names, columns, strict=False))  # without rows there are no columns
 
 
-def from_columns(table: dict) -> dict[str, list]:
+def from_columns(table: dict) -> Table:
     """Return a table whose columns are lists."""
     for name, values in table.items():
         if not isinstance(values, list):

@@ -184,6 +184,17 @@ def test_no_temporary_folder_is_said_and_the_present_one_left_alone(iris, tmp_pa
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"settings.json": "mine"}
 
 
+def test_code_of_the_working_directory_is_not_imported(iris, tmp_path, monkeypatch):
+    """Attack 26."""
+    # given files with the names of modules that the server and its keeper import
+    for name in ("psutil", "tempfile", "json", "mlflow", "uvicorn", "metrics", "schema"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    # when a model is served from their folder, then it answers
+    with serve_verified(iris, **HERE) as server:
+        assert ask(server.address, path="/ping")[0] == 200
+
+
 def test_python_may_be_named_from_the_present_folder(iris, monkeypatch):
     python = Path(sys.executable)
     monkeypatch.chdir(python.parent)
