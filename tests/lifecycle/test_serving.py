@@ -307,10 +307,16 @@ def test_release_is_served_from_its_store(folder, temporary, monkeypatch):
         assert ask(server.address, split(FEATURES * 10))[0] == 400
 
 
+def environment_of(folder: Path, home: Path) -> dict[str, str]:
+    """Return the environment of a command that uses the store and the keys in a folder."""
+    store = f"sqlite:///{folder.as_posix()}/mlflow.db"
+    return environment(home, MLFLOW_TRACKING_URI=store, LIFECYCLE_KEYS=str(folder / "keys"))
+
+
 @pytest.mark.extended  # it takes long
 def test_command_refuses_a_candidate_in_one_line(folder, tmp_path):
     command = [sys.executable, "-m", "mlflow_lifecycle", "serve", "models:/iris/2"]
-    variables = environment(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
+    variables = environment_of(folder, tmp_path)
     child = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
     assert child.returncode == 1
     assert child.stderr.startswith("Error: Not loaded: models:/iris/2.")
@@ -322,19 +328,9 @@ def test_command_serves_a_release_in_its_own_environment_until_it_is_interrupted
     # given the command, with packages from the index
     record = tmp_path / "record"
     command = [sys.executable, "-m", "mlflow_lifecycle", "serve", "models:/iris@champion", "--trusted-type", TREE]
-    command += [
-        "--port",
-        "0",
-        "--record",
-        record,
-        "--leave-out",
-        "petal width (cm)",
-        "--limits",
-        "0.5",
-        "--record-limit",
-        "50",
-    ]
-    variables = environment(tmp_path, MLFLOW_TRACKING_URI=f"sqlite:///{folder.as_posix()}/mlflow.db")
+    command += ["--port", "0", "--record", record, "--record-limit", "50"]
+    command += ["--leave-out", "petal width (cm)", "--limits", "0.5"]
+    variables = environment_of(folder, tmp_path)
     child = subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
