@@ -105,10 +105,11 @@ notebooks: $(INSTALLED) ## regenerate the outputs of the committed notebooks in 
 	$(BIN)/python tools/notebooks.py $(if $(NOTEBOOKS),$$NOTEBOOKS,$(filter-out $(OUT_OF_REACH),$(COMMITTED)))
 	@$(if $(NOTEBOOKS),,$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)"))
 
-lint: $(DEVELOPMENT) ## check code and notebooks with ruff
+lint: $(DEVELOPMENT) ## check code and notebooks with ruff, and the direction of the imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/ruff format --check --line-length 88 project.ipynb
+	$(BIN)/ruff format --check --line-length 88 project.ipynb guides/0[45]*.ipynb
+	$(BIN)/lint-imports --no-logo --no-cache
 
 test-all: $(INSTALLED) ## run all tests, and skip those whose dependencies are missing
 	$(PYTEST)

@@ -12,7 +12,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from execution import ROOT, copy_project, edit_cells, environment, execute, free_port, running
+from execution import ROOT, copy_project, edit_cells, environment, free_port, running
+from kernels import execute_in
 from test_own_data import DIABETES, PENGUINS
 
 pytestmark = pytest.mark.extended  # it builds environments
@@ -55,7 +56,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Give the programs of an environment that has the wheel, what the quickstart imports, and XGBoost."""
+    """Give the programs of an environment that has the wheel with what it needs to release, XGBoost, and no more."""
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"
     shutil.copytree(ROOT / "mlflow_lifecycle", source / "mlflow_lifecycle")
@@ -68,7 +69,7 @@ def installed(tmp_path_factory):
     (wheel,) = folder.glob("*.whl")
     lock = (ROOT / "requirements-scale.txt").read_text(encoding="utf-8")
     (folder / "versions.txt").write_text(re.sub(r" *\\\n    --hash=\S+", "", lock), encoding="utf-8")
-    packages = [f"{wheel}[sign]", "mlflow", "ipykernel", "nbconvert", "xgboost-cpu"]
+    packages = [f"{wheel}[sign]", "xgboost-cpu"]
     install = [*uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", programs / "python"]
     subprocess.run([*install, "--constraints", folder / "versions.txt", *packages], check=True)
     return programs
@@ -86,7 +87,7 @@ def write_requirements(folder: Path, uv: Path, *more: str) -> None:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def project(request, installed, tmp_path_factory):
+def project(request, installed, tmp_path_factory, kernel):
     """Give a project with two versions that the quickstart has registered, and a function that runs a command there."""
     folder = tmp_path_factory.mktemp(request.param)
     cells, name, target, *thresholds = MODELS[request.param]
@@ -104,8 +105,7 @@ def project(request, installed, tmp_path_factory):
     content.cells.append(nbformat.v4.new_code_cell(files))
     nbformat.write(content, notebook)
     write_requirements(folder, installed / "uv", *["xgboost-cpu==3.2.0"] * (request.param == "cancer"))
-    process = execute(notebook, folder, python=installed / "python")
-    assert process.returncode == 0, process.stderr
+    assert execute_in(kernel, notebook, folder) == ""
     values = {
         "my_model": name,
         "label": target,
