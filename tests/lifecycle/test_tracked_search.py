@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from mlflow_lifecycle import search
 from mlflow_lifecycle.datasets import fingerprint
+from mlflow_lifecycle.exceptions import SearchFailedError
 
 METRIC = "loss"
 ROWS = pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [0.0, 1.0, 0.0]})
@@ -68,7 +69,7 @@ def children(parent):
 def searched(parent, trials, seed=0):
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     callbacks = [search.log_trials(parent, METRIC, {"commit": "abc"}, DATASET)]
-    study.optimize(search.remembered(objective), trials, catch=Exception, callbacks=callbacks)
+    study.optimize(search.keep_error(objective), trials, catch=Exception, callbacks=callbacks)
     return study
 
 
@@ -99,7 +100,7 @@ def test_trials_taken_up_are_those_that_were_logged(experiment_id):
     before = searched(parent, 4)
     # when another study takes them up
     study = optuna.create_study()
-    assert search.take_up(study, parent, METRIC) == 4
+    assert search.load_trials(study, parent, METRIC) == 4
     # then it knows the same trials
     for new, old in zip(study.trials, before.trials, strict=True):
         assert (new.number, new.state, new.params, new.value) == (old.number, old.state, old.params, old.value)
@@ -114,7 +115,7 @@ def test_number_of_a_trial_that_never_ended_stays_empty(experiment_id):
     mlflow.delete_run(children(parent)[1].info.run_id)
     # when it is taken up
     study = optuna.create_study()
-    assert search.take_up(study, parent, METRIC) == 3
+    assert search.load_trials(study, parent, METRIC) == 3
     # then the others keep their numbers
     assert [trial.state for trial in study.trials] == [
         TrialState.COMPLETE,
@@ -131,13 +132,13 @@ def test_search_of_a_process_that_is_gone_is_unfinished(experiment_id):
         name = search.process_name(psutil.Process(process.pid))
     parent = begin(experiment_id, search="a search", process=name)
     # then
-    assert search.unfinished("a search", experiment_id).info.run_id == parent.info.run_id
+    assert search.find_interrupted("a search", experiment_id).info.run_id == parent.info.run_id
 
 
 def test_search_at_which_a_process_works_is_left_alone(experiment_id):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         begin(experiment_id, search="a search", process=search.process_name(psutil.Process(process.pid)))
-        assert search.unfinished("a search", experiment_id) is None
+        assert search.find_interrupted("a search", experiment_id) is None
 
 
 def test_new_process_with_the_old_number_is_another(experiment_id):
@@ -145,7 +146,7 @@ def test_new_process_with_the_old_number_is_another(experiment_id):
     machine, number, began = search.process_name().rsplit(" ", 2)
     parent = begin(experiment_id, search="a search", process=f"{machine} {number} {int(began) - 1000}")
     # then
-    assert search.unfinished("a search", experiment_id).info.run_id == parent.info.run_id
+    assert search.find_interrupted("a search", experiment_id).info.run_id == parent.info.run_id
 
 
 OTHERS = {
@@ -158,18 +159,18 @@ OTHERS = {
 @pytest.mark.parametrize("tags", OTHERS.values(), ids=OTHERS)
 def test_other_searches_are_left_alone(experiment_id, tags):
     begin(experiment_id, **tags)
-    assert search.unfinished("a search", experiment_id) is None
+    assert search.find_interrupted("a search", experiment_id) is None
 
 
 def test_finished_search_is_not_taken_up(experiment_id):
     parent = begin(experiment_id, search="a search", process=f"{search.platform.node()} 1 1")
     mlflow.MlflowClient().set_terminated(parent.info.run_id)
-    assert search.unfinished("a search", experiment_id) is None
+    assert search.find_interrupted("a search", experiment_id) is None
 
 
 def test_name_may_have_a_quote(experiment_id):
     parent = begin(experiment_id, search="Zoë's search", process=f"{search.platform.node()} 1 1")
-    assert search.unfinished("Zoë's search", experiment_id).info.run_id == parent.info.run_id
+    assert search.find_interrupted("Zoë's search", experiment_id).info.run_id == parent.info.run_id
 
 
 # A whole search
@@ -255,7 +256,7 @@ def test_search_in_which_all_trials_fail_says_why(experiment_id):
         raise MemoryError("no memory left")
 
     with pytest.raises(
-        RuntimeError, match=r"No trial succeeded. The first failed with MemoryError\('no memory left'\)"
+        SearchFailedError, match=r"No trial succeeded. The first failed with MemoryError\('no memory left'\)"
     ):
         run(experiment_id, failing, trials=2)
     (parent,) = searches(experiment_id)
@@ -269,7 +270,7 @@ def test_search_whose_trials_all_failed_begins_anew_with_the_mended_objective(ex
         trial.suggest_float("x", -1, 1)
         raise NameError("a typo")
 
-    with pytest.raises(RuntimeError, match="a typo"):
+    with pytest.raises(SearchFailedError, match="a typo"):
         run(experiment_id, mistaken, trials=2)
     # when it is started again without the mistake
     _, parent = run(experiment_id, parabola, trials=2)
@@ -284,12 +285,12 @@ def test_failed_trials_of_a_killed_search_count_and_their_error_is_said(experime
     def failing(trial):
         raise MemoryError("no memory left")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SearchFailedError):
         run(experiment_id, failing, trials=2)
     (killed,) = searches(experiment_id)
     mlflow.MlflowClient().update_run(killed.info.run_id, status="RUNNING")
     # when it goes on, then no trial is repeated
-    with pytest.raises(RuntimeError, match=r"The first failed with MemoryError\('no memory left'\)"):
+    with pytest.raises(SearchFailedError, match=r"The first failed with MemoryError\('no memory left'\)"):
         run(experiment_id, failing, trials=2)
     assert [found.info.status for found in children(killed)] == ["FAILED", "FAILED"]
     assert len(searches(experiment_id)) == 1
