@@ -257,7 +257,7 @@ def test_trial_that_nobody_asked_for_is_not_run(parent):
     # given an empty queue, as a worker finds it that came a moment late
     study = optuna.create_study()
     # when it asks for a trial all the same
-    study.optimize(workers.tracked(lambda trial: 1.0, study, parent, {}), n_trials=1)
+    study.optimize(workers.track(lambda trial: 1.0, study, parent, {}), n_trials=1)
     # then that is not run, and so is in no run
     assert [trial.state for trial in study.trials] == [TrialState.PRUNED]
     assert children(parent) == []
@@ -341,7 +341,7 @@ def test_storage_that_cannot_be_used_is_named_without_the_password(storage, chan
 
 def test_missing_driver_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg2", None)
-    with pytest.raises(workers.SearchFailedError, match="Install it: make scale"):
+    with pytest.raises(workers.SearchFailedError, match="pip install psycopg2-binary"):
         workers.open_storage("postgresql://me@127.0.0.1:1/x")
 
 
