@@ -130,6 +130,8 @@ lock: $(INSTALLED) ## compile the lock files from pyproject.toml (UPGRADE=1 to u
 	$(COMPILE) --group test --generate-hashes --constraint requirements-dev.txt --output-file requirements.txt
 	$(COMPILE) --group model --constraint requirements.txt --output-file model_requirements.txt
 	$(COMPILE) --group audit --generate-hashes --output-file .github/requirements-audit.txt
+	echo pyarrow | $(COMPILE) --no-deps --no-annotate --no-header --generate-hashes --constraint requirements.txt \
+		--output-file mlflow_lifecycle/pyarrow.txt -
 
 browser: $(DEVELOPMENT) ## install what the tests of the interface need: a browser and its driver
 	$(BIN)/python tests/helpers/browser.py

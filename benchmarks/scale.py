@@ -6,8 +6,8 @@ Scoring. The guide's data set, in files of 250,000 rows, is scored and written b
 part at a time with pyarrow, and by one that asks Spark, on one and on two cores, with the environment of this
 process. Two models: one like the guide's, and a forest of 300 trees. A round runs the ways in turn; a ratio is formed
 within a round, and its median over the rounds is the figure. Spark's start and its first job, which starts its Python
-workers, are reported apart, and so is what `env_manager="uv"` adds: the environment, and a server for each task.
-Memory is the sum over the process and all its children of what is theirs alone (USS), sampled while they score.
+workers, are reported apart. Memory is the sum over the process and all its children of what is theirs alone (USS),
+sampled while they score.
 
 Search. One worker and then two, each started by the command `lifecycle search-worker`, take the same number of trials
 from the queue. A trial is what it is in the guide, half a second of one core, always with the same settings. Two times
@@ -104,52 +104,33 @@ class Memory(threading.Thread):
 
 
 def score_in_process(model: str, data: Path, result: Path) -> dict:
-    """Score ``data`` a part at a time and write ``result``; return seconds and memory."""
-    import mlflow
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Score ``data`` in batches and write ``result``; return seconds and memory."""
+    from mlflow_lifecycle.batch_worker import score_files
 
-    loaded = mlflow.pyfunc.load_model(model)
-    result.mkdir()
-    loaded.predict(pq.read_table(next(data.iterdir())).slice(0, 10).to_pandas()[COLUMNS])  # the first call
     with Memory() as memory:
         began = time.perf_counter()
-        for path in sorted(data.iterdir()):
-            with pq.ParquetWriter(result / path.name, pa.schema({"id": pa.int64(), "species": pa.string()})) as writer:
-                for batch in pq.ParquetFile(path).iter_batches(10_000):
-                    species = pa.array(loaded.predict(batch.to_pandas()[COLUMNS]), pa.string())
-                    writer.write_table(pa.table({"id": batch["id"], "species": species}))
+        score_files(str(data), str(result), model, "id")
         seconds = time.perf_counter() - began
     return {"seconds": seconds, "memory": memory.peak}
 
 
-def score_on_spark(model: str, data: Path, result: Path, cores: int, env_manager: str) -> dict:
+def score_on_spark(model: str, data: Path, result: Path, cores: int) -> dict:
     """Score ``data`` on Spark and write ``result``; return seconds, memory, and the seconds of start and first job."""
-    import mlflow
-    from pyspark.sql import functions as F  # noqa: N812
-
-    from mlflow_lifecycle.spark import spark_session, verified_archives
+    from mlflow_lifecycle.batch import score_on_spark, spark_session
 
     began = time.perf_counter()
     with spark_session(f"local[{cores}]", Path(tempfile.gettempdir())) as spark:
         started = time.perf_counter() - began
+        few = spark.read.parquet(str(data)).limit(10 * cores).repartition(cores)
+        few.write.parquet(f"{result}-few")
         began = time.perf_counter()
-        verified = env_manager == "uv"
-        with verified_archives(ROOT / "requirements.txt") if verified else contextlib.nullcontext():
-            predict = mlflow.pyfunc.spark_udf(spark, model, env_manager=env_manager)
-        built = time.perf_counter() - began
-        features = F.struct(*[f"`{name}`" for name in COLUMNS])
-        flowers = spark.read.parquet(str(data))
-        began = time.perf_counter()
-        flowers.limit(10 * cores).repartition(cores).select(predict(features)).collect()
+        score_on_spark(spark, f"{result}-few", f"{result}-first", model, "id")
         first = time.perf_counter() - began
         with Memory() as memory:
             began = time.perf_counter()
-            if verified:
-                flowers = flowers.coalesce(cores)
-            flowers.select("id", predict(features).alias("species")).write.parquet(str(result))
+            score_on_spark(spark, str(data), str(result), model, "id")
             seconds = time.perf_counter() - began
-    return {"seconds": seconds, "memory": memory.peak, "started": started, "built": built, "first": first}
+    return {"seconds": seconds, "memory": memory.peak, "started": started, "first": first}
 
 
 def score(way: str, model: Path, data: Path) -> dict:
@@ -170,7 +151,7 @@ def score(way: str, model: Path, data: Path) -> dict:
 
 def compare_scoring(rows: list[int], rounds: int, most_for_the_forest: int) -> None:
     """Print rows per second, ratios and memory, for each model and number of rows."""
-    ways = ["in process", "Spark local 1", "Spark local 2"]
+    ways = ["in process", "Spark 1", "Spark 2"]
     with tempfile.TemporaryDirectory() as place:
         for kind in ("logistic", "forest"):
             model = Path(place, kind)
@@ -192,20 +173,11 @@ def compare_scoring(rows: list[int], rounds: int, most_for_the_forest: int) -> N
                         f"{memory:,.0f} MB at most",
                         flush=True,
                     )
-            apart = {
-                name: statistics.median(one["Spark local 2"][name] for one in taken) for name in ("started", "first")
-            }
+            apart = {name: statistics.median(one["Spark 2"][name] for one in taken) for name in ("started", "first")}
             print(
                 f"apart: Spark starts in {apart['started']:.1f} s, its first job takes {apart['first']:.1f} s",
                 flush=True,
             )
-        data = Path(place, "data")
-        make_data(data, 10_000)  # more would measure MLflow's server in the environment, which answers by JSON
-        uv = score("Spark uv 2", Path(place, "logistic"), data)
-        print(
-            f"with env_manager='uv', 10,000 rows: the environment is built in {uv['built']:.1f} s, "
-            f"the first job takes {uv['first']:.1f} s, the set {uv['seconds']:.1f} s"
-        )
 
 
 def search(trials: int, count: int) -> tuple[float, float]:
@@ -280,8 +252,8 @@ def main() -> None:
         if way == "in process":
             print(json.dumps(score_in_process(model, Path(data), Path(result))))
         else:
-            _, env_manager, cores = way.split()
-            print(json.dumps(score_on_spark(model, Path(data), Path(result), int(cores), env_manager)))
+            cores = int(way.split()[1])
+            print(json.dumps(score_on_spark(model, Path(data), Path(result), cores)))
         return
     if options.only != "search":
         compare_scoring(options.rows, options.rounds, options.forest_rows)

@@ -1,232 +1,306 @@
-"""Score a Parquet data set on Spark, and refuse one whose predictions would be worth nothing.
+"""Score a Parquet data set with a verified version, in the environment that it recorded.
 
-MLflow's ``spark_udf`` makes a model a function of columns. It does not look at the rows first: a wrong type ends the
-work in the middle, and a gap, or a key that is there twice, may go unnoticed. It logs neither rows nor model.
+MLflow scores a file in memory, or columns by ``spark_udf``. Neither looks at the rows first: a
+wrong type ends the work in the middle, and missing values or a key that is there twice may go
+unnoticed. MLflow builds the environment for Spark without verifying hashes (mlflow#4886,
+mlflow#12478).
 """
 
 import contextlib
+import hashlib
+import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
-from mlflow_lifecycle.exceptions import InvalidInputError
-from mlflow_lifecycle.signing.verify import verified
-from mlflow_lifecycle.spark import in_a_line, spark_session, verified_archives
+import mlflow
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.spark_dataset_source import SparkDatasetSource
+from mlflow.entities import LoggedModelInput
+
+from mlflow_lifecycle import batch_worker
+from mlflow_lifecycle.environments import built
+from mlflow_lifecycle.exceptions import InvalidInputError, SparkFailedError
+from mlflow_lifecycle.experiments import printable
+from mlflow_lifecycle.signing.verify import Verified, verified
 
 if TYPE_CHECKING:
-    from mlflow.models import ModelSignature
-    from pyspark.sql import DataFrame, SparkSession
-
-INTEGERS, FLOATS = {"tinyint", "smallint", "int", "bigint"}, {"double", "float"}
-TYPES = {  # a type in a signature: what the column may be in the files
-    "double": FLOATS,
-    "float": {"float"},
-    "long": INTEGERS,
-    "integer": INTEGERS - {"bigint"},
-    "string": {"string"},
-    "boolean": {"boolean"},
-    "datetime": {"timestamp", "timestamp_ntz", "date"},
-}
-
-
-@dataclass(frozen=True)
-class CheckedRows:
-    """Rows that a model can score: the key and the model's columns, how many rows, and a digest of them."""
-
-    frame: "DataFrame"
-    count: int
-    digest: str
+    from pyspark.sql import SparkSession
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What was scored: the run that records it, how many rows, their digest, and a summary of the predictions."""
+    """How many rows were scored, a digest of them, and the run that records it."""
 
     run_id: str
     rows: int
     digest: str
-    predictions: dict[str, float]
 
 
-def check_result(result: str) -> None:
-    """Refuse a folder for the result that is there already; Spark would refuse it only after all the work.
-
-    Raises:
-        FileExistsError: it is there.
-    """
-    if Path(result).exists():
-        raise FileExistsError(
-            f"There is a result in {result} already. Name another folder, or remove this one."
-        )
-
-
-def input_types(signature: "ModelSignature | None") -> dict[str, set[str]]:
-    """Return the names of the columns that a model takes, and the types that each may have in the files.
-
-    Those that had gaps when the model learned, which a signature calls optional, are among them: Spark hands columns
-    over by their places, so without one of them the next one's values would pass for it.
+def check_output(output: str) -> None:
+    """Refuse a folder for the predictions that exists already.
 
     Raises:
-        InvalidInputError: the signature names no columns.
+        InvalidInputError: it exists.
     """
-    inputs = signature.inputs if signature else None
-    if inputs is None or inputs.is_tensor_spec() or not inputs.has_input_names():
-        raise InvalidInputError(
-            "The model has no signature with named columns. Log it with one: infer_signature(...)"
-        )
-    return {column.name: TYPES.get(getattr(column.type, "name", ""), set()) for column in inputs}
-
-
-def quoted(name: str) -> str:
-    """Return the name of a column as Spark reads it, whatever characters it has."""
-    return "`" + name.replace("`", "``") + "`"
-
-
-def check_rows(
-    spark: "SparkSession", path: str | Path, signature: "ModelSignature", key: str = "id"
-) -> CheckedRows:
-    """Return the rows of the Parquet data set at ``path`` that a model with this signature can score.
-
-    The columns and their types are read from the files' schema, all else in one pass over the rows. Values may be
-    missing where they were when the model learned, which a signature calls optional. Not so in text: Spark's gap there
-    is None, which scikit-learn takes for another value than NaN. The digest adds up a hash of each row, so it depends
-    neither on their order nor on files and partitions.
-
-    Args:
-        spark: a running session.
-        path: a Parquet file or a folder of them, wherever Spark can read.
-        signature: the model's.
-        key: the column of integers that tells the rows apart.
-
-    Raises:
-        InvalidInputError: a column is missing or of another type; there are no rows; a value is missing or infinite; or
-            two rows have the same key.
-        SparkFailedError: Spark cannot read the files.
-    """
-    from pyspark.sql import functions as F  # noqa: N812
-
-    needed, refusal = input_types(signature), f"Cannot score {path}:"
-    wanted = {key: needed.pop(key, INTEGERS) & INTEGERS} | needed
-    with in_a_line(refusal):
-        rows = spark.read.parquet(str(path))
-    types = dict(rows.dtypes)
-    if wrong := [name for name in wanted if types.get(name) not in wanted[name]]:
-        listed = (
-            f"{name} is {types.get(name, 'missing')}, not {' or '.join(sorted(wanted[name]))}"
-            for name in wrong
-        )
-        raise InvalidInputError(f"{refusal} {'; '.join(listed)}")
-
-    optional = {
-        item.name for item in signature.inputs if not item.required and types[item.name] != "string"
-    } - {key}
-
-    def unsound(name: str):
-        gaps = name in optional
-        if types[name] in FLOATS:
-            finite = (
-                F.abs(quoted(name)) != float("inf") if gaps else F.abs(quoted(name)) < float("inf")
-            )
-            return ~F.coalesce(finite, F.lit(gaps))
-        return F.lit(False) if gaps else F.col(quoted(name)).isNull()
-
-    columns = [quoted(name) for name in wanted]
-    digest = F.sum(F.xxhash64(*columns).cast("decimal(38, 0)"))
-    counts = [F.count_if(unsound(name)) for name in wanted]
-    with in_a_line(refusal):
-        count, keys, digest, *counts = rows.agg(
-            F.count("*"), F.count_distinct(quoted(key)), digest, *counts
-        ).first()
-    if count == 0:
-        raise InvalidInputError(f"{refusal} there are no rows")
-    if bad := [f"{name} ({number})" for name, number in zip(wanted, counts, strict=True) if number]:
-        raise InvalidInputError(
-            f"{refusal} rows in which a value is missing or not finite: {', '.join(bad)}"
-        )
-    if keys < count:
-        raise InvalidInputError(
-            f"{refusal} {count} rows have {keys} different values of the key {key}"
-        )
-    return CheckedRows(rows.select(*columns), count, f"{int(digest) % 2**64:016x}")
-
-
-def summary(predictions: "DataFrame") -> dict[str, float]:
-    """Return how often each class stands in the column ``prediction``, or the mean, minimum and maximum of numbers."""
-    from pyspark.sql import functions as F  # noqa: N812
-
-    if predictions.dtypes[-1][1] in FLOATS:
-        figures = [getattr(F, name)("prediction").alias(name) for name in ("mean", "min", "max")]
-        return predictions.agg(*figures).first().asDict()
-    counts = predictions.groupBy(F.col("prediction").cast("string").alias("name")).count()
-    found = counts.orderBy(F.desc("count"), "name").limit(100).collect()  # more would be no classes
-    return {re.sub(r"[^\w .-]", "_", row["name"]): row["count"] for row in found}
+    if Path(output).exists():
+        raise InvalidInputError(f"{output} exists already. Choose another folder, or remove it.")
 
 
 def score(
     uri: str,
-    path: str,
-    result: str,
+    data: str,
+    output: str,
     *,
-    key: str = "id",
-    master: str = "local[*]",
     public_key: Path,
-    trusted_types: list[str] | tuple[str, ...] = (),
+    key: str = "id",
+    engine: str = "local",
+    master: str = "local[*]",
+    trusted_types: tuple[str, ...] = (),
     own_environment: bool = True,
 ) -> Scored:
-    """Score the Parquet data set at ``path``, write keys and predictions to ``result``, and log a run that says so.
+    """Score the Parquet data set ``data``, and log a run in the active experiment.
 
-    The run is in the active experiment, with rows and model as its inputs. It fails if Spark does.
+    Columns and types are checked before the rows, and values as the rows are scored. If a row
+    cannot be scored, there is no output.
 
     Args:
-        uri: the version's address, such as ``models:/name@champion``. It is verified before it is loaded.
-        path: as for ``check_rows``.
-        result: a folder that is not there yet.
-        key: as for ``check_rows``.
-        master: Spark's address.
+        uri: the version, such as ``models:/name@production``. It is verified before it is loaded.
+        data: a Parquet file or a folder of them.
+        output: the folder for the keys and predictions. It must not exist.
         public_key: the public half of the key that signed the version.
-        trusted_types: see ``mlflow_lifecycle.signing.verify.verified``.
-        own_environment: whether to score in the environment that the version recorded, or in this one.
+        key: the column of integers that identifies a row.
+        engine: "local" is one process on this machine. "spark" is for data on a cluster.
+        master: the address of Spark.
+        trusted_types: see `mlflow_lifecycle.signing.verify.verified`.
+        own_environment: False scores in this environment, in place of the recorded one.
 
     Raises:
         NotVerifiedError: the version is not what was signed.
-        FileExistsError, InvalidInputError, EnvironmentNotBuiltError: before anything is written.
+        EnvironmentNotBuiltError: its environment cannot be built.
+        InvalidInputError: the output exists, or rows cannot be scored.
+        SparkFailedError: Spark does not start, or its job failed.
+    """
+    check_output(output)
+    with (
+        verified(uri, public_key, trusted_types=trusted_types) as version,
+        tempfile.TemporaryDirectory(prefix="scoring-") as folder,
+    ):
+        scratch = Path(folder)
+        python = build_environment(version, scratch) if own_environment else Path(sys.executable)
+        with mlflow.start_run(run_name="scoring", tags={"mlflow.source.name": "lifecycle score"}):
+            mlflow.log_params({"model_uri": uri, "engine": engine, "output": output})
+            model = str(version.folder)
+            if engine == "spark":
+                if own_environment:  # otherwise each worker would compile the packages
+                    packages = python.parents[1]
+                    subprocess.run([python, "-I", "-m", "compileall", "-q", packages], check=False)
+                with spark_session(master, scratch, python) as spark:
+                    rows, digest = score_on_spark(spark, data, output, model, key)
+            else:
+                rows, digest = score_here(python, data, output, model, key)
+            mlflow.log_metric("rows", rows)
+            dataset = MetaDataset(SparkDatasetSource(path=data), Path(data).name, digest)
+            mlflow.log_input(dataset, "scoring", model=LoggedModelInput(version.model_id))
+            return Scored(mlflow.active_run().info.run_id, rows, digest)
+
+
+def build_environment(version: Verified, scratch: Path) -> Path:
+    """Build the environment of a version, with pyarrow, and return its Python.
+
+    Raises:
+        EnvironmentNotBuiltError: see `mlflow_lifecycle.environments.built`.
+    """
+    requirements = (version.folder / "requirements.txt").read_text(encoding="utf-8")
+    lock = version.packages.read_text(encoding="utf-8")
+    if not re.search("(?m)^pyarrow==", requirements):
+        pyarrow = Path(__file__).with_name("pyarrow.txt").read_text(encoding="utf-8")
+        requirements += f"\n{pyarrow.split()[0]}\n"
+        lock += f"\n{pyarrow}"
+    (scratch / "requirements.txt").write_text(requirements, encoding="utf-8")
+    (scratch / "lock.txt").write_text(lock, encoding="utf-8")
+    return built(scratch / "requirements.txt", scratch / "environment", lock=scratch / "lock.txt")
+
+
+def score_here(python: Path, data: str, output: str, model: str, key: str) -> tuple[int, str]:
+    """Score a data set in a process of ``python``, and return the rows and a digest of the files.
+
+    Raises:
+        InvalidInputError: rows cannot be scored.
+    """
+    part = Path(f"{output}.part")
+    command = [python, "-I", batch_worker.__file__, data, part, model, key]
+    variables = {name: value for name, value in os.environ.items() if name[:6] != "PYTHON"}
+    try:
+        child = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
+        if child.returncode:
+            *_, reason = child.stderr.strip().splitlines() or ["no reason was given"]
+            raise InvalidInputError(f"Cannot score {data}: {printable(reason)}")
+        part.rename(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    digest = hashlib.sha256()
+    files = sorted(Path(data).rglob("*.parquet")) or [Path(data)]
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return json.loads(child.stdout.splitlines()[-1]), digest.hexdigest()[:16]
+
+
+def score_on_spark(
+    spark: "SparkSession", data: str, output: str, model: str, key: str
+) -> tuple[int, str]:
+    """Score a data set on Spark, and return the rows and a digest that ignores their order.
+
+    Raises:
+        InvalidInputError: rows cannot be scored.
         SparkFailedError: Spark failed.
     """
-    import mlflow
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.data.spark_dataset_source import SparkDatasetSource
-    from mlflow.entities import LoggedModelInput
+    from pyspark import cloudpickle
+    from pyspark.sql import functions as F  # noqa: N812
+    from pyspark.sql.pandas.types import from_arrow_type, to_arrow_schema
+    from pyspark.sql.types import StructType
 
-    check_result(result)
-    with contextlib.ExitStack() as stack:
-        version = stack.enter_context(verified(uri, public_key, trusted_types=trusted_types))
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        spark = stack.enter_context(spark_session(master, scratch))
-        model = mlflow.models.Model.load(str(version.folder))
-        rows = check_rows(spark, path, model.signature, key)
-        environment = "uv" if own_environment else "local"
-        with verified_archives(version.packages) if own_environment else contextlib.nullcontext():
-            predict = mlflow.pyfunc.spark_udf(spark, str(version.folder), env_manager=environment)
-        dataset = MetaDataset(
-            SparkDatasetSource(path=str(path)), name=Path(path).name, digest=rows.digest
-        )
-        with mlflow.start_run(
-            run_name="scoring", tags={"mlflow.source.name": "lifecycle score"}
-        ) as run:
-            mlflow.log_params(
-                {"model_uri": uri, "rows": rows.count, "environment": environment, "result": result}
-            )
-            mlflow.log_input(dataset, "scoring", model=LoggedModelInput(version.model_id))
-            frame = rows.frame.coalesce(
-                spark.sparkContext.defaultParallelism
-            )  # a server of MLflow's for each
-            columns = [quoted(name) for name in input_types(model.signature)]
-            with in_a_line("Scoring failed:"):
-                frame.select(quoted(key), predict(*columns).alias("prediction")).write.mode(
-                    "error"
-                ).parquet(result)
-                found = summary(spark.read.parquet(result))
-            mlflow.log_metrics({f"predicted_{name}": number for name, number in found.items()})
-    return Scored(run.info.run_id, rows.count, rows.digest, found)
+    refusal = f"Cannot score {data}:"
+    signature = mlflow.models.Model.load(model).signature
+    with in_a_line(refusal):
+        frame = spark.read.parquet(data)
+        try:
+            names = batch_worker.check_columns(to_arrow_schema(frame.schema), signature, key)
+        except ValueError as error:
+            raise InvalidInputError(f"{refusal} {error}") from None
+        columns = []
+        for name in dict.fromkeys([key, *names]):
+            columns.append(F.col("`" + name.replace("`", "``") + "`"))
+        frame = frame.select(*columns)
+        total = F.sum(F.xxhash64(*columns).cast("decimal(38, 0)"))
+        rows, keys, digest = frame.agg(F.count("*"), F.count_distinct(columns[0]), total).first()
+    if rows == 0:
+        raise InvalidInputError(f"{refusal} there are no rows")
+    if keys < rows:
+        raise InvalidInputError(f"{refusal} two rows have the same {key}, or it is missing")
+    cloudpickle.register_pickle_by_value(batch_worker)  # the workers do not have this package
+    predictions = StructType().add(key, frame.schema[key].dataType)
+    predictions.add("prediction", from_arrow_type(batch_worker.prediction_type(signature)))
+
+    def score_part(batches):
+        return batch_worker.score_batches(batches, model, key)
+
+    with in_a_line(refusal):
+        frame.mapInArrow(score_part, predictions).write.mode("error").parquet(output)
+    return rows, f"{int(digest) % 2**64:016x}"
+
+
+@contextlib.contextmanager
+def spark_session(
+    master: str, scratch: Path, python: Path | None = None
+) -> Iterator["SparkSession"]:
+    """Start Spark and give its session to the block. At its end Java has ended.
+
+    A process can do this once. A local Spark listens on the loopback interface only.
+
+    Args:
+        master: the address of Spark. ``local[*]`` is all cores of this machine.
+        scratch: a folder for temporary files. What Spark prints is in ``spark.log`` there.
+        python: the Python of the workers. The default is this one.
+
+    Raises:
+        SparkFailedError: Java is missing or does not start Spark.
+    """
+    if not shutil.which("java") and not os.environ.get("JAVA_HOME"):
+        remedy = "On Debian: apt-get install openjdk-17-jre-headless"
+        raise SparkFailedError(f"Java 17 or later is missing. {remedy}")
+    from pyspark import SparkConf, SparkContext
+    from pyspark.errors import PySparkRuntimeError
+    from pyspark.java_gateway import launch_gateway
+    from pyspark.sql import SparkSession
+
+    log = Path(scratch) / "spark.log"
+    settings = SparkConf().setAll(list(spark_settings(master, Path(scratch)).items()))
+    with log.open("a") as output, contextlib.ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, PYSPARK_PYTHON=str(python or sys.executable)))
+        try:
+            gateway = launch_gateway(settings, {"stdout": output, "stderr": output})
+            stack.callback(end_java, gateway)
+            with in_a_line("Spark did not start:"):
+                session = SparkSession(SparkContext(conf=settings, gateway=gateway))
+        except ConnectionRefusedError:
+            remedy = "It has ended in this process. Use a new one."
+            raise SparkFailedError(f"Spark cannot start again. {remedy}") from None
+        except PySparkRuntimeError:
+            printed = log.read_text(errors="replace")
+            lines = re.findall(r"(?im)^(?!\s).*(?:error|exception|unrecognized).*$", printed)
+            reason = " ".join(lines[:1])
+            raise SparkFailedError(
+                f"Java did not start Spark. It must be 17 or later. {reason}"
+            ) from None
+        stack.callback(session.stop)
+        yield session
+
+
+def spark_settings(master: str, scratch: Path) -> dict[str, str]:
+    """Return the settings of a quiet session. On a cluster, all others are the cluster's own."""
+    settings = {
+        "spark.master": master,
+        "spark.app.name": "lifecycle",
+        "spark.log.level": "ERROR",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+    }
+    if not master.startswith("local"):
+        return settings
+    temporary = shlex.quote(f"-Djava.io.tmpdir={scratch}")
+    return settings | {
+        "spark.driver.host": "127.0.0.1",
+        "spark.driver.bindAddress": "127.0.0.1",
+        "spark.driver.extraJavaOptions": f"{temporary} -XX:-UsePerfData",
+        "spark.local.dir": f"{scratch}/spark",
+        "spark.sql.warehouse.dir": f"{scratch}/warehouse",
+        "spark.sql.artifact.isolation.enabled": "false",  # or it writes to the working directory
+    }
+
+
+def end_java(gateway) -> None:
+    """End the Java process of a session that has stopped."""
+    gateway.shutdown()
+    if gateway.proc:
+        gateway.proc.stdin.close()  # asks it to end
+        try:
+            gateway.proc.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            gateway.proc.kill()
+            gateway.proc.wait()
+
+
+@contextlib.contextmanager
+def in_a_line(refusal: str) -> Iterator[None]:
+    """Say in a line what Spark says in a page of Java.
+
+    Raises:
+        InvalidInputError: a worker refused a value.
+        SparkFailedError: Spark failed in another way.
+    """
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except (PySparkException, Py4JError) as error:
+        text = str(error)
+        refused = re.search(r"ValueError: (.* not finite)", text)
+        if refused:
+            raise InvalidInputError(f"{refusal} {refused[1]}") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        named = r"(: )?[\w.]*(Error|Exception): |\[[A-Z_.]+\] "
+        named_lines = [line for line in lines if re.match(named, line)] or lines
+        reason = printable(named_lines[-1].removeprefix(": "))
+        raise SparkFailedError(f"{refusal} {reason}") from None

@@ -223,6 +223,7 @@ def _rename_target(table: "pd.DataFrame", target: str, known: str) -> "pd.DataFr
 @click.option("--data", required=True, metavar="DIR", help="A Parquet file or a folder of them.")
 @click.option("--output", required=True, metavar="DIR", help="The predictions; must not exist.")
 @click.option("--key", default="id", show_default=True, help="The column of unique integers.")
+@click.option("--engine", type=click.Choice(["local", "spark"]), default="local", show_default=True)
 @click.option("--master", default="local[*]", show_default=True, help="Spark's address.")
 @PUBLIC_KEY
 @TYPES
@@ -234,6 +235,7 @@ def score(
     data: str,
     output: str,
     key: str,
+    engine: str,
     master: str,
     public_key: Path | None,
     trusted_types: tuple[str, ...],
@@ -243,23 +245,25 @@ def score(
 ) -> None:
     """Score a Parquet data set with the version at URI, in the environment that it recorded.
 
+    The engine local is one process on this machine. The engine spark is for data on a cluster.
+
     Example: lifecycle score models:/digits@production --data rows --output predictions
     """
-    from mlflow_lifecycle.batch import check_result, score
+    from mlflow_lifecycle.batch import check_output, score
     from mlflow_lifecycle.experiments import open_experiment
     from mlflow_lifecycle.signing.keys import own_public_key
 
     use_store()
-    check_result(output)
-    public_key = public_key or own_public_key()
+    check_output(output)
     open_experiment(experiment, "Data sets scored by registered models.", Path.cwd())
     scored = score(
         uri,
         data,
         output,
+        public_key=public_key or own_public_key(),
         key=key,
+        engine=engine,
         master=master,
-        public_key=public_key,
         trusted_types=trusted_types,
         own_environment=not this_environment,
     )

@@ -1,4 +1,4 @@
-"""batch and spark: what is scored on Spark, what is refused, and that nothing is left behind."""
+"""batch: what is scored in a process and on Spark, what is refused, and that nothing is left behind."""
 
 import contextlib
 import json
@@ -7,33 +7,36 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from execution import ROOT, environment, snapshot
 from mlflow.models import ModelSignature, infer_signature
 from mlflow.types import ColSpec, Schema, TensorSpec
-from sklearn.datasets import load_iris
+from sklearn.compose import make_column_transformer
+from sklearn.datasets import load_diabetes, load_iris
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from versions import register, store_in
 
-from mlflow_lifecycle import batch as scoring
-from mlflow_lifecycle import spark as sparks
+from mlflow_lifecycle import batch, batch_worker
 from mlflow_lifecycle.cli import main
-from mlflow_lifecycle.exceptions import NotVerifiedError
-from mlflow_lifecycle.pins import read_pins
-from mlflow_lifecycle.signing.keys import own_key
+from mlflow_lifecycle.exceptions import InvalidInputError, NotVerifiedError, SparkFailedError
+from mlflow_lifecycle.pins import locked
+from mlflow_lifecycle.signing.keys import own_key, own_public_key
 
 COLUMNS = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
 LOCK = ROOT / "requirements.txt"
+TRUSTED = ["numpy.dtype"]
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +56,6 @@ def uri(folder, empty_store):
 
 
 @pytest.fixture(scope="module")
-def signature(uri):
-    return mlflow.models.get_model_info(uri).signature
-
-
-@pytest.fixture(scope="module")
 def flowers(folder, uri):
     """Give the rows of a data set, which is in the folder ``data``, in three files."""
     generator, iris = np.random.default_rng(0), load_iris().data
@@ -69,11 +67,253 @@ def flowers(folder, uri):
     return flowers
 
 
+def expected(uri, flowers) -> pd.Series:
+    here = mlflow.pyfunc.load_model(uri).predict(flowers[COLUMNS])
+    return pd.Series(here, index=flowers["id"], name="prediction")
+
+
+def read(folder) -> pd.Series:
+    return pd.read_parquet(folder).set_index("id")["prediction"].sort_index()
+
+
+def save(folder, model, rows, module=mlflow.sklearn) -> Path:
+    """Save a model that was fitted to ``rows``, and return its folder."""
+    signature = infer_signature(rows, model.predict(rows))
+    trusted = {} if module is not mlflow.sklearn else {"skops_trusted_types": TRUSTED}
+    module.save_model(model, folder, signature=signature, pip_requirements=["numpy"], **trusted)
+    return folder
+
+
+# The columns
+
+
+SIGNATURE = ModelSignature(
+    Schema([ColSpec("double", "a"), ColSpec("long", "b", required=False), ColSpec("datetime", "`c`")]),
+    Schema([ColSpec("string")]),
+)
+FITTING = {"id": pa.int32(), "a": pa.float32(), "b": pa.int16(), "`c`": pa.timestamp("us", "UTC"), "other": pa.null()}
+WRONG_TYPES = {
+    "no column": ({"a": None}, "a is missing, and must be float or double"),
+    "optional column": ({"b": None}, "b is missing"),
+    "no key": ({"id": None}, "id is missing, and must be int8"),
+    "text": ({"a": pa.string()}, "a is string, and must be float or double"),
+    "integers": ({"a": pa.int64()}, "a is int64, and must be float or double"),
+    "key of text": ({"id": pa.string()}, "id is string, and must be int8"),
+    "two": ({"a": None, "`c`": pa.bool_()}, "double; `c` is bool, and must be timestamp or date32"),
+}
+
+
+def test_columns_of_every_type_come_from_the_signature():
+    assert batch_worker.check_columns(pa.schema(FITTING), SIGNATURE, "id") == ["a", "b", "`c`"]
+    assert batch_worker.check_columns(pa.schema(FITTING), SIGNATURE, "b") == ["a", "b", "`c`"]
+
+
+@pytest.mark.parametrize(("change", "reason"), WRONG_TYPES.values(), ids=WRONG_TYPES)
+def test_wrong_columns_are_refused_before_a_row_is_read(change, reason):
+    fields = {name: kind for name, kind in (FITTING | change).items() if kind is not None}
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        batch_worker.check_columns(pa.schema(fields), SIGNATURE, "id")
+
+
+@pytest.mark.parametrize("inputs", [None, Schema([TensorSpec(np.dtype("float64"), (-1, 4))])], ids=["none", "tensor"])
+def test_model_without_named_columns_is_refused(inputs):
+    signature = ModelSignature(inputs, Schema([ColSpec("double")])) if inputs else None
+    with pytest.raises(ValueError, match="no signature with named columns"):
+        batch_worker.check_columns(pa.schema(FITTING), signature, "id")
+
+
+# The values
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Give the folder of a model whose first column may have gaps, and a text, which may have some, too."""
+    iris = load_iris(as_frame=True)
+    rows = iris.data.assign(kind=np.where(iris.data.index % 2, "odd", "even"))
+    rows.loc[::3, COLUMNS[0]] = np.nan
+    rows.loc[::5, "kind"] = np.nan
+    numbers = make_pipeline(SimpleImputer(), StandardScaler())
+    encode = make_column_transformer((numbers, COLUMNS), (OneHotEncoder(handle_unknown="ignore"), ["kind"]))
+    estimator = make_pipeline(encode, LogisticRegression()).fit(rows, iris.target_names[iris.target])
+    return save(tmp_path_factory.mktemp("model") / "model", estimator, rows)
+
+
+def score_here(rows, tmp_path, model, key="id") -> pd.Series:
+    rows.to_parquet(tmp_path / "rows.parquet", index=False)
+    batch_worker.score_files(str(tmp_path / "rows.parquet"), str(tmp_path / "output"), str(model), key)
+    return read(tmp_path / "output")
+
+
+GOOD = pd.DataFrame({"id": range(3), **dict.fromkeys(COLUMNS, 1.0), "kind": ["odd", "even", "odd"]})
+BAD_VALUES = {
+    "null": ({COLUMNS[1]: [None, 1.0, 1.0]}, "sepal width (cm) has 1 values that are missing or not finite"),
+    "infinite": ({COLUMNS[1]: [1.0, np.inf, -np.inf]}, "sepal width (cm) has 2 values"),
+    "infinite where optional": ({COLUMNS[0]: [np.inf, 1.0, None]}, "sepal length (cm) has 1 values"),
+    "no key": ({"id": pd.array([0, None, 2], dtype="Int64")}, "id has 1 values"),
+    "key twice": ({"id": [0, 1, 1]}, "two rows have the same id"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_VALUES.values(), ids=BAD_VALUES)
+def test_value_that_cannot_be_scored_is_refused(model, tmp_path, change, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        score_here(GOOD.assign(**change), tmp_path, model)
+
+
+def test_empty_data_set_is_refused(model, tmp_path):
+    pq.write_table(pa.Table.from_pandas(GOOD).slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match="there are no rows"):
+        batch_worker.score_files(str(tmp_path), str(tmp_path / "output"), str(model), "id")
+
+
+def test_nan_in_a_file_is_refused(model, tmp_path):
+    # given NaN that is no null, which pandas cannot write
+    table = pa.Table.from_pandas(GOOD)
+    nan = pa.array([1.0, float("nan"), 1.0])
+    table = table.set_column(table.schema.get_field_index(COLUMNS[1]), COLUMNS[1], nan)
+    pq.write_table(table, tmp_path / "nan.parquet")
+    with pytest.raises(ValueError, match=re.escape("sepal width (cm) has 1 values")):
+        batch_worker.score_files(str(tmp_path), str(tmp_path / "output"), str(model), "id")
+
+
+def test_missing_values_are_those_that_the_model_learned_from(model, tmp_path):
+    # given gaps in a number and in a text, and more rows than a batch has
+    rows = pd.concat([GOOD] * 7000, ignore_index=True).assign(id=range(21_000))
+    rows.loc[::2, COLUMNS[0]] = None
+    rows.loc[::3, "kind"] = None
+    # when
+    found = score_here(rows, tmp_path, model)
+    # then they reach the model as NaN, as in pandas
+    estimator = mlflow.sklearn.load_model(str(model))
+    assert found.tolist() == estimator.predict(rows.fillna({"kind": np.nan})).tolist()
+
+
+ROWS, MEASURE = load_diabetes(as_frame=True, return_X_y=True)
+MODELS = {
+    "regression": ("sklearn.linear_model", "LinearRegression", MEASURE),
+    "integer classes": ("sklearn.linear_model", "LogisticRegression", (MEASURE > 140).astype(int)),
+    "truth values": ("sklearn.linear_model", "LogisticRegression", MEASURE > 140),
+    "XGBoost": ("xgboost", "XGBRegressor", MEASURE),
+    "LightGBM": ("lightgbm", "LGBMClassifier", (MEASURE > 140).astype(int)),
+}
+
+
+@pytest.mark.parametrize(("library", "name", "target"), MODELS.values(), ids=MODELS)
+def test_models_of_every_flavor_and_task_are_scored(library, name, target, tmp_path):
+    # given a model, and its columns in another order
+    estimator = getattr(pytest.importorskip(library), name)().fit(ROWS, target)
+    flavor = getattr(mlflow, library.partition(".")[0])
+    folder = save(tmp_path / "model", estimator, ROWS, flavor)
+    rows = ROWS[ROWS.columns[::-1]].assign(id=range(len(ROWS)))
+    # then
+    found = score_here(rows, tmp_path, folder)
+    assert found.to_numpy() == pytest.approx(estimator.predict(ROWS))
+    assert found.dtype == estimator.predict(ROWS).dtype
+
+
+# One process
+
+
+def arguments(uri, folder, output, **options):
+    return (uri, str(folder / "data"), str(output)), {"public_key": own_public_key(), **options}
+
+
+@pytest.mark.parametrize("own_environment", [False, pytest.param(True, marks=pytest.mark.extended)])
+def test_predictions_are_those_of_this_process_by_key(uri, folder, flowers, tmp_path, own_environment):
+    positional, named = arguments(uri, folder, tmp_path / "output", own_environment=own_environment)
+    mlflow.set_experiment("scoring")
+    # when
+    scored = batch.score(*positional, **named)
+    # then
+    pd.testing.assert_series_equal(read(tmp_path / "output"), expected(uri, flowers))
+    # and the run has the rows, by their digest, and the model
+    run = mlflow.get_run(scored.run_id)
+    assert (run.info.status, run.data.metrics, scored.rows) == ("FINISHED", {"rows": 1000}, 1000)
+    assert run.data.params["model_uri"] == uri
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == scored.digest
+    (used,) = run.inputs.model_inputs
+    assert used.model_id == mlflow.models.get_model_info(uri).model_id
+
+
+def test_pyarrow_is_that_of_the_lock():
+    lines = Path(batch.__file__).with_name("pyarrow.txt").read_text().split()
+    assert locked([lines[0]], LOCK).split() == lines
+
+
+def test_bad_rows_leave_neither_output_nor_part_and_a_failed_run(uri, folder, flowers, tmp_path):
+    # given a value that is missing in the last of the rows
+    flowers.assign(**{COLUMNS[3]: flowers[COLUMNS[3]].where(flowers["id"] < 999)}).to_parquet(tmp_path / "bad.parquet")
+    mlflow.set_experiment("scoring")
+    # when
+    with pytest.raises(InvalidInputError) as error:
+        batch.score(
+            uri,
+            str(tmp_path / "bad.parquet"),
+            str(tmp_path / "output"),
+            public_key=own_public_key(),
+            own_environment=False,
+        )
+    # then
+    reason = "petal width (cm) has 1 values that are missing or not finite"
+    assert str(error.value) == f"Cannot score {tmp_path / 'bad.parquet'}: {reason}"
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.parquet"]
+    assert mlflow.search_runs(max_results=1)["status"].tolist() == ["FAILED"]
+
+
+@pytest.mark.parametrize("content", [None, b"no Parquet"], ids=["nothing", "another file"])
+def test_files_that_cannot_be_read_are_refused_in_a_line(uri, tmp_path, content):
+    if content:
+        (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(InvalidInputError) as error:
+        batch.score_here(Path(sys.executable), str(tmp_path / "rows.parquet"), str(tmp_path / "output"), "model", "id")
+    assert str(error.value).startswith(f"Cannot score {tmp_path / 'rows.parquet'}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_version_that_another_key_signed_is_refused_before_anything_is_logged(uri, folder, tmp_path):
+    # given somebody else's key
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIFECYCLE_KEYS", str(tmp_path / "keys"))
+        public_key = own_key().with_suffix(".pub")
+    runs = len(mlflow.search_runs(search_all_experiments=True))
+    # when
+    with pytest.raises(NotVerifiedError, match="has not signed it"):
+        batch.score(uri, "data", str(tmp_path / "output"), public_key=public_key, engine="spark")
+    # then
+    assert not (tmp_path / "output").exists()
+    assert len(mlflow.search_runs(search_all_experiments=True)) == runs
+
+
+def test_alias_that_was_moved_to_a_candidate_is_not_scored(uri, tmp_path):
+    # given an alias on a version that was never released
+    mlflow.MlflowClient().set_registered_model_alias("iris", "champion", "1")
+    # then
+    with pytest.raises(NotVerifiedError, match="There is no release as champion"):
+        batch.score("models:/iris@champion", "data", str(tmp_path / "scored"), public_key=own_public_key())
+
+
+def test_command_scores_a_data_set(uri, folder, flowers, tmp_path):
+    with contextlib.chdir(folder):
+        options = ["--data", "data", "--output", str(tmp_path / "output"), "--this-environment", "--json"]
+        answer = CliRunner().invoke(main, ["score", uri, *options])
+        again = CliRunner().invoke(main, ["score", uri, *options])
+    assert answer.exit_code == 0, answer.output
+    assert json.loads(answer.stdout)["rows"] == 1000
+    pd.testing.assert_series_equal(read(tmp_path / "output"), expected(uri, flowers))
+    # and it does not overwrite the output
+    assert (again.exit_code, again.stderr.count("\n")) == (1, 1)
+    assert "exists already" in again.stderr
+
+
+# Spark
+
+
 @pytest.fixture(scope="module")
 def session(spark, tmp_path_factory):
     """Give a session on two cores, and see at its end that it has left no process, and no file elsewhere."""
     scratch, elsewhere = tmp_path_factory.mktemp("a scratch"), tmp_path_factory.mktemp("elsewhere")
-    with contextlib.chdir(elsewhere), sparks.spark_session("local[2]", scratch) as session:
+    with contextlib.chdir(elsewhere), batch.spark_session("local[2]", scratch) as session:
         yield session
         (java,) = java_children()
     assert java_children() == []
@@ -85,252 +325,76 @@ def java_children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if "java" in child.name()]
 
 
-# The rows
-
-
-def test_rows_that_fit_are_counted_and_have_a_digest(session, signature, folder, flowers):
-    rows = scoring.check_rows(session, folder / "data", signature)
-    assert rows.count == len(flowers)
-    assert re.fullmatch("[0-9a-f]{16}", rows.digest)
-    assert rows.frame.columns == ["id", *COLUMNS]
-
-
-def test_digest_depends_on_content_alone(session, signature, folder, flowers, tmp_path):
-    # given the same rows in another order, in one file, with a column more; and a set with one value changed
-    flowers.sample(frac=1, random_state=0).assign(note="x").to_parquet(tmp_path / "same.parquet", index=False)
-    changed = flowers.copy()
-    changed.loc[7, "petal width (cm)"] += 0.01
-    changed.to_parquet(tmp_path / "changed.parquet", index=False)
+def test_spark_gives_the_predictions_of_one_process(session, model, tmp_path):
+    # given missing values in a number and a text, more partitions than rows have, and a name that Spark quotes
+    rows = pd.concat([GOOD] * 400, ignore_index=True).assign(id=range(1200))
+    rows.loc[::2, COLUMNS[0]] = None
+    rows.loc[::3, "kind"] = None
+    here = score_here(rows, tmp_path, model)
+    data, output = str(tmp_path / "rows.parquet"), str(tmp_path / "spark")
     # when
-    digests = [
-        scoring.check_rows(session, path, signature).digest
-        for path in (folder / "data", tmp_path / "same.parquet", tmp_path / "changed.parquet")
-    ]
+    count, digest = batch.score_on_spark(session, data, output, str(model), "id")
     # then
-    assert digests[0] == digests[1] != digests[2]
+    pd.testing.assert_series_equal(read(output), here)
+    assert (count, (tmp_path / "spark/_SUCCESS").exists()) == (1200, True)
+    # and the digest depends on the content alone
+    rows.sample(frac=1, random_state=0).to_parquet(tmp_path / "same.parquet")
+    rows.assign(id=rows["id"] + 1).to_parquet(tmp_path / "other.parquet")
+    digests = []
+    for name in ("same", "other"):
+        again = batch.score_on_spark(session, str(tmp_path / f"{name}.parquet"), str(tmp_path / name), str(model), "id")
+        digests.append(again[1])
+    assert digests[0] == digest != digests[1]
 
 
-BAD_SETS = {
-    "no column": (lambda rows: rows.drop(columns=COLUMNS[3]), "petal width (cm) is missing, not double or float"),
-    "no key": (lambda rows: rows.drop(columns="id"), "id is missing, not bigint or int"),
-    "text": (lambda rows: rows.assign(**{COLUMNS[1]: "wide"}), "sepal width (cm) is string, not double or float"),
-    "integers": (lambda rows: rows.assign(**{COLUMNS[1]: 1}), "sepal width (cm) is bigint, not double or float"),
-    "key of text": (lambda rows: rows.assign(id=["a", "b", "c"]), "id is string, not bigint or int"),
-    "null": (lambda rows: rows.assign(**{COLUMNS[1]: [None, 1.0, 1.0]}), "missing or not finite: sepal width (cm) (1)"),
-    "NaN key": (lambda rows: rows.assign(id=pd.array([0, None, 2], dtype="Int64")), "missing or not finite: id (1)"),
-    "infinite": (lambda rows: rows.assign(**{COLUMNS[1]: [1.0, np.inf, -np.inf]}), "not finite: sepal width (cm) (2)"),
-    "key twice": (lambda rows: rows.assign(id=[0, 1, 1]), "3 rows have 2 different values of the key id"),
-    "empty": (lambda rows: rows.head(0), "there are no rows"),
+SPARK_REFUSES = {
+    "a type": ({COLUMNS[1]: "wide"}, "sepal width (cm) is string, and must be float or double"),
+    "a value": ({COLUMNS[1]: [None, 1.0, 1.0]}, "sepal width (cm) has 1 values that are missing or not finite"),
+    "a key twice": ({"id": [0, 1, 1]}, "two rows have the same id, or it is missing"),
 }
 
 
-@pytest.mark.parametrize(("change", "reason"), BAD_SETS.values(), ids=BAD_SETS)
-def test_data_set_that_cannot_be_scored_is_refused(session, signature, tmp_path, change, reason):
-    # given three good rows, in which one thing is wrong
-    rows = pd.DataFrame({"id": range(3), **dict.fromkeys(COLUMNS, 1.0)})
-    change(rows).to_parquet(tmp_path / "bad.parquet", index=False)
-    # when, then
-    with pytest.raises(scoring.InvalidInputError) as error:
-        scoring.check_rows(session, tmp_path / "bad.parquet", signature)
-    assert str(error.value).startswith(f"Cannot score {tmp_path / 'bad.parquet'}: ")
-    assert reason in str(error.value)
-
-
-def test_nan_in_a_file_is_refused(session, signature, tmp_path):
-    # given NaN that is no null, which pandas cannot write
-    names = ", ".join(f"double('NaN') AS `{name}`" for name in COLUMNS)
-    session.sql(f"SELECT 1 AS id, {names}").write.parquet(str(tmp_path / "nan"))
-    # when, then
-    with pytest.raises(scoring.InvalidInputError, match=re.escape("sepal length (cm) (1)")):
-        scoring.check_rows(session, tmp_path / "nan", signature)
-
-
-def test_model_that_learned_from_gaps_gets_them_but_nothing_infinite(session, tmp_path):
-    # given a model that knows gaps, rows with one, and the same with an infinite value beside it
-    signature = ModelSignature(Schema([ColSpec("double", name, required=False) for name in COLUMNS]))
-    rows = pd.DataFrame({"id": range(3), **dict.fromkeys(COLUMNS, 1.0)}).assign(**{COLUMNS[1]: [None, 1.0, 1.0]})
-    rows.to_parquet(tmp_path / "gap.parquet", index=False)
-    rows.assign(**{COLUMNS[2]: [np.inf, 1.0, 1.0]}).to_parquet(tmp_path / "both.parquet", index=False)
-    # when, then
-    assert scoring.check_rows(session, tmp_path / "gap.parquet", signature).count == 3
-    with pytest.raises(scoring.InvalidInputError, match=re.escape(": petal length (cm) (1)")):
-        scoring.check_rows(session, tmp_path / "both.parquet", signature)
-
-
-def test_gap_in_a_text_is_refused_although_the_model_learned_from_some(session, tmp_path):
-    # given a model that learned from a text with gaps, which were NaN there, and are None for Spark
-    signature = ModelSignature(Schema([ColSpec("string", "group", required=False)]))
-    pd.DataFrame({"id": range(3), "group": ["a", None, "b"]}).to_parquet(tmp_path / "gap.parquet", index=False)
-    # when, then
-    with pytest.raises(scoring.InvalidInputError, match=re.escape(": group (1)")):
-        scoring.check_rows(session, tmp_path / "gap.parquet", signature)
-
-
-def test_columns_of_every_type_come_from_the_signature(session, tmp_path):
-    # given a model that takes a text, an integer, which is the key, a truth value, a time, and a number that had gaps
-    types = {"a `name`": "string", "number": "long", "open": "boolean", "time": "datetime"}
-    columns = [ColSpec("double", "gaps", required=False)] + [ColSpec(kind, name) for name, kind in types.items()]
-    rows = pd.DataFrame({"a `name`": ["x", "y"], "number": [1, 2], "open": [True, False], "gaps": [0.5, 1.5]})
-    rows = rows.assign(time=pd.Timestamp("2024-01-01").as_unit("us"))
-    rows.to_parquet(tmp_path / "good.parquet", index=False)
-    rows.assign(**{"a `name`": ["x", None]}).to_parquet(tmp_path / "bad.parquet", index=False)
-    signature = ModelSignature(Schema(columns))
-    # when, then
-    checked = scoring.check_rows(session, tmp_path / "good.parquet", signature, "number")
-    assert checked.frame.columns == ["number", "gaps", "a `name`", "open", "time"]
-    with pytest.raises(scoring.InvalidInputError, match=re.escape("a `name` (1)")):
-        scoring.check_rows(session, tmp_path / "bad.parquet", signature, "number")
-    # and the number with gaps may not lack as a whole
-    rows.drop(columns="gaps").to_parquet(tmp_path / "less.parquet", index=False)
-    with pytest.raises(scoring.InvalidInputError, match="gaps is missing"):
-        scoring.check_rows(session, tmp_path / "less.parquet", signature, "number")
-
-
-@pytest.mark.parametrize("inputs", [None, Schema([TensorSpec(np.dtype("float64"), (-1, 4))])], ids=["none", "tensor"])
-def test_model_without_named_columns_is_refused(inputs):
-    with pytest.raises(scoring.InvalidInputError, match="no signature with named columns"):
-        scoring.input_types(ModelSignature(inputs, Schema([ColSpec("double")])) if inputs else None)
+@pytest.mark.parametrize(("change", "reason"), SPARK_REFUSES.values(), ids=SPARK_REFUSES)
+def test_spark_refuses_as_one_process_does(session, model, tmp_path, change, reason):
+    data = str(tmp_path / "bad.parquet")
+    GOOD.assign(**change).to_parquet(data)
+    with pytest.raises(InvalidInputError) as error:
+        batch.score_on_spark(session, data, str(tmp_path / "output"), str(model), "id")
+    assert str(error.value) == f"Cannot score {data}: {reason}"
+    assert not (tmp_path / "output/_SUCCESS").exists()
 
 
 @pytest.mark.parametrize("content", [None, b"no Parquet"], ids=["nothing", "another file"])
-def test_files_that_spark_cannot_read_are_refused_in_a_line(session, signature, tmp_path, content):
+def test_files_that_spark_cannot_read_are_refused_in_a_line(session, model, tmp_path, content):
     if content:
         (tmp_path / "rows.parquet").write_bytes(content)
-    with pytest.raises(sparks.SparkFailedError) as error:
-        scoring.check_rows(session, tmp_path / "rows.parquet", signature)
-    assert str(error.value).startswith(f"Cannot score {tmp_path / 'rows.parquet'}: ")
+    data = str(tmp_path / "rows.parquet")
+    with pytest.raises(SparkFailedError) as error:
+        batch.score_on_spark(session, data, str(tmp_path / "output"), str(model), "id")
+    assert str(error.value).startswith(f"Cannot score {data}: ")
     assert "\n" not in str(error.value)
 
 
-# The predictions
-
-
-def expected(uri, flowers) -> pd.Series:
-    here = mlflow.pyfunc.load_model(uri).predict(flowers[COLUMNS])
-    return pd.Series(here, index=flowers["id"], name="prediction")
-
-
-@pytest.fixture(scope="module")
-def scoring_here(session, uri, signature, folder, flowers):
-    """Give the rows, sorted by key, and the model as a function of columns, in the environment of the tests."""
-    frame = scoring.check_rows(session, folder / "data", signature).frame.orderBy("id").cache()
-    return frame, mlflow.pyfunc.spark_udf(session, uri, env_manager="local")
-
-
-@pytest.mark.parametrize(("partitions", "rows"), [(7, 1000), (9, 4)])
-def test_partitions_change_no_prediction(scoring_here, uri, flowers, partitions, rows):
-    # given the rows dealt out in so many partitions, of which some may be empty
-    frame, predict = scoring_here
-    frame = frame.limit(rows).repartition(partitions)
-    assert frame.rdd.getNumPartitions() == partitions
-    # when they are scored
-    columns = [scoring.quoted(name) for name in COLUMNS]
-    found = frame.select("id", predict(*columns).alias("prediction")).toPandas().set_index("id")["prediction"]
-    # then they are those of this process, by key
-    pd.testing.assert_series_equal(found.sort_index(), expected(uri, flowers.head(rows)))
-
-
-def test_model_that_learned_from_gaps_gets_each_column_in_its_place(session, tmp_path):
-    # given a model whose first column had gaps, and rows for it
-    iris = load_iris(as_frame=True)
-    rows = iris.data.assign(**{COLUMNS[0]: iris.data[COLUMNS[0]].where(iris.data.index % 3 > 0)})
-    species = pd.Series(iris.target_names[iris.target])
-    model = make_pipeline(SimpleImputer(), LogisticRegression(max_iter=1000)).fit(rows, species)
-    signature = infer_signature(rows, species)
-    mlflow.sklearn.save_model(model, tmp_path / "model", signature=signature, skops_trusted_types=["numpy.dtype"])
-    rows.assign(id=range(150)).to_parquet(tmp_path / "rows.parquet", index=False)
-    # when they are scored as `score` does it
-    checked = scoring.check_rows(session, tmp_path / "rows.parquet", signature)
-    predict = mlflow.pyfunc.spark_udf(session, str(tmp_path / "model"), env_manager="local")
-    columns = [scoring.quoted(name) for name in scoring.input_types(signature)]
-    found = checked.frame.orderBy("id").select(predict(*columns).alias("prediction")).toPandas()["prediction"]
-    # then the predictions are those of this process
-    assert found.tolist() == model.predict(rows).tolist()
-
-
-@pytest.fixture(scope="module")
-def small_model(folder, uri):
-    """Give the address of a model with other pins than the first, so with an environment of its own."""
-    iris = load_iris(as_frame=True)
-    mlflow.sklearn.save_model(
-        LogisticRegression(max_iter=1000).fit(iris.data, iris.target),
-        folder / "small",
-        signature=infer_signature(iris.data, iris.target),
-        pip_requirements=read_pins(ROOT / "model_requirements.txt")[:-1],
-    )
-    return str(folder / "small")
-
-
-CHANGES = {
-    "another hash": (r"(?m)^(wheel==\S+ \\\n)(?:.*sha256:.*\n)+", r"\1    --hash=sha256:" + "0" * 64 + "\n"),
-    "no hash": (r"(?m)^wheel==\S+ \\\n(?:.*sha256:.*\n)+", ""),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_archive_that_is_not_in_the_lock_is_refused_by_name(small_model, tmp_path, capfd, monkeypatch, change):
-    # given a lock in which one thing is wrong, and a setting that would have uv overlook it
-    text, count = re.subn(*CHANGES[change], LOCK.read_text())
-    assert count == 1
-    (tmp_path / "a lock.txt").write_text(text)
-    monkeypatch.setenv("UV_NO_VERIFY_HASHES", "1")
-    variables = dict(os.environ)
-    # when MLflow builds an environment by it
-    refused = pytest.raises(sparks.EnvironmentNotBuiltError, match=r"was not built\. .*wheel==")
-    with refused as error, sparks.verified_archives(tmp_path / "a lock.txt"):
-        mlflow.models.predict(small_model, load_iris(as_frame=True).data.head(3), env_manager="uv")
-    # then the refusal is all that is said, and all is as it was
-    assert "\n" not in str(error.value)
-    assert "wheel" not in "".join(capfd.readouterr())
-    assert dict(os.environ) == variables
-
-
-@pytest.mark.parametrize("place", ["settings file", "variable"])
-def test_settings_of_the_user_do_not_change_what_mlflow_builds(tmp_path, monkeypatch, place):
-    # given a setting that sends packages elsewhere, in the working directory or the environment
-    monkeypatch.chdir(tmp_path)
-    if place == "settings file":
-        (tmp_path / "uv.toml").write_text("[pip]\ntarget = 'elsewhere'\n")
-    else:
-        monkeypatch.setenv("UV_CONFIG_FILE", str(tmp_path / "elsewhere.toml"))
-        (tmp_path / "elsewhere.toml").write_text("[pip]\ntarget = 'elsewhere'\n")
-    pin = next(line.split()[0] for line in LOCK.read_text().splitlines() if line.startswith("six=="))
-    # when uv installs as MLflow starts it
-    with sparks.verified_archives(LOCK):
-        subprocess.run(["uv", "venv", "environment", f"--python={sys.executable}"], check=True)
-        subprocess.run(["uv", "pip", "install", "--python", "environment", pin], check=True)
-    # then the package is in the environment
-    assert list(tmp_path.rglob("environment/**/six.py"))
-
-
-def test_missing_lock_and_a_space_in_tmpdir_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(sparks.EnvironmentNotBuiltError, match="git checkout"), sparks.verified_archives("nowhere.txt"):
-        pass
-    (tmp_path / "a space").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "a space"))
-    with pytest.raises(sparks.EnvironmentNotBuiltError, match="Set TMPDIR"), sparks.verified_archives(LOCK):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("values", "summary"),
-    [
-        ("'setosa', 'setosa', 'a (b)'", {"setosa": 2, "a _b_": 1}),
-        ("1, 1, 0", {"1": 2, "0": 1}),
-        ("true, true, true", {"true": 3}),
-        ("double(1), double(2), double(6)", {"mean": 3, "min": 1, "max": 6}),
-    ],
-    ids=["texts", "integers", "truth values", "numbers"],
-)
-def test_summary_counts_classes_and_describes_numbers(session, values, summary):
-    assert scoring.summary(session.sql(f"SELECT explode(array({values})) AS prediction")) == summary
+def test_spark_works_in_the_recorded_environment_and_leaves_nothing(spark, uri, folder, flowers, tmp_path):
+    # given the command, in a process of its own, because Spark starts once in a process
+    command = [sys.executable, "-m", "mlflow_lifecycle", "score", uri, "--data", "data", "--engine", "spark"]
+    command += ["--output", str(tmp_path / "output"), "--master", "local[2]", "--json"]
+    variables = environment(folder.parent, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
+    variables |= {"LIFECYCLE_KEYS": os.environ["LIFECYCLE_KEYS"]}
+    # when
+    process = subprocess.run(command, cwd=folder, env=variables, capture_output=True, encoding="utf-8", timeout=300)
+    # then
+    assert (process.returncode, process.stderr) == (0, "")
+    assert json.loads(process.stdout)["rows"] == 1000
+    pd.testing.assert_series_equal(read(tmp_path / "output"), expected(uri, flowers))
+    assert snapshot(Path(variables["TMPDIR"])) == {}
 
 
 # The session
 
 
 def test_session_listens_on_loopback_only_where_no_cluster_has_to_reach_it(tmp_path):
-    local, cluster = (sparks.spark_settings(master, tmp_path) for master in ("local[2]", "spark://cluster:7077"))
+    local, cluster = (batch.spark_settings(master, tmp_path) for master in ("local[2]", "spark://cluster:7077"))
     assert (local["spark.driver.host"], local["spark.driver.bindAddress"]) == ("127.0.0.1", "127.0.0.1")
     assert local["spark.local.dir"].startswith(str(tmp_path))
     assert not {"spark.driver.host", "spark.driver.bindAddress", "spark.local.dir"} & set(cluster)
@@ -343,14 +407,10 @@ def test_spark_listens_on_loopback_only(session):
     assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
 
 
-def test_missing_pyspark_and_java_are_named_with_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr(sparks, "find_spec", lambda name: None)
-    with pytest.raises(sparks.SparkFailedError, match="make scale"), sparks.spark_session("local", tmp_path):
-        pass
-    monkeypatch.setattr(sparks, "find_spec", lambda name: name)
+def test_missing_java_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    with pytest.raises(sparks.SparkFailedError, match="Java 17 or later"), sparks.spark_session("local", tmp_path):
+    with pytest.raises(SparkFailedError, match="Java 17 or later"), batch.spark_session("local", tmp_path):
         pass
 
 
@@ -362,116 +422,9 @@ def test_java_that_does_not_start_is_named(spark, tmp_path, monkeypatch):
     (tmp_path / "bin" / "java").chmod(0o755)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     # when, then
-    session = sparks.spark_session("local", tmp_path)
+    session = batch.spark_session("local", tmp_path)
     with (
-        pytest.raises(sparks.SparkFailedError, match="did not start Spark: Unrecognized option"),
+        pytest.raises(SparkFailedError, match=r"did not start Spark.* Unrecognized option"),
         session,
     ):
         pass
-
-
-# The command
-
-
-TWICE = """
-    import sys
-    from click.testing import CliRunner
-    from mlflow_lifecycle.cli import main
-
-    for result in sys.argv[-2:]:
-        answer = CliRunner().invoke(main, [*sys.argv[1:-2], "--result", result])
-        print(answer.exit_code, answer.output.strip())
-"""
-
-
-@pytest.fixture(scope="module")
-def commanded(spark, folder, uri, flowers):
-    """Give what ``lifecycle score`` prints, run twice in a process, and the temporary files that it leaves."""
-    arguments = ["score", uri, "--rows", str(folder / "data"), "--master", "local[2]", "--json"]
-    results = [str(folder / "result"), str(folder / "again")]
-    variables = environment(folder.parent, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
-    command = [sys.executable, "-c", textwrap.dedent(TWICE), *arguments, *results]
-    process = subprocess.run(command, cwd=folder, env=variables, capture_output=True, encoding="utf-8", timeout=300)
-    assert (process.returncode, process.stderr) == (0, "")
-    return process.stdout.splitlines(), snapshot(Path(variables["TMPDIR"]))
-
-
-def test_models_own_environment_gives_the_predictions_of_this_process_by_key(commanded, uri, flowers, folder):
-    written = pd.read_parquet(folder / "result").set_index("id")["prediction"].sort_index()
-    pd.testing.assert_series_equal(written, expected(uri, flowers))
-    assert (folder / "result" / "_SUCCESS").exists()
-
-
-def test_command_logs_rows_model_and_predictions(commanded, session, uri, signature, folder, flowers):
-    # given what the command printed
-    assert commanded[0][0][:2] == "0 ", commanded[0]
-    said = json.loads(commanded[0][0].removeprefix("0 "))
-    assert said["rows"] == 1000
-    # then the run has it, in the experiment of the default name
-    run = mlflow.get_run(said["run_id"])
-    assert mlflow.get_experiment(run.info.experiment_id).name == "scoring"
-    assert run.info.status == "FINISHED"
-    assert run.data.params["model_uri"] == uri
-    assert run.data.params["rows"] == "1000"
-    counts = expected(uri, flowers).value_counts()
-    assert run.data.metrics == {f"predicted_{name}": count for name, count in counts.items()}
-    assert said["predictions"] == counts.to_dict()
-    # and its inputs are the rows, by their digest, and the model
-    (dataset,) = run.inputs.dataset_inputs
-    assert dataset.dataset.digest == said["digest"]
-    assert said["digest"] == scoring.check_rows(session, folder / "data", signature).digest
-    assert [model.model_id for model in run.inputs.model_inputs] == [mlflow.models.get_model_info(uri).model_id]
-
-
-def test_second_session_of_a_process_is_refused(commanded, folder):
-    assert commanded[0][-1].startswith("1 Error: Spark has ended in this process and cannot start again.")
-    assert not (folder / "again").exists()
-
-
-def test_command_leaves_no_temporary_file(commanded):
-    assert commanded[1] == {}
-
-
-def test_result_that_exists_is_refused_in_a_line(folder, uri, monkeypatch):
-    monkeypatch.chdir(folder)
-    before = len(mlflow.search_runs())
-    variables = {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
-    answer = CliRunner().invoke(main, ["score", uri, "--rows", "data", "--result", "mlruns"], env=variables)
-    assert (answer.exit_code, answer.stdout) == (1, "")
-    assert answer.stderr == ("Error: There is a result in mlruns already. Name another folder, or remove this one.\n")
-    assert len(mlflow.search_runs()) == before
-
-
-def test_version_that_another_key_signed_is_refused_before_spark_starts(folder, uri, tmp_path, monkeypatch):
-    # given somebody else's key
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    public = own_key().with_suffix(".pub")
-    # when
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow.get_tracking_uri())
-    places = ["--rows", "data", "--result", str(tmp_path / "scored"), "--public-key", str(public)]
-    answer = CliRunner().invoke(main, ["score", uri, *places])
-    # then
-    assert (answer.exit_code, answer.stdout) == (1, "")
-    assert re.fullmatch(r"Error: Not loaded: models:/iris/1. The key \w+ has not signed it.*\n", answer.stderr)
-    assert not (tmp_path / "scored").exists()
-
-
-def test_alias_that_was_moved_to_a_candidate_is_not_scored(uri, folder, tmp_path):
-    # given an alias on a version that was never released
-    mlflow.MlflowClient().set_registered_model_alias("iris", "champion", "1")
-    # then
-    public_key = own_key().with_suffix(".pub")
-    with pytest.raises(NotVerifiedError, match="There is no release as champion"):
-        scoring.score("models:/iris@champion", "data", str(tmp_path / "scored"), public_key=public_key)
-
-
-def test_spark_overwrites_no_result(session, tmp_path):
-    # given a result, when Spark is told to write it once more
-    frame = session.sql("SELECT 1 AS id")
-    frame.write.mode("error").parquet(str(tmp_path / "result"))
-    before = snapshot(tmp_path)
-    with pytest.raises(sparks.SparkFailedError, match="PATH_ALREADY_EXISTS"), sparks.in_a_line("Scoring failed:"):
-        frame.write.mode("error").parquet(str(tmp_path / "result"))
-    # then
-    assert snapshot(tmp_path) == before

@@ -69,10 +69,10 @@ def test_nothing_is_left_running_or_in_the_temporary_folder(failed, folder):
 
 def test_result_is_kept_and_is_that_of_the_logged_model_by_key(failed, client, folder):
     # given what Spark has written
-    written = pd.read_parquet(folder / "result").set_index("id")["species"].sort_index()
+    written = pd.read_parquet(folder / "result").set_index("id")["prediction"].sort_index()
     # when the same rows are scored here, by the model that the run names as its input
     experiment = client.get_experiment_by_name("scale_out")
-    (found,) = client.search_runs([experiment.experiment_id], "attributes.run_name = 'scoring'")
+    (found,) = client.search_runs([experiment.experiment_id], "params.engine = 'spark'")
     run = client.get_run(found.info.run_id)
     (model,) = run.inputs.model_inputs
     flowers = pd.read_parquet(folder / "flowers").set_index("id").sort_index()
@@ -81,7 +81,7 @@ def test_result_is_kept_and_is_that_of_the_logged_model_by_key(failed, client, f
     assert len(written) == 2500
     assert written.index.equals(flowers.index)
     assert (written == expected).all()
-    assert run.data.params["rows"] == "2500"
+    assert run.data.metrics["rows"] == 2500
 
 
 def test_model_in_this_environment_is_said_to_be_unchecked(failed):
@@ -101,10 +101,9 @@ def idle(tmp_path_factory, spark):
 REFUSALS = {
     "no rows": ({"rows": 0}, "rows, trials and workers must be at least 1"),
     "no workers": ({"workers": 0}, "rows, trials and workers must be at least 1"),
-    "a result": ({"result": "there"}, "There is a result in there already. Name another folder"),
+    "a result": ({"result": "there"}, "there exists already. Choose another folder"),
     "no PostgreSQL": ({"storage": "sqlite:///search.db"}, "The queue must be in a PostgreSQL"),
     "no server": ({"storage": "postgresql://me:hidden@127.0.0.1:1/x"}, "Cannot use the PostgreSQL of the search: "),
-    "no Spark": ({"master": "nowhere"}, "Master must either be yarn or start with spark"),
 }
 
 
