@@ -52,7 +52,10 @@ def change_folders(path: Path, folders: dict[str, str]) -> Path:
         sqlite3.OperationalError: the store is locked or read-only. Nothing was changed.
     """
     path = Path(path).resolve()
-    copy = find_free_name(path)
+    number = 1
+    while path.with_name(f"{path.name}.before-fix-{number}").exists():
+        number += 1
+    copy = path.with_name(f"{path.name}.before-fix-{number}")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("BEGIN IMMEDIATE")
         with (
@@ -70,11 +73,3 @@ def change_folders(path: Path, folders: dict[str, str]) -> Path:
                 )
         database.execute("COMMIT")
     return copy
-
-
-def find_free_name(path: Path) -> Path:
-    """Return a name for a copy of ``path`` that is not taken."""
-    number = 1
-    while path.with_name(f"{path.name}.before-fix-{number}").exists():
-        number += 1
-    return path.with_name(f"{path.name}.before-fix-{number}")
