@@ -161,8 +161,9 @@ def load_reference(version: Verified) -> Reference:
     try:
         predictions = cross_val_predict(copy, rows[features], rows[target], cv=folds)
     except ValueError as error:
+        reason = str(error).splitlines()[0]
         raise InvalidInputError(
-            f"{version.uri} cannot be cross-validated on its training data: {_first_line(error)}"
+            f"{version.uri} cannot be cross-validated on its training data: {reason}"
         ) from None
     return Reference(rows, features, target, estimator, np.ravel(predictions))
 
@@ -179,7 +180,7 @@ def add_predictions(reference: Reference, rows: pd.DataFrame) -> pd.DataFrame:
     try:
         predictions = reference.estimator.predict(rows[reference.features])
     except (TypeError, ValueError) as error:
-        reason = _first_line(error)
+        reason = str(error).splitlines()[0]
         raise InvalidInputError(f"The model cannot predict these rows: {reason}") from None
     return rows.assign(**{PREDICTION: np.ravel(predictions)})
 
@@ -262,10 +263,6 @@ def read_labels(reference: Reference, rows: pd.DataFrame) -> pd.Series:
     if reference.is_classifier:
         return as_classes(reference.rows[reference.target], labels)
     return read_numbers(reference.target, labels)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _copy_unfitted(estimator: BaseEstimator, parameters: dict[str, str]) -> BaseEstimator:

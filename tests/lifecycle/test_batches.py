@@ -48,6 +48,7 @@ def test_recorded_rows_come_back_with_their_answers(tmp_path, version):
 
 
 def test_requests_of_another_client_are_not_in_a_batch(tmp_path, version):
+    """Attack 23."""
     # given two clients that ask the same server in turn, one of them badly
     mine = [entry(number, ROWS[number : number + 1]) for number in (1, 3, 5)]
     others = [entry(2, ROWS[50:90]), entry(4, ROWS[:0], status=400, predictions=[])]

@@ -148,6 +148,7 @@ def test_two_percent_of_scale_in_five_thousand_rows_is_quiet(known):
 
 @pytest.mark.parametrize("name", ["SETOSA ", "Setosa", " setosa"])
 def test_class_that_is_written_differently_is_an_alarm_that_says_so(known, usual, name):
+    """Attack 10."""
     judgement = judge(known, usual.replace({TARGET: {"setosa": name}}))
     assert judgement.verdict == Verdict.LABELS
     assert f"the model does not know the class {name!r}, which is written like 'setosa'" in judgement.reasons
@@ -161,6 +162,7 @@ def test_new_class_is_an_alarm(known, usual):
 
 
 def test_class_that_has_vanished_is_an_alarm(known, usual):
+    """Attack 10."""
     judgement = judge(known, usual[usual[TARGET] != "virginica"].head(20))
     assert judgement.verdict == Verdict.LABELS
     assert "none of 20 rows has the class 'virginica', which 33% of the training rows have" in judgement.reasons

@@ -110,6 +110,7 @@ def test_missing_file_and_missing_option_end_with_1(store, monkeypatch):
 
 
 def test_version_that_was_changed_in_the_store_is_not_loaded(watched, usual, store):
+    """Attack 12."""
     # given the training rows of the version, in the store, changed in one number
     (path,) = store.glob("mlruns/**/training_rows.parquet")
     content = path.read_bytes()
