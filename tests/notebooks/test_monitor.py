@@ -125,7 +125,7 @@ def test_second_execution_goes_on_with_the_new_champion(folder, client, kernel):
     # given the store that the first one has left
     again = folder / "again"
     again.mkdir()
-    error = execute_in(kernel, folder / GUIDE, again)
+    error = execute_in(kernel, folder / GUIDE, again, LIFECYCLE_KEYS=str(folder / "keys"))
     # then it serves and watches version 2, and makes no champion
     assert error == ""
     assert "passed the gate" not in "\n".join(text_outputs(executed(again)))
