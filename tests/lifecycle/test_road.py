@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from execution import ROOT, copy_project, edit_cells, environment, free_port, running
 from kernels import execute_in
 from test_own_data import DIABETES, PENGUINS
+from wheels import build_wheel, install
 
 pytestmark = pytest.mark.extended  # it builds environments
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,21 +58,7 @@ MODELS = {
 def installed(tmp_path_factory):
     """Give the programs of an environment that has the wheel with what it needs to release, XGBoost, and no more."""
     folder = tmp_path_factory.mktemp("installed")
-    source = folder / "source"
-    shutil.copytree(ROOT / "mlflow_lifecycle", source / "mlflow_lifecycle")
-    shutil.copy(ROOT / "pyproject.toml", source)
-    uv = [sys.executable, "-P", "-m", "uv", "--no-config"]
-    build = [*uv, "build", "--quiet", "--wheel", "--no-build-isolation", "--python", sys.executable]
-    subprocess.run([*build, "--out-dir", folder, source], check=True)
-    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, folder / "environment"], check=True)
-    programs = folder / "environment" / ("Scripts" if sys.platform == "win32" else "bin")
-    (wheel,) = folder.glob("*.whl")
-    lock = (ROOT / "requirements-scale.txt").read_text(encoding="utf-8")
-    (folder / "versions.txt").write_text(re.sub(r" *\\\n    --hash=\S+", "", lock), encoding="utf-8")
-    packages = [f"{wheel}[sign]", "xgboost-cpu"]
-    install = [*uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", programs / "python"]
-    subprocess.run([*install, "--constraints", folder / "versions.txt", *packages], check=True)
-    return programs
+    return install(folder / "environment", f"{build_wheel(folder)}[sign]", "xgboost-cpu")
 
 
 def write_requirements(folder: Path, uv: Path, *more: str) -> None:
