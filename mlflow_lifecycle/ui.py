@@ -19,7 +19,6 @@ from urllib.parse import quote
 import mlflow
 
 from mlflow_lifecycle.exceptions import ServingFailedError
-from mlflow_lifecycle.experiments import store_folder
 
 MODE = "workflowType=machine_learning"
 
@@ -76,7 +75,8 @@ def running_interface(port: int) -> Iterator[subprocess.Popen]:
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += [f"--uvicorn-opts=--log-level warning --app-dir '{packages}'"]
     if store.startswith("sqlite"):  # so that the runs can be used without the server, too
-        command += ["--default-artifact-root", (store_folder(Path.cwd()) / "mlruns").as_uri()]
+        folder = Path(store.partition(":///")[2]).resolve().parent
+        command += ["--default-artifact-root", (folder / "mlruns").as_uri()]
     variables = {
         "MLFLOW_BACKEND_STORE_URI": store,  # other users can read the command, and not this
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
