@@ -67,7 +67,7 @@ def modules() -> str:
     text = ""
     for module in pkgutil.walk_packages(mlflow_lifecycle.__path__, "mlflow_lifecycle."):
         name = module.name.partition(".")[2]
-        if module.ispkg or name == "__main__" or name.startswith("cli"):
+        if module.ispkg or name == "__main__" or name.startswith(("cli", "server")):
             continue
         text += f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: {module.name}\n```\n"
     return text
