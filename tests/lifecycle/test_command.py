@@ -8,6 +8,7 @@ import mlflow
 import pytest
 from click.testing import CliRunner
 
+import mlflow_lifecycle
 from mlflow_lifecycle.cli import Commands, main
 from mlflow_lifecycle.cli.options import print_lines
 from mlflow_lifecycle.exceptions import InvalidInputError, StoreUnusableError
@@ -99,3 +100,14 @@ def test_command_that_reads_a_store_makes_none(arguments, tmp_path, monkeypatch)
     assert f"There is no store at sqlite:///{tmp_path.as_posix()}/mlflow.db." in line
     assert line.endswith("Log a model in this folder, or set MLFLOW_TRACKING_URI.")
     assert [path.name for path in tmp_path.iterdir()] == ["objective.py"]
+
+
+@pytest.mark.parametrize("name", mlflow_lifecycle.__all__)
+def test_public_name_is_imported_from_the_package(name):
+    public = getattr(mlflow_lifecycle, name)
+    assert isinstance(public, tuple) or (callable(public) and public.__doc__)
+
+
+def test_unknown_name_is_no_part_of_the_package():
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        mlflow_lifecycle.nothing  # noqa: B018

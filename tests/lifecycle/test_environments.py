@@ -168,6 +168,7 @@ def foreign_six(folder: Path) -> str:
 @pytest.mark.parametrize("place", ["working directory", "folder above", "user"])
 @pytest.mark.parametrize("setting", ["target", "constraint-dependencies"])
 def test_settings_file_of_uv_does_not_change_what_is_built(small, monkeypatch, place, setting):
+    """Attack 25."""
     # given a settings file that sends packages elsewhere, or names a foreign archive with its own hash
     work = small / "above" / "work"
     work.mkdir(parents=True)

@@ -257,6 +257,7 @@ def test_rollback_goes_to_the_version_before_and_is_recorded(twice):
 
 
 def test_rollback_ignores_a_tag_that_was_not_signed(twice):
+    """Attack 30."""
     mlflow.MlflowClient().set_model_version_tag("iris", 3, release_tag("production"), "9999-12-31T23:59:59.999999Z")
     assert rollback("iris", key=own_key()).version == "1"
 
@@ -362,6 +363,7 @@ def test_names_and_values_in_the_store_cannot_change_the_form_of_the_card():
 
 
 def test_card_says_what_was_signed_whatever_the_run_says_later(folder):
+    """Attack 34."""
     # given a run that somebody has changed after its version was signed
     client = mlflow.MlflowClient()
     run_id = client.get_model_version("iris", 2).run_id

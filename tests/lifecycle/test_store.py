@@ -528,6 +528,7 @@ def program(folder, name: str) -> str:
     ],
 )
 def test_naming_the_source_starts_no_program_that_the_repository_names(setting, name, tmp_path):
+    """Attack 42."""
     # given a repository whose own settings name a program, and a file that git has to read again
     repository = tmp_path / "repository"
     repository.mkdir()

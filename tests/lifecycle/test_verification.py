@@ -157,6 +157,7 @@ def test_an_added_file_is_refused(folder, name):
 
 @pytest.mark.parametrize("place", ["model", "evidence"])
 def test_files_over_the_size_limit_are_not_downloaded(folder, place):
+    """Attack 39."""
     # given a large sparse file in a subfolder
     root = files_of(2) if place == "model" else evidence_of(2)[-1]
     (root / "more").mkdir()
@@ -292,6 +293,7 @@ def set_in_store(folder: Path, change: str, *values: str) -> None:
     ],
 )
 def test_location_on_another_host_gets_no_password(folder, other_host, monkeypatch, change):
+    """Attack 27."""
     # given a location that somebody has changed in the store, and the password of a tracking server
     address, requests = other_host
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
@@ -387,6 +389,7 @@ def test_candidate_is_no_release(folder):
 
 
 def test_alias_needs_a_release_unless_the_caller_decides_on_a_candidate(folder):
+    """Attack 28."""
     # given an alias on a version that was never released
     mlflow.MlflowClient().set_registered_model_alias("other", "production", 1)
     # then
@@ -413,6 +416,7 @@ def test_older_version_put_back_without_a_release_is_refused(folder):
 
 @pytest.mark.parametrize("name", INVISIBLE)
 def test_name_with_an_invisible_character_is_refused(folder, name):
+    """Attack 40."""
     # given a registered model that somebody has renamed so that a search by its name finds nothing
     mlflow.MlflowClient().rename_registered_model("other", name)
     # then
@@ -471,6 +475,7 @@ def test_clock_that_went_backwards_makes_no_older_release(folder):
 
 @pytest.mark.parametrize("forged", ["2999-01-01T00:00:00.000000Z", "9999-12-31T23:59:59.999999Z", "soon"])
 def test_tag_that_was_not_signed_stops_no_release(folder, forged):
+    """Attack 29."""
     # given a tag that says that the replaced version was released after all others
     mlflow.MlflowClient().set_model_version_tag("iris", 1, release_tag("production"), forged)
     # then the release is handed out, and the next one can be signed
