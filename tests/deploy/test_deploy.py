@@ -289,7 +289,7 @@ def follow(section: str, team, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["server", "model"])
 def test_health_check_is_one_program(name):
-    command, _, _, program = services()[name]["healthcheck"]["test"]
+    command, *_, program = services()[name]["healthcheck"]["test"]
     assert command == "CMD"
     compile(program, "health check", "exec")
 

@@ -79,7 +79,7 @@ def read(folder) -> pd.Series:
 def save(folder, model, rows, module=mlflow.sklearn) -> Path:
     """Save a model that was fitted to ``rows``, and return its folder."""
     signature = infer_signature(rows, model.predict(rows))
-    trusted = {} if module is not mlflow.sklearn else {"skops_trusted_types": TRUSTED}
+    trusted = {"skops_trusted_types": TRUSTED} if module.__name__ == "mlflow.sklearn" else {}
     module.save_model(model, folder, signature=signature, pip_requirements=["numpy"], **trusted)
     return folder
 

@@ -57,7 +57,7 @@ def test_loose_pins_are_said_with_line_and_remedy(tmp_path):
     (tmp_path / "model_requirements.txt").write_text("numpy==2.4\nscikit-learn>=1.9\n")
     (problem,) = doctor.check_pins(tmp_path / "model_requirements.txt")
     assert problem.what.endswith("model_requirements.txt, line 2, leaves the version open: 'scikit-learn>'.")
-    assert problem.remedy.endswith("Renew the list: make lock")
+    assert problem.remedy.endswith("Compile the list with uv pip compile.")
 
 
 def test_project_needs_neither_pins_nor_lock(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_command_says_each_problem_and_ends_with_status_1(tmp_path, lifecycle):
     answer = lifecycle("doctor", "--quiet")
     # then both are said, each with its remedy
     assert answer.exit_code == 1
-    assert "model_requirements.txt, line 1, leaves the version open: 'numpy'.\nEvery line must pin" in answer.stdout
+    assert "model_requirements.txt, line 1, leaves the version open: 'numpy'.\nEach line must pin" in answer.stdout
     assert "no-such-package is missing.\nRun: uv pip install -r requirements.txt\n" in answer.stdout
     assert answer.stderr == ""
 

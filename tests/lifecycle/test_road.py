@@ -90,7 +90,7 @@ def project(request, installed, tmp_path_factory, kernel):
     files = re.search(r"```python\n(data_train.*?)```", ROAD, flags=re.DOTALL)[1]
     content.cells.append(nbformat.v4.new_code_cell(files))
     nbformat.write(content, notebook)
-    write_requirements(folder, installed / "uv", *["xgboost-cpu==3.2.0"] * (request.param == "cancer"))
+    write_requirements(folder, installed / "uv", *["xgboost-cpu"] * (request.param == "cancer"))
     assert execute_in(kernel, notebook, folder) == ""
     values = {
         "my_model": name,
