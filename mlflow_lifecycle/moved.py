@@ -9,7 +9,7 @@ import sqlite3
 from pathlib import Path
 
 from mlflow_lifecycle.exceptions import StoreUnusableError
-from mlflow_lifecycle.experiments import local_path, moved_from, split_location
+from mlflow_lifecycle.experiments import free_name, local_path, moved_from, split_location
 
 COLUMNS = [
     ("experiments", "artifact_location"),
@@ -20,56 +20,42 @@ COLUMNS = [
 ]
 
 
-def find_moved_folders(path: Path) -> dict[str, str]:
-    """Return the folders that the store at ``path`` was moved from, each with the new one.
-
-    Both are written as the store records them.
+def find_moved_folders(path: Path) -> set[Path]:
+    """Return the folders that the store at ``path`` was moved from.
 
     Raises:
         StoreUnusableError: the models were not moved along with the store.
     """
     path = Path(path).resolve()
-    old_folders = moved_from(path)
-    if old_folders and not (path.parent / "mlruns").is_dir():
-        remedy = f"Move {min(old_folders) / 'mlruns'} there, too."
+    folders = moved_from(path)
+    if folders and not (path.parent / "mlruns").is_dir():
+        remedy = f"Move {min(folders) / 'mlruns'} there, too."
         raise StoreUnusableError(f"There is no folder mlruns beside {path}.", remedy)
-    folders = {}
-    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
-        for table, column in COLUMNS:
-            for (location,) in database.execute(f"SELECT {column} FROM {table}"):
-                root, _ = split_location(location or "")
-                if not root or local_path(root) not in old_folders:
-                    continue
-                is_uri = root.startswith("file:")
-                folders[root] = path.parent.as_uri() if is_uri else path.parent.as_posix()
     return folders
 
 
-def change_folders(path: Path, folders: dict[str, str]) -> Path:
+def change_folders(path: Path) -> Path:
     """Copy the store at ``path``, change the folders in it, all or none, and return the copy.
 
     Raises:
+        StoreUnusableError: see `find_moved_folders`.
         sqlite3.OperationalError: the store is locked or read-only. Nothing was changed.
     """
     path = Path(path).resolve()
-    number = 1
-    while path.with_name(f"{path.name}.before-fix-{number}").exists():
-        number += 1
-    copy = path.with_name(f"{path.name}.before-fix-{number}")
+    folders = find_moved_folders(path)
+    copy = free_name(path, "before-fix")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute("BEGIN IMMEDIATE")
-        with (
-            contextlib.closing(sqlite3.connect(path)) as reader,
-            contextlib.closing(sqlite3.connect(copy)) as target,
-        ):
-            reader.backup(target)
+        with contextlib.closing(sqlite3.connect(path)) as reader:
+            reader.execute("VACUUM INTO ?", (str(copy),))
         for table, column in COLUMNS:
-            for old, new in folders.items():
-                start = f"{old}/mlruns/"
-                database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
-                    f"WHERE substr({column} || '/', 1, ?) = ?",
-                    (new, len(old) + 1, len(start), start),
-                )
+            rows = database.execute(f"SELECT rowid, {column} FROM {table}").fetchall()
+            for number, location in rows:
+                root, rest = split_location(location or "")
+                if local_path(root) in folders:
+                    is_uri = root.startswith("file:")
+                    place = path.parent.as_uri() if is_uri else path.parent.as_posix()
+                    update = f"UPDATE {table} SET {column} = ? WHERE rowid = ?"
+                    database.execute(update, (f"{place}/{rest}", number))
         database.execute("COMMIT")
     return copy

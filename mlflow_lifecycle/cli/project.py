@@ -55,7 +55,7 @@ def doctor(as_json: bool, fix: bool, yes: bool, quiet: bool) -> None:
     problems = find_problems(Path.cwd())
     lines = [line for problem in problems for line in (problem.what, problem.remedy)]
     if not problems and not quiet:
-        lines = ["No problem was found in Python, packages, pins, store and disk."]
+        lines = ["No problem was found in packages, pins, store and disk."]
     print_result([asdict(problem) for problem in problems], lines, as_json)
     raise SystemExit(bool(problems))
 
@@ -66,14 +66,14 @@ def fix_store(yes: bool) -> None:
     from mlflow_lifecycle.moved import change_folders, find_moved_folders
 
     path = Path(tracking_uri(Path.cwd()).removeprefix("sqlite:///"))
-    folders = find_moved_folders(path) if path.is_file() else {}
+    folders = find_moved_folders(path) if path.is_file() else set()
     if not folders:
         print_lines(["There is nothing to repair: there is no store, or its folders exist."])
         return
-    print_lines(f"{old} -> {new}" for old, new in folders.items())
+    print_lines(f"{folder} -> {path.parent}" for folder in folders)
     if not yes:
         click.confirm("Change these paths, after a copy of the store?", abort=True)
-    copy = change_folders(path, folders)
+    copy = change_folders(path)
     print_lines([f"Repaired. A copy of the store as it was: {copy}"])
 
 

@@ -68,9 +68,9 @@ def test_everything_is_found_again_once_it_is_repaired(moved):
     with pytest.raises(StoreUnusableError, match="so it was moved"):
         check_store(moved.parent)
     # when
-    change_folders(moved, find_moved_folders(moved))
+    change_folders(moved)
     # then
-    assert find_moved_folders(moved) == {}
+    assert find_moved_folders(moved) == set()
     check_store(moved.parent)
     mlflow.set_tracking_uri(tracking_uri(moved.parent))
     for version in (1, 2):
@@ -84,7 +84,7 @@ def test_everything_is_found_again_once_it_is_repaired(moved):
 @pytest.mark.filterwarnings("ignore")
 def test_copy_is_the_store_as_it_was(moved):
     before = moved.read_bytes()
-    copy = change_folders(moved, find_moved_folders(moved))
+    copy = change_folders(moved)
     assert copy.name == "mlflow.db.before-fix-1"
     with contextlib.closing(sqlite3.connect(copy)) as database:
         assert "Zo" in "".join(database.iterdump())
@@ -101,7 +101,7 @@ def test_failure_half_way_changes_nothing(moved):
         before = list(database.iterdump())
     # when
     with pytest.raises(sqlite3.IntegrityError, match="not this one"):
-        change_folders(moved, find_moved_folders(moved))
+        change_folders(moved)
     # then
     with contextlib.closing(sqlite3.connect(moved)) as database:
         assert list(database.iterdump()) == before
@@ -121,7 +121,7 @@ def test_store_that_was_copied_keeps_the_first_ones_models(moved, first_place):
     # then nothing in the copy is changed
     found = find_moved_folders(moved)
     shutil.rmtree(first_place)
-    assert found == {}
+    assert found == set()
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def elsewhere(tmp_path, empty_store, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_store_elsewhere_than_its_models_was_not_moved(elsewhere):
-    assert find_moved_folders(elsewhere) == {}
+    assert find_moved_folders(elsewhere) == set()
     assert list(check_store_of(Path.cwd())) == []
     assert find_links("http://server")[-1].startswith("http://server/#/models/echo?")
 
@@ -153,7 +153,7 @@ def test_store_whose_models_were_moved_is_refused_until_they_are_beside_it(elsew
         find_moved_folders(elsewhere)
     # when they are put beside the store, and it is repaired
     Path("other").rename(elsewhere.parent / "mlruns")
-    change_folders(elsewhere, find_moved_folders(elsewhere))
+    change_folders(elsewhere)
     # then
     assert list(check_store_of(Path.cwd())) == []
     assert mlflow.pyfunc.load_model("models:/echo/1").predict(["again"]) == ["again"]
@@ -178,7 +178,7 @@ def test_command_shows_what_it_would_change_and_changes_nothing_unasked(moved, f
 @pytest.mark.filterwarnings("ignore")
 def test_command_repairs_when_told_to_and_says_so_when_there_is_nothing_left(moved):
     assert "Repaired. A copy of the store as it was: " in fix(moved.parent, "y\n").output
-    assert find_moved_folders(moved) == {}
+    assert find_moved_folders(moved) == set()
     answer = fix(moved.parent)
     assert (answer.exit_code, answer.output[:28]) == (0, "There is nothing to repair: ")
 
@@ -187,7 +187,7 @@ def test_command_repairs_when_told_to_and_says_so_when_there_is_nothing_left(mov
 def test_command_repairs_the_store_that_mlflow_tracking_uri_names(moved, tmp_path):
     answer = fix(tmp_path, MLFLOW_TRACKING_URI=tracking_uri(moved.parent))
     assert "Repaired. A copy of the store as it was: " in answer.output
-    assert find_moved_folders(moved) == {}
+    assert find_moved_folders(moved) == set()
 
 
 @pytest.mark.filterwarnings("ignore")
