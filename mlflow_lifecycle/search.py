@@ -8,7 +8,6 @@ ends, and the runs of the trials are all that a search needs to go on.
 import json
 import platform
 from collections.abc import Callable
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 import mlflow
@@ -65,12 +64,13 @@ def run_search(
         "search": f"{name}, TPE, seed {seed}, data {fingerprint(dataset.df)}",
         "process": process_name(),
     }
+    data = dataset_input(dataset)
     study = optuna.create_study()
-    parent = find_interrupted(own_tags["search"], experiment_id)
     count = 0
+    parent = find_interrupted(own_tags["search"], experiment_id)
     if parent is None:
         parent = client.create_run(experiment_id, tags=tags | own_tags)
-        client.log_inputs(parent.info.run_id, [dataset_input(dataset)])
+        client.log_inputs(parent.info.run_id, [data])
     else:
         count = load_trials(study, parent, metric)
         client.set_tag(parent.info.run_id, "process", own_tags["process"])
@@ -79,18 +79,28 @@ def run_search(
     study.sampler = optuna.samplers.TPESampler(seed=seed + count)
     status = "KILLED"  # by Ctrl+C, for example
     try:
-        study.optimize(
-            keep_error(objective),
-            max(trials - count, 0),
-            catch=Exception,
-            callbacks=[log_trials(parent, metric, tags, dataset)],
-        )
-        status = "KILLED" if study.get_trials(states=[TrialState.COMPLETE]) else "FAILED"
+        for _ in range(trials - count):
+            trial = run_trial(study, objective)
+            log_trial(parent, trial, metric, tags, data)
         log_best(study, parent, metric)
         status = "FINISHED"
+    except SearchFailedError:
+        status = "FAILED"
+        raise
     finally:
         client.set_terminated(parent.info.run_id, status)
     return study, mlflow.get_run(parent.info.run_id)
+
+
+def run_trial(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> FrozenTrial:
+    """Run the next trial of a study. If the objective fails, the trial keeps the error."""
+    trial = study.ask()
+    try:
+        value = objective(trial)
+    except Exception as error:
+        trial.set_user_attr("error", repr(error)[:5000])
+        return study.tell(trial, state=TrialState.FAIL)
+    return study.tell(trial, value)
 
 
 def log_best(study: optuna.Study, parent: Run, metric: str) -> None:
@@ -101,14 +111,11 @@ def log_best(study: optuna.Study, parent: Run, metric: str) -> None:
     """
     completed = study.get_trials(states=[TrialState.COMPLETE])
     if not completed:
-        error = "no record"
-        for trial in reversed(study.trials):
-            error = trial.user_attrs.get("error", error)
+        error = study.trials[0].user_attrs.get("error", "no number")
         raise SearchFailedError(f"No trial succeeded. The first failed with {error}")
-    now = milliseconds(datetime.now())
-    values = [Metric(metric, study.best_value, now, 0), Metric("trials", len(completed), now, 0)]
-    best = [Param(name, str(value)) for name, value in study.best_params.items()]
-    mlflow.MlflowClient().log_batch(parent.info.run_id, values, best)
+    metrics = {metric: study.best_value, "trials": len(completed)}
+    mlflow.log_metrics(metrics, run_id=parent.info.run_id)
+    mlflow.log_params(study.best_params, run_id=parent.info.run_id)
 
 
 def dataset_input(dataset: "PandasDataset") -> DatasetInput:
@@ -124,68 +131,31 @@ def process_name(process: psutil.Process | None = None) -> str:
     return f"{platform.node()} {process.pid} {process.create_time():.0f}"
 
 
-def keep_error(objective: Callable[[optuna.Trial], float]) -> Callable[[optuna.Trial], float]:
-    """Return the objective, with the error of a failed trial kept as its attribute ``error``."""
-
-    def call_objective(trial: optuna.Trial) -> float:
-        try:
-            return objective(trial)
-        except Exception as error:
-            trial.set_user_attr("error", repr(error))
-            raise
-
-    return call_objective
-
-
-def log_trials(
-    parent: Run, metric: str, tags: dict[str, str], dataset: "PandasDataset"
-) -> Callable[[optuna.Study, FrozenTrial], None]:
-    """Return a callback for ``study.optimize`` that logs each trial as a child run of ``parent``.
-
-    Args:
-        parent: the run of the search.
-        metric: the name of the trial's value. Its duration is logged as ``duration_seconds``.
-        tags: of every child, such as the commit.
-        dataset: an input of every child.
-    """
+def log_trial(
+    parent: Run, trial: FrozenTrial, metric: str, tags: dict[str, str], data: DatasetInput
+) -> None:
+    """Log a trial as a child run of ``parent``, with its duration as ``duration_seconds``."""
     client = mlflow.MlflowClient()
-    data = dataset_input(dataset)
-
-    def log_trial(study: optuna.Study, trial: FrozenTrial) -> None:
-        distributions = {}
-        for name, distribution in trial.distributions.items():
-            distributions[name] = distribution_to_json(distribution)
-        record = {
-            "number": trial.number,
-            "params": trial.params,
-            "distributions": distributions,
-        }
-        own_tags = {"mlflow.parentRunId": parent.info.run_id, "trial": json.dumps(record)}
-        ended = milliseconds(trial.datetime_complete)
-        values = [Metric("duration_seconds", trial.duration.total_seconds(), ended, 0)]
-        status = "FAILED"
-        if trial.state == TrialState.COMPLETE:
-            status = "FINISHED"
-            values.append(Metric(metric, trial.value, ended, 0))
-        else:
-            own_tags["error"] = trial.user_attrs.get("error", "")[:5000]
-        run = client.create_run(
-            parent.info.experiment_id,
-            milliseconds(trial.datetime_start),
-            tags | own_tags,
-            f"trial {trial.number:03d}",
-        )
-        params = [Param(name, str(value)) for name, value in trial.params.items()]
-        client.log_inputs(run.info.run_id, [data])
-        client.log_batch(run.info.run_id, values, params)
-        client.set_terminated(run.info.run_id, status, ended)
-
-    return log_trial
-
-
-def milliseconds(moment: datetime) -> int:
-    """Return a local time as MLflow counts it: milliseconds since 1970."""
-    return int(moment.timestamp() * 1000)
+    distributions = {}
+    for name, distribution in trial.distributions.items():
+        distributions[name] = distribution_to_json(distribution)
+    record = {"number": trial.number, "params": trial.params, "distributions": distributions}
+    own_tags = {"mlflow.parentRunId": parent.info.run_id, "trial": json.dumps(record)}
+    started = int(trial.datetime_start.timestamp() * 1000)
+    ended = int(trial.datetime_complete.timestamp() * 1000)
+    metrics = [Metric("duration_seconds", trial.duration.total_seconds(), ended, 0)]
+    status = "FAILED"
+    if trial.state == TrialState.COMPLETE:
+        status = "FINISHED"
+        metrics.append(Metric(metric, trial.value, ended, 0))
+    else:
+        own_tags["error"] = trial.user_attrs.get("error", "no number")
+    name = f"trial {trial.number:03d}"
+    run = client.create_run(parent.info.experiment_id, started, tags | own_tags, name)
+    params = [Param(name, str(value)) for name, value in trial.params.items()]
+    client.log_inputs(run.info.run_id, [data])
+    client.log_batch(run.info.run_id, metrics, params)
+    client.set_terminated(run.info.run_id, status, ended)
 
 
 def find_interrupted(search: str, experiment_id: str) -> Run | None:
@@ -199,14 +169,13 @@ def find_interrupted(search: str, experiment_id: str) -> Run | None:
         experiment_id: where to look.
     """
     filter_string = f"tags.search = {search!r} and status != 'FINISHED' and status != 'FAILED'"
-    this = psutil.Process()
-    running = set()
-    for process in psutil.process_iter(["create_time"]):
-        if process != this:
-            running.add(process_name(process))
+    working = set()
+    for process in psutil.process_iter():
+        if process != psutil.Process():
+            working.add(process_name(process))
     for run in mlflow.search_runs([experiment_id], filter_string, output_format="list"):
         name = run.data.tags.get("process", "")
-        if name.startswith(f"{platform.node()} ") and name not in running:
+        if name.startswith(f"{platform.node()} ") and name not in working:
             return run
     return None
 
@@ -214,33 +183,32 @@ def find_interrupted(search: str, experiment_id: str) -> Run | None:
 def load_trials(study: optuna.Study, parent: Run, metric: str) -> int:
     """Add the trials that were logged below ``parent`` to a study, and return how many there are.
 
-    A trial that was running at an interruption was not logged. Its number stays empty.
+    A trial that was running at an interruption was not logged.
     """
-    filter_string = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    filter_string = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and status != 'RUNNING'"
     trials = {}
     for run in mlflow.search_runs([parent.info.experiment_id], filter_string, output_format="list"):
-        if run.info.status in ("FINISHED", "FAILED"):
-            number, trial = read_trial(run, metric)
-            trials[number] = trial
-    for number in range(max(trials, default=-1) + 1):
-        study.add_trial(trials.get(number) or create_trial(state=TrialState.FAIL))
+        record = json.loads(run.data.tags["trial"])
+        trials[record["number"]] = make_trial(run, record, metric)
+    for number in sorted(trials):
+        study.add_trial(trials[number])
     return len(trials)
 
 
-def read_trial(run: Run, metric: str) -> tuple[int, FrozenTrial]:
-    """Return the number of the trial that a run records, and the trial."""
-    record = json.loads(run.data.tags["trial"])
+def make_trial(run: Run, record: dict, metric: str) -> FrozenTrial:
+    """Return the trial that was logged as a run, by its tag ``trial``."""
     distributions = {}
     for name, text in record["distributions"].items():
         distributions[name] = json_to_distribution(text)
     attributes = {}
+    state = TrialState.COMPLETE
     if "error" in run.data.tags:
         attributes["error"] = run.data.tags["error"]
-    trial = create_trial(
-        state=TrialState.COMPLETE if run.info.status == "FINISHED" else TrialState.FAIL,
+        state = TrialState.FAIL
+    return create_trial(
+        state=state,
         params=record["params"],
         distributions=distributions,
         value=run.data.metrics.get(metric),
         user_attrs=attributes,
     )
-    return record["number"], trial
