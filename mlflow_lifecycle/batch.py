@@ -28,7 +28,7 @@ from mlflow.data.spark_dataset_source import SparkDatasetSource
 from mlflow.entities import LoggedModelInput
 
 from mlflow_lifecycle import batch_worker
-from mlflow_lifecycle.environments import built
+from mlflow_lifecycle.environments import build_environment
 from mlflow_lifecycle.exceptions import InvalidInputError, SparkFailedError
 from mlflow_lifecycle.experiments import printable
 from mlflow_lifecycle.signing.verify import Verified, verified
@@ -96,7 +96,7 @@ def score(
         tempfile.TemporaryDirectory(prefix="scoring-") as folder,
     ):
         scratch = Path(folder)
-        python = build_environment(version, scratch) if own_environment else Path(sys.executable)
+        python = build_with_pyarrow(version, scratch) if own_environment else Path(sys.executable)
         with mlflow.start_run(run_name="scoring", tags={"mlflow.source.name": "lifecycle score"}):
             mlflow.log_params({"model_uri": uri, "engine": engine, "output": output})
             model = str(version.folder)
@@ -114,11 +114,11 @@ def score(
             return Scored(mlflow.active_run().info.run_id, rows, digest)
 
 
-def build_environment(version: Verified, scratch: Path) -> Path:
+def build_with_pyarrow(version: Verified, scratch: Path) -> Path:
     """Build the environment of a version, with pyarrow, and return its Python.
 
     Raises:
-        EnvironmentNotBuiltError: see `mlflow_lifecycle.environments.built`.
+        EnvironmentNotBuiltError: see `mlflow_lifecycle.environments.build_environment`.
     """
     requirements = (version.folder / "requirements.txt").read_text(encoding="utf-8")
     lock = version.packages.read_text(encoding="utf-8")
@@ -128,7 +128,9 @@ def build_environment(version: Verified, scratch: Path) -> Path:
         lock += f"\n{pyarrow}"
     (scratch / "requirements.txt").write_text(requirements, encoding="utf-8")
     (scratch / "lock.txt").write_text(lock, encoding="utf-8")
-    return built(scratch / "requirements.txt", scratch / "environment", lock=scratch / "lock.txt")
+    return build_environment(
+        scratch / "requirements.txt", scratch / "environment", lock=scratch / "lock.txt"
+    )
 
 
 def score_here(python: Path, data: str, output: str, model: str, key: str) -> tuple[int, str]:

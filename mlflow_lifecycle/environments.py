@@ -8,52 +8,38 @@ downloaded and verified again.
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable
 from hashlib import sha256
-from importlib.metadata import Distribution
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
+from mlflow.models import Model
+from uv import find_uv_bin
 
 from mlflow_lifecycle.exceptions import EnvironmentNotBuiltError, PredictionFailedError
 from mlflow_lifecycle.experiments import printable
-from mlflow_lifecycle.pins import read_pins
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-# With -P, Python imports nothing from the working directory. uv reads no settings.
-UV = [sys.executable, "-P", "-m", "uv", "--no-config"]
-# Words in the names of variables that only say how to reach a package index.
-NETWORK = (
-    "INDEX",
-    "FIND_LINKS",
-    "KEYRING",
-    "HTTP",
-    "TLS",
-    "CERTS",
-    "INSECURE",
-    "TIMEOUT",
-    "RETRIES",
+# The settings of uv, pip and Python that say more than how to reach a package index.
+OVERRIDES = re.compile(
+    "(UV_|PIP_|PYTHON)(?!.*(INDEX|FIND_LINKS|KEYRING|HTTP|TLS|CERTS|INSECURE|TIMEOUT|RETRIES))"
 )
 REMEDIES = {
-    r"Hash mismatch for `": "The archive is not the one in the lock file. Do not use it.",
-    r"none were provided for": (
+    "Hash mismatch for `": "The archive is not the one in the lock file. Do not use it.",
+    "none were provided for": (
         "The lock file has no hash for this version. Use the one that the model was logged with."
     ),
-    r"network was disabled": (
+    "network was disabled": (
         "A package is missing in the cache. Build once online with the same cache."
     ),
-    r"error sending request|Failed to fetch": (
-        "The package index does not answer. Check the network and the proxy."
-    ),
-    r"incompatibilit": "The recorded list is incomplete. Log the model again with all pins.",
-    r"No module named uv": "uv is not installed here. Run: pip install uv",
+    "error sending request": "The package index does not answer. Check the network and the proxy.",
+    "Failed to fetch": "The package index does not answer. Check the network and the proxy.",
+    "incompatibilit": "The recorded list is incomplete. Log the model again with all pins.",
 }
 
 
@@ -79,70 +65,48 @@ def build_environment(
         offline: take all packages from ``cache``.
 
     Raises:
-        InvalidInputError: ``requirements`` is not a list of exact pins.
         FileExistsError: ``folder`` exists.
         EnvironmentNotBuiltError: an archive is not the one in the lock file, or a package is
             missing in the lock file, in the list or in the cache, or the package index does not
             answer. Then nothing is left behind.
     """
-    requirements = Path(requirements).resolve()
     folder = Path(folder).resolve()
-    lock = Path(lock).resolve()
-    read_pins(requirements)
-    if not lock.is_file():
-        raise EnvironmentNotBuiltError(f"There is no lock file {lock}. Name the one with hashes.")
+    lock = str(Path(lock).resolve())
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     with tempfile.TemporaryDirectory(prefix="packages-", dir=folder.parent) as own:
-        empty = Path(own) / "empty"
-        empty.mkdir()
         packages = Path(own) / "cache" if cache is None else Path(cache).resolve()
         settings = ["--quiet", "--cache-dir", str(packages), "--python"]
         install = ["--link-mode", "copy", "--no-deps", "--require-hashes"]
-        install += ["--requirements", str(requirements), "--constraints", str(lock)]
+        install += ["--requirements", str(Path(requirements).resolve()), "--constraints", lock]
         # A source distribution is built with the verified packages of the lock file.
         install += ["--preview-features", "build-dependency-hashes", "--require-build-hashes"]
-        install += ["--build-constraints", str(lock)]
+        install += ["--build-constraints", lock]
         if offline:
             install.append("--offline")
         folder.mkdir()
         try:
-            _uv(empty, "venv", str(folder), "--no-python-downloads", *settings, sys.executable)
-            _uv(empty, "pip", "install", *install, *settings, str(python))
-            _uv(empty, "pip", "check", *settings, str(python))
-            damaged = _damaged_file(folder) if cache else None
-            if damaged:
-                raise EnvironmentNotBuiltError(
-                    f"The file {damaged} in the cache is damaged. Build without this cache."
-                )
+            _uv(own, "venv", str(folder), "--no-python-downloads", *settings, sys.executable)
+            _uv(own, "pip", "install", *install, *settings, str(python))
+            _uv(own, "pip", "check", *settings, str(python))
+            if cache:
+                _check_files(folder)
         except BaseException:  # an interruption, too
             shutil.rmtree(folder, ignore_errors=True)
             raise
     return python
 
 
-built = build_environment
-
-
-def python_version(model_folder: Path) -> str | None:
-    """Return the version of Python that the model recorded, or None if it recorded none."""
-    recorded = Path(model_folder) / "python_env.yaml"
-    text = recorded.read_text(encoding="utf-8") if recorded.is_file() else ""
-    match = re.search(r"^python:\s*['\"]?([\d.]+)", text, re.MULTILINE)
-    return match[1] if match else None
-
-
 def python_note(model_folder: Path) -> str | None:
     """Return a sentence if the model was logged under another minor version of Python."""
-    here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    recorded = python_version(model_folder)
-    if recorded is None:
-        return f"The model recorded no version of Python. Its environment has {here}."
-    if recorded.split(".")[:2] == here.split("."):
+    here = platform.python_version()
+    loader = Model.load(model_folder).flavors["python_function"]
+    recorded = loader["python_version"]
+    if recorded.split(".")[:2] == here.split(".")[:2]:
         return None
     return f"The model was logged under Python {recorded}. Its environment has {here}."
 
 
-def predict(model_folder: Path, rows: "pd.DataFrame", python: Path) -> list:
+def predict(model_folder: Path, rows: pd.DataFrame, python: Path) -> list:
     """Return what a model predicts for ``rows`` in another environment.
 
     The rows go there as JSON, which keeps every number exact. MLflow rounds the last digit in CSV.
@@ -155,50 +119,36 @@ def predict(model_folder: Path, rows: "pd.DataFrame", python: Path) -> list:
     Raises:
         PredictionFailedError: the process ended with an error; with its last line.
     """
-    missing = rows.isna()
-    values = rows.astype(object).where(~missing, None)
-    for name in rows.select_dtypes(object):
-        # In text scikit-learn takes None for another value than NaN.
-        values[name] = values[name].where(~missing[name], float("nan"))
+    # NaN as in pandas, because scikit-learn takes None in a text for another value.
+    values = rows.astype(object).where(rows.notna(), float("nan"))
     split = values.to_dict(orient="split", index=False)
     command = [str(python), "-I", "-m", "mlflow", "models", "predict", "--env-manager", "local"]
     command += ["--content-type", "json", "--model-uri", str(Path(model_folder).resolve())]
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with tempfile.TemporaryDirectory(prefix="predictions-") as folder:
         answer = Path(folder) / "answer.json"
         child = subprocess.run(
             [*command, "--output-path", str(answer)],
             input=json.dumps({"dataframe_split": split}, default=str),
-            env=variables,
             cwd=folder,
             capture_output=True,
             encoding="utf-8",
             errors="replace",
         )
-        if child.returncode == 0 and answer.is_file():
+        if child.returncode == 0:
             return json.loads(answer.read_text(encoding="utf-8"))["predictions"]
     reason = _last_lines(child.stderr, 1)
     raise PredictionFailedError(f"The model in {model_folder} gave no predictions. {reason}")
 
 
-def find_overrides(variables: Iterable[str]) -> list[str]:
-    """Return the names of the variables that could change what uv, pip and Python install."""
-    overrides = []
-    for name in variables:
-        is_setting = name.startswith(("UV_", "PIP_", "PYTHON"))
-        if is_setting and not any(word in name for word in NETWORK):
-            overrides.append(name)
-    return overrides
-
-
-def _uv(empty: Path, *arguments: str) -> None:
+def _uv(folder: str, *arguments: str) -> None:
     """Run uv in an empty folder, with no settings of the user other than those of the network."""
-    variables = dict(os.environ)
-    for name in find_overrides(os.environ):
-        del variables[name]
+    variables = {}
+    for name, value in os.environ.items():
+        if not OVERRIDES.match(name):
+            variables[name] = value
     child = subprocess.run(
-        [*UV, *arguments],
-        cwd=empty,
+        [find_uv_bin(), "--no-config", *arguments],
+        cwd=folder,
         env=variables,
         capture_output=True,
         encoding="utf-8",
@@ -207,10 +157,7 @@ def _uv(empty: Path, *arguments: str) -> None:
     if child.returncode == 0:
         return
     message = " ".join(child.stderr.split())  # uv breaks lines as wide as the terminal
-    remedy = ""
-    for pattern, text in REMEDIES.items():
-        if not remedy and re.search(pattern, message):
-            remedy = text
+    remedy = next((text for phrase, text in REMEDIES.items() if phrase in message), "")
     raise EnvironmentNotBuiltError(
         f"No environment was built. {remedy}\n{_last_lines(child.stderr, 8)}"
     )
@@ -222,18 +169,15 @@ def _last_lines(text: str, count: int) -> str:
     return printable("\n".join(lines[-count:]))
 
 
-def _damaged_file(folder: Path) -> str | None:
-    """Return the path of a file in the environment that is not what its package says, or None."""
-    for information in folder.rglob("site-packages/*.dist-info"):
-        package = Distribution.at(information)
-        for name, digest, _ in csv.reader((package.read_text("RECORD") or "").splitlines()):
-            path = Path(package.locate_file(name))
-            expected = digest.partition("=")[2]
-            if expected and not (path.is_file() and expected == _digest(path)):
-                return name
-    return None
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file as RECORD holds it."""
-    return urlsafe_b64encode(sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
+def _check_files(folder: Path) -> None:
+    """Refuse an environment in which a file is not what its package says."""
+    for record in folder.rglob("site-packages/*.dist-info/RECORD"):
+        for name, recorded, _ in csv.reader(record.read_text(encoding="utf-8").splitlines()):
+            path = record.parents[1] / name
+            if not recorded:
+                continue
+            digest = sha256(path.read_bytes()).digest() if path.is_file() else b""
+            if recorded != f"sha256={urlsafe_b64encode(digest).decode().rstrip('=')}":
+                raise EnvironmentNotBuiltError(
+                    f"The file {name} in the cache is damaged. Build without this cache."
+                )

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from mlflow_lifecycle.environments import built
+from mlflow_lifecycle.environments import build_environment
 from mlflow_lifecycle.exceptions import InvalidInputError, ServingFailedError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def serve_verified(
         limits: the lowest and the highest value of columns with numbers; or the margin for
             `training_limits`.
         record: a folder for requests and answers, created if needed. `read_record` reads it.
-        cache: a folder for downloaded packages; see `mlflow_lifecycle.environments.built`.
+        cache: a folder for downloaded packages; see `environments.build_environment`.
         offline: take all packages from ``cache``.
         python: the Python of an existing environment to use in place of a new one.
         log: where the server writes errors. By default only `ServingFailedError` shows the last.
@@ -142,7 +142,7 @@ def serve_verified(
     settings["version"] = version.statement.version
     settings["key_fingerprint"] = version.key_fingerprint
     with _kept_folder() as folder:
-        python = python or built(
+        python = python or build_environment(
             version.folder / "requirements.txt",
             folder / "environment",
             lock=version.packages,

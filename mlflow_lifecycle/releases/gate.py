@@ -19,7 +19,7 @@ from mlflow.models import MetricThreshold
 
 from mlflow_lifecycle.comparison import Interval, detectable_difference, rows_interval
 from mlflow_lifecycle.datasets import as_classes
-from mlflow_lifecycle.environments import built, predict, python_note
+from mlflow_lifecycle.environments import build_environment, predict, python_note
 from mlflow_lifecycle.exceptions import (
     EnvironmentNotBuiltError,
     GateClosedError,
@@ -76,7 +76,7 @@ class GateSettings:
             packages.
         rebuild: whether to build the environment. If not, the result is "not checked", and the
             version passes.
-        cache: see ``mlflow_lifecycle.environments.built``.
+        cache: see ``mlflow_lifecycle.environments.build_environment``.
         checks: the checks; by default ``DEFAULT_CHECKS``.
 
     Raises:
@@ -341,7 +341,7 @@ def check_fresh_environment(context: GateContext) -> CheckResult:
     with tempfile.TemporaryDirectory(prefix="gate-") as scratch:
         folder = Path(scratch) / "environment"
         try:
-            python = built(
+            python = build_environment(
                 requirements, folder, lock=candidate.packages, cache=context.settings.cache
             )
             there = predict(candidate.folder, context.features, python)
