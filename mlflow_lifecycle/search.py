@@ -8,11 +8,11 @@ ends, and the runs of the trials are all that a search needs to go on.
 import json
 import platform
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import mlflow
 import optuna
 import psutil
+from mlflow.data.pandas_dataset import PandasDataset
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -20,13 +20,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mlflow_lifecycle.datasets import fingerprint
 from mlflow_lifecycle.exceptions import InvalidInputError, SearchFailedError
 
-if TYPE_CHECKING:
-    from mlflow.data.pandas_dataset import PandasDataset
-
 
 def run_search(
     objective: Callable[[optuna.Trial], float],
-    dataset: "PandasDataset",
+    dataset: PandasDataset,
     *,
     name: str,
     metric: str,
@@ -118,7 +115,7 @@ def log_best(study: optuna.Study, parent: Run, metric: str) -> None:
     mlflow.log_params(study.best_params, run_id=parent.info.run_id)
 
 
-def dataset_input(dataset: "PandasDataset") -> DatasetInput:
+def dataset_input(dataset: PandasDataset) -> DatasetInput:
     """Return a dataset as an input of a run, with its fingerprint as the tag ``sha256``."""
     context = InputTag("mlflow.data.context", "training")
     sha256 = InputTag("sha256", fingerprint(dataset.df))

@@ -13,9 +13,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import optuna
@@ -76,9 +75,7 @@ def start_again(study: optuna.Study, trial: FrozenTrial) -> None:
         mlflow.MlflowClient().set_terminated(trial.user_attrs["run_id"], "KILLED")
 
 
-def make_queue(
-    address: str, run_id: str, trials: Sequence[Mapping[str, Any]], metric: str
-) -> optuna.Study:
+def make_queue(address: str, run_id: str, trials: list[dict], metric: str) -> optuna.Study:
     """Create the study of a search for the highest value, and put its trials into the queue.
 
     Args:
@@ -95,7 +92,7 @@ def make_queue(
     )
     study.set_user_attr("metric", metric)
     for parameters in trials:
-        study.enqueue_trial(dict(parameters), user_attrs={WANTED: True})
+        study.enqueue_trial(parameters, user_attrs={WANTED: True})
     return study
 
 
