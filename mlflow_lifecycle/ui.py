@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import mlflow
 
@@ -45,7 +45,7 @@ def find_links(address: str) -> list[str]:
         for version in reversed(versions):
             runs[str(version.version)] = client.get_run(version.run_id).info.run_id
     if len(runs) == 2:
-        compared = f"name={quote(json.dumps(name))}&runs={quote(json.dumps(runs))}"
+        compared = urlencode({"name": json.dumps(name), "runs": json.dumps(runs)}, quote_via=quote)
         links.insert(0, f"{address}/#/compare-model-versions?{compared}&{MODE}")
     return links
 
@@ -88,26 +88,15 @@ def running_interface(port: int) -> Iterator[subprocess.Popen]:
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
     # In a session of its own, the server does not receive Ctrl+C.
-    server = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | variables,
-        start_new_session=True,
-    )
+    server = subprocess.Popen(command, env=os.environ | variables, start_new_session=True)
     try:
         while server.poll() is None and not is_in_use(port):
             time.sleep(0.1)
         yield server
     finally:
-        end_session(server)
-
-
-def end_session(server: subprocess.Popen) -> None:
-    """End the server and the processes that it has started."""
-    if os.name == "nt":  # there Ctrl+C reaches all of them
-        server.kill()
-        return
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            os.killpg(server.pid, number)
-            server.wait(10)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            if os.name == "nt":
+                server.kill()
+            else:
+                os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -38,9 +38,8 @@ def report(experiment: str, metric: str, by: str, output: Path | None, as_json: 
 @click.command(short_help="Find problems of the project folder.")
 @JSON
 @click.option("--fix", is_flag=True, help="Repair the paths in a SQLite store that was moved.")
-@click.option("--yes", is_flag=True, help="Repair without asking.")
 @click.option("--quiet", is_flag=True, help="Print nothing if no problem is found.")
-def doctor(as_json: bool, fix: bool, yes: bool, quiet: bool) -> None:
+def doctor(as_json: bool, fix: bool, quiet: bool) -> None:
     """Print the problems of this folder, and how to solve them.
 
     The exit status is 1 if there is a problem.
@@ -50,17 +49,19 @@ def doctor(as_json: bool, fix: bool, yes: bool, quiet: bool) -> None:
     from mlflow_lifecycle.doctor import find_problems
 
     if fix:
-        fix_store(yes)
+        fix_store()
         return
     problems = find_problems(Path.cwd())
-    lines = [line for problem in problems for line in (problem.what, problem.remedy)]
+    lines = []
+    for problem in problems:
+        lines += [problem.what, problem.remedy]
     if not problems and not quiet:
         lines = ["No problem was found in packages, pins, store and disk."]
     print_result([asdict(problem) for problem in problems], lines, as_json)
     raise SystemExit(bool(problems))
 
 
-def fix_store(yes: bool) -> None:
+def fix_store() -> None:
     """Show the paths to change in a store that was moved, and change them after confirmation."""
     from mlflow_lifecycle.experiments import tracking_uri
     from mlflow_lifecycle.moved import change_folders, find_moved_folders
@@ -71,8 +72,7 @@ def fix_store(yes: bool) -> None:
         print_lines(["There is nothing to repair: there is no store, or its folders exist."])
         return
     print_lines(f"{folder} -> {path.parent}" for folder in folders)
-    if not yes:
-        click.confirm("Change these paths, after a copy of the store?", abort=True)
+    click.confirm("Change these paths, after a copy of the store?", abort=True)
     copy = change_folders(path)
     print_lines([f"Repaired. A copy of the store as it was: {copy}"])
 

@@ -84,6 +84,7 @@ def serve(
     With --limits 0 a number outside the training range is refused. With --limits 0.5 it may be
     outside by half of that range.
 
+    \b
     Example: lifecycle serve models:/tracking_quick_start@production --record record
     """
     from mlflow_lifecycle.serving import serve
@@ -172,6 +173,7 @@ def watch(
     error. If you know that the alarm shows a true change and no fault, accept it with
     --accept-change "the reason". A new model may then learn from these rows.
 
+    \b
     Example: lifecycle watch models:/tracking_quick_start@production --data batch.csv
     """
     from dataclasses import asdict
@@ -228,7 +230,6 @@ def _rename_target(table: "pd.DataFrame", target: str, known: str) -> "pd.DataFr
 @PUBLIC_KEY
 @TYPES
 @click.option("--this-environment", is_flag=True, help="Build no environment.")
-@click.option("--experiment", default="scoring", show_default=True, help="Where the run is logged.")
 @JSON
 def score(
     uri: str,
@@ -240,14 +241,15 @@ def score(
     public_key: Path | None,
     trusted_types: tuple[str, ...],
     this_environment: bool,
-    experiment: str,
     as_json: bool,
 ) -> None:
     """Score a Parquet data set with the version at URI, in the environment that it recorded.
 
     The engine local is one process on this machine. The engine spark is for data on a cluster.
+    The run is logged in the experiment scoring.
 
-    Example: lifecycle score models:/digits@production --data rows --output predictions
+    \b
+    Example: lifecycle score models:/penguins@production --data rows --output predictions
     """
     from mlflow_lifecycle.batch import check_output, score
     from mlflow_lifecycle.experiments import open_experiment
@@ -255,7 +257,7 @@ def score(
 
     use_store()
     check_output(output)
-    open_experiment(experiment, "Data sets scored by registered models.", Path.cwd())
+    open_experiment("scoring", "Data sets scored by registered models.", Path.cwd())
     scored = score(
         uri,
         data,

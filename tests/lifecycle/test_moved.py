@@ -159,11 +159,10 @@ def test_store_whose_models_were_moved_is_refused_until_they_are_beside_it(elsew
     assert mlflow.pyfunc.load_model("models:/echo/1").predict(["again"]) == ["again"]
 
 
-def fix(folder, answer="", **variables):
+def fix(folder, answer="y\n", **variables):
     """Run the command in ``folder``, with ``answer`` to its question, in this process."""
     with contextlib.chdir(folder):
-        options = [] if answer else ["--yes"]
-        return CliRunner().invoke(main, ["doctor", "--fix", *options], input=answer, env=variables)
+        return CliRunner().invoke(main, ["doctor", "--fix"], input=answer, env=variables)
 
 
 @pytest.mark.filterwarnings("ignore")
