@@ -4,7 +4,6 @@
 it imports nothing of this package.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,13 +16,12 @@ import pyarrow.dataset
 import pyarrow.parquet
 from mlflow.models import ModelSignature
 
-BATCH_ROWS = 10_000
 INTEGERS = ("int8", "int16", "int32", "int64")
 TYPES = {  # a type in a signature, and the types that its column may have in a file
     "double": ("float", "double"),
     "float": ("float",),
     "long": INTEGERS,
-    "integer": INTEGERS[:3],
+    "integer": ("int8", "int16", "int32"),
     "string": ("string", "large_string"),
     "boolean": ("bool",),
     "datetime": ("timestamp", "date32", "date64"),
@@ -55,9 +53,10 @@ def check_columns(schema: pa.Schema, signature: ModelSignature | None, key: str)
 
 def prediction_type(signature: ModelSignature) -> pa.DataType:
     """Return the type of the column of predictions."""
-    kind = signature.outputs.input_types()[0]
-    dtype = kind if isinstance(kind, np.dtype) else np.dtype(kind.to_numpy())
-    return pa.from_numpy_dtype(dtype) if dtype.kind in "bif" else pa.string()
+    dtype = np.dtype(signature.outputs.numpy_types()[0])
+    if dtype.kind in "bif":
+        return pa.from_numpy_dtype(dtype)
+    return pa.string()
 
 
 def score_batches(
@@ -115,10 +114,10 @@ def score_files(data: str, output: str, folder: str, key: str) -> int:
         raise ValueError("there are no rows")
     if (keys[1:] == keys[:-1]).any():
         raise ValueError(f"two rows have the same {key}")
-    batches = rows.to_batches(
-        columns=columns, batch_size=BATCH_ROWS, batch_readahead=2, fragment_readahead=1
-    )
     schema = pa.schema([rows.schema.field(key), ("prediction", prediction_type(signature))])
+    batches = rows.to_batches(
+        columns=columns, batch_size=10_000, batch_readahead=2, fragment_readahead=1
+    )
     Path(output).mkdir(parents=True)
     with pyarrow.parquet.ParquetWriter(Path(output) / "part-0.parquet", schema) as writer:
         for batch in score_batches(batches, folder, key):
@@ -128,6 +127,6 @@ def score_files(data: str, output: str, folder: str, key: str) -> int:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(score_files(*sys.argv[1:])))
+        print(score_files(*sys.argv[1:]))
     except (ValueError, OSError) as error:
         sys.exit(" ".join(str(error).split()))
