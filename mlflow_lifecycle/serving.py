@@ -12,18 +12,15 @@ environment is built with the hashes that were signed, and that environment's Py
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from mlflow_lifecycle.environments import build_environment
-from mlflow_lifecycle.exceptions import InvalidInputError, ServingFailedError
+from mlflow_lifecycle.exceptions import ServingFailedError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,8 +28,13 @@ if TYPE_CHECKING:
     from mlflow_lifecycle.signing.verify import Verified
 
 SERVER = Path(__file__).with_name("server")
-NUMBERS = ("double", "float", "long", "integer")
-ANSWER_COLUMNS = ("request_id", "request_time", "model_name", "model_version")
+ANSWER = {
+    "id": "request_id",
+    "time": "request_time",
+    "name": "model_name",
+    "version": "model_version",
+    "prediction": "prediction",
+}
 # A process that makes a folder. When its standard input ends, also because its caller was killed,
 # it kills every process that was started with a path in that folder, such as an installation, and
 # removes the folder.
@@ -58,11 +60,9 @@ class Server:
     """A server that answers at ``address``, such as http://127.0.0.1:5001."""
 
     address: str
-    uri: str
     name: str
     version: str
-    key_fingerprint: str
-    process: subprocess.Popen = field(repr=False)
+    process: subprocess.Popen
 
 
 @contextlib.contextmanager
@@ -84,32 +84,22 @@ def serve(
     """
     from mlflow_lifecycle.signing.verify import verified
 
-    with _kept_folder() as folder:
-        copy = folder / "version"
+    with contextlib.ExitStack() as stack:
         with verified(uri, public_key, purpose="release", trusted_types=trusted_types) as version:
-            shutil.copytree(version.folder.parent, copy)
-        rows = version.training_rows
-        version = replace(
-            version,
-            folder=copy / version.folder.name,
-            packages=copy / version.packages.name,
-            training_rows=rows and copy / rows.name,
-        )
-        with serve_verified(version, **options) as server:
-            yield server
+            server = stack.enter_context(serve_verified(version, **options))
+        yield server  # it has loaded the model, and needs the verified copy no longer
 
 
 @contextlib.contextmanager
 def serve_verified(
     version: "Verified",
     *,
-    limits: dict[str, tuple[float, float]] | float | None = None,
+    limits: dict | float | None = None,
     record: Path | None = None,
     cache: Path | None = None,
     offline: bool = False,
     python: Path | None = None,
     log: IO | None = None,
-    start_seconds: float = 120,
     **settings,
 ) -> Iterator[Server]:
     """Serve a verified version from its own environment until the end of the block.
@@ -125,7 +115,6 @@ def serve_verified(
         offline: take all packages from ``cache``.
         python: the Python of an existing environment to use in place of a new one.
         log: where the server writes errors. By default only `ServingFailedError` shows the last.
-        start_seconds: how long loading the model may take.
         settings: others of `mlflow_lifecycle.server.app.Settings`, such as the port.
 
     Raises:
@@ -133,14 +122,18 @@ def serve_verified(
         ServingFailedError: the model cannot be loaded, its signature has no named columns, or a
             setting is invalid.
     """
-    if limits is not None and not isinstance(limits, dict):
+    if isinstance(limits, int | float):
         limits = training_limits(version, limits)
+    name = version.statement.registered_model
+    number = version.statement.version
     settings["limits"] = limits or {}
-    settings["record"] = str(Path(record).resolve()) if record else None
+    settings["record"] = record and str(Path(record).resolve())
     settings["model"] = str(version.folder.resolve())
-    settings["name"] = version.statement.registered_model
-    settings["version"] = version.statement.version
-    settings["key_fingerprint"] = version.key_fingerprint
+    settings["version"] = {
+        "name": name,
+        "version": number,
+        "key_fingerprint": version.key_fingerprint,
+    }
     with _kept_folder() as folder:
         python = python or build_environment(
             version.folder / "requirements.txt",
@@ -149,74 +142,43 @@ def serve_verified(
             cache=cache,
             offline=offline,
         )
-        path = folder / "settings.json"
-        path.write_text(json.dumps(settings), encoding="utf-8")
-        with (
-            (folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as own_log,
-            _started(Path(python), path, log or own_log) as process,
-        ):
-            began = time.monotonic()
-            address = _first_line(process, start_seconds)
+        own_log = folder / "log.txt"
+        with own_log.open("w") as file, _start(python, folder, settings, log or file) as process:
+            address = process.stdout.readline().strip()
             if not address:
-                reason = "The log says why." if log else _last_line(own_log)
-                if time.monotonic() - began >= start_seconds:
-                    reason = f"Its start took longer than start_seconds={start_seconds:g}. {reason}"
+                text = own_log.read_text(errors="replace").strip()
+                reason = text.rpartition("\n")[2] or "See its log."
                 raise ServingFailedError(f"{version.uri} is not served. {reason}")
-            yield Server(
-                address,
-                version.uri,
-                settings["name"],
-                settings["version"],
-                version.key_fingerprint,
-                process,
-            )
+            yield Server(address, name, number, process)
 
 
 @contextlib.contextmanager
-def _started(python: Path, settings: Path, log: IO) -> Iterator[subprocess.Popen]:
+def _start(python: Path, folder: Path, settings: dict, log: IO) -> Iterator[subprocess.Popen]:
     """Give the process of a server; end it at the end of the block."""
-    variables = {}
-    for name, value in os.environ.items():
-        if not name.startswith(("MLFLOW_", "PYTHON")):
-            variables[name] = value
-    variables["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    variables["TMPDIR"] = variables["TEMP"] = str(settings.parent)
-    process = subprocess.Popen(
-        [str(python.absolute()), "-I", str(SERVER), str(settings)],
-        stdin=subprocess.PIPE,
+    path = folder / "settings.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    with subprocess.Popen(
+        [str(Path(python).absolute()), "-I", str(SERVER), str(path)],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
-        cwd=settings.parent,
-        env=variables,
+        cwd=folder,
+        env={
+            **os.environ,
+            "TMPDIR": str(folder),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
         text=True,
         start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(OSError):
-            process.stdin.close()  # the server answers what it has read, and ends
+    ) as process:
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-
-
-def _first_line(process: subprocess.Popen, seconds: float) -> str:
-    """Return the first line that a process prints. It is killed if it takes longer."""
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    line = process.stdout.readline()
-    timer.cancel()
-    return line.strip()
-
-
-def _last_line(log: IO) -> str:
-    log.seek(0)
-    lines = log.read().split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "Its log is empty.")
+            yield process
+        finally:
+            process.terminate()  # it answers the requests that it has read, and ends
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 @contextlib.contextmanager
@@ -234,7 +196,7 @@ def _kept_folder() -> Iterator[Path]:
         yield Path(folder).resolve()
 
 
-def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple[float, float]]:
+def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, list[float]]:
     """Return the training range of each column with numbers: its lowest and its highest value.
 
     Args:
@@ -253,26 +215,21 @@ def training_limits(version: "Verified", margin: float = 0.0) -> dict[str, tuple
             f"Add it: lifecycle sign {version.uri} --training-data FILE"
         )
     signature = Model.load(str(version.folder)).signature
-    rows = pd.read_parquet(version.training_rows)
-    limits = {}
-    for column in signature.inputs if signature and signature.inputs else ():
-        if getattr(column.type, "name", "") in NUMBERS and rows[column.name].notna().any():
-            low = rows[column.name].min().item()
-            high = rows[column.name].max().item()
-            if margin:  # without it, long integers stay exact
-                extension = margin * (high - low)
-                low -= extension
-                high += extension
-            limits[column.name] = (low, high)
-    return limits
+    rows = pd.read_parquet(version.training_rows, columns=signature.inputs.input_names())
+    numbers = rows.select_dtypes("number").astype("float64")
+    low = numbers.min()
+    high = numbers.max()
+    extension = margin * (high - low)
+    limits = pd.DataFrame([low - extension, high + extension])
+    return limits.dropna(axis="columns").to_dict("list")
 
 
 def read_record(folder: Path) -> "pd.DataFrame":
     """Return the answers in a record: a row for each row that was predicted, by time.
 
     The columns are ``request_id``, ``request_time`` (UTC), ``model_name``, ``model_version``, the
-    recorded columns of the request, and ``prediction``. Refused requests are left out. A line that
-    a killed server did not complete is left out, too: it was never answered.
+    recorded columns of the request, and ``prediction``. A line that a killed server did not
+    complete is left out: it was never answered.
 
     Args:
         folder: the record of one server or of several.
@@ -282,50 +239,23 @@ def read_record(folder: Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    rows = []
+    answers = []
+    inputs = []
     for path in sorted(Path(folder).glob("requests-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.extend(_answered_rows(json.loads(line)))
-    if not rows:
-        return pd.DataFrame(columns=[*ANSWER_COLUMNS, "prediction"])
-    table = pd.DataFrame(rows, dtype=object)
-    for name in table:
-        table[name] = _infer_type(table[name])
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            entry = json.loads(line)
+            columns = entry.pop("inputs")
+            for number, prediction in enumerate(entry.pop("predictions")):
+                answers.append({**entry, "prediction": prediction})
+                inputs.append({name: values[number] for name, values in columns.items()})
+    inputs = pd.DataFrame(inputs, dtype=object)
+    for name, values in inputs.items():
+        if pd.api.types.infer_dtype(values) == "integer" and values.hasnans:
+            inputs[name] = values.astype("Int64")  # long integers stay exact
+        else:
+            inputs[name] = values.where(values.notna(), float("nan")).infer_objects()
+    answers = pd.DataFrame(answers, columns=[*ANSWER]).rename(columns=ANSWER)
+    answers["request_time"] = pd.to_datetime(answers["request_time"], format="ISO8601")
+    table = answers.join(inputs)
     table["prediction"] = table.pop("prediction")  # the last column
-    table["request_time"] = pd.to_datetime(table["request_time"], format="ISO8601")
     return table.sort_values("request_time", kind="stable", ignore_index=True)
-
-
-def _answered_rows(entry: dict) -> list[dict]:
-    """Return the rows of an entry of the record."""
-    if entry["status"] != 200:
-        return []
-    inputs = entry["inputs"]
-    for name in (*ANSWER_COLUMNS, "prediction"):
-        if name in inputs:
-            raise InvalidInputError(
-                f"The record has a column {name!r} of {entry['name']}, and read_record adds one. "
-                "Serve the model with leave_out for that column."
-            )
-    rows = []
-    for number, prediction in enumerate(entry["predictions"]):
-        row = {
-            "request_id": entry["id"],
-            "request_time": entry["time"],
-            "model_name": entry["name"],
-            "model_version": entry["version"],
-        }
-        for name, values in inputs.items():
-            row[name] = values[number]
-        row["prediction"] = prediction
-        rows.append(row)
-    return rows
-
-
-def _infer_type(values: "pd.Series") -> "pd.Series":
-    """Return a column as the model got it: null is NaN, and long integers beside it stay exact."""
-    missing = values.isna()
-    if missing.any() and set(values[~missing].map(type)) == {int}:
-        return values.astype("Int64")
-    return type(values)(values.where(~missing, float("nan")).tolist())

@@ -26,7 +26,7 @@ def read_batch(
 ) -> pd.DataFrame:
     """Return the rows of requests to a version, with its answers in the column ``prediction``.
 
-    Refused requests and answers of other versions are left out.
+    Answers of other versions are left out.
 
     Args:
         record: the folder in which the server records requests and answers.

@@ -10,26 +10,25 @@
 A refusal is ``{"message": ...}``. 400: the request is invalid; 408: it was not complete in time;
 413: it is too large; 415: another content type; 422: the rows are valid, and the model raises
 ValueError or TypeError, such as for an unknown category. 500: the model raised another exception;
-503: there are too many connections, or the answer cannot be recorded.
+503: there are too many connections, or the answer cannot be recorded. A connection that is slow
+before or after a request is closed without an answer.
 """
 
 import asyncio
-import importlib
 import json
 import logging
 import os
 import secrets
+import socket
 import sys
-import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import uvicorn
-from mlflow.models import Model
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -39,12 +38,9 @@ from starlette.routing import Route
 from .metrics import Metrics
 from .protocol import Connection
 from .record import Record
-from .schema import Columns, Limits, RefusedError, Table, read_table
+from .schema import Columns, read_table
 
 FLAVORS = ("sklearn", "xgboost", "lightgbm")
-CONTENT_TYPES = ("application/json", "application/json;charset=utf-8")
-QUERIES = {"": False, "probabilities=false": False, "probabilities=true": True}
-ERRORS_LOGGED = 1000
 logger = logging.getLogger("model_server")
 
 
@@ -54,9 +50,7 @@ class Settings:
 
     Attributes:
         model: the model's folder, verified.
-        name: of the registered model.
-        version: of the registered model.
-        key_fingerprint: SHA-256 of the public key that the version was verified with, hexadecimal.
+        version: its name, its number, and the fingerprint of the key that it was verified with.
         host: the address to listen on.
         port: the port to listen on; 0 takes a free one.
         limits: the lowest and the highest value of columns with numbers.
@@ -67,23 +61,19 @@ class Settings:
         leave_out: columns that are not recorded.
         largest_body: of a request, in bytes.
         patience_seconds: how long a client may take to send a request, or to read an answer.
-        most_connections: beyond them a request is answered with 503.
     """
 
     model: str
-    name: str
-    version: str
-    key_fingerprint: str
+    version: dict[str, str]
     host: str = "127.0.0.1"
     port: int = 0
-    limits: Limits = field(default_factory=dict)
+    limits: dict = field(default_factory=dict)
     record: str | None = None
     keep_days: int = 30
     record_bytes: int = 1_000_000_000
     leave_out: tuple[str, ...] = ()
     largest_body: int = 1_000_000
     patience_seconds: float = 10
-    most_connections: int = 500
 
 
 class Predictor:
@@ -96,83 +86,58 @@ class Predictor:
             ValueError: its signature has no named columns, or a setting is invalid.
         """
         self.settings = settings
-        self.version = {
-            "name": settings.name,
-            "version": settings.version,
-            "key_fingerprint": settings.key_fingerprint,
-        }
         self.metrics = Metrics()
-        self.errors = 0
-        described = Model.load(settings.model)
+        described = mlflow.models.Model.load(settings.model)
         self.columns = Columns(described.signature, settings.limits)
         for name in settings.leave_out:
             if name not in self.columns.dtypes:
                 raise ValueError(f"leave_out must name columns of the signature, got {name!r}")
         self.record = None
         if settings.record:
-            self.record = Record(settings.record, settings.keep_days, settings.record_bytes)
-        flavor = next(name for name in FLAVORS if name in described.flavors)
-        self.model = importlib.import_module(f"mlflow.{flavor}").load_model(settings.model)
+            self.record = Record(
+                settings.record,
+                settings.keep_days,
+                settings.record_bytes,
+            )
+        for flavor in FLAVORS:
+            if flavor in described.flavors:
+                self.model = getattr(mlflow, flavor).load_model(settings.model)
         self.classes = None
         if hasattr(self.model, "predict_proba"):
             self.classes = getattr(self.model, "classes_", None)
 
-    def answer(self, body: bytes, probabilities: bool) -> tuple[int, str]:
-        """Return the status and the body of the answer, once both are in the record."""
-        try:
-            return self._answer(body, probabilities)
-        except OSError:
-            self._log_error()
-            return 503, '{"message": "the answer cannot be recorded, so there is none"}'
-        except Exception:
-            self._log_error()
-            return 500, '{"message": "the model failed"}'
+    def answer(self, body: bytes, probabilities: bool) -> str:
+        """Return the answer, once it is in the record.
 
-    def _answer(self, body: bytes, probabilities: bool) -> tuple[int, str]:
-        entry = {
-            "id": secrets.token_hex(16),
-            "name": self.version["name"],
-            "version": self.version["version"],
-            "status": 200,
-        }
-        try:
-            table = self.columns.check(read_table(body))
-            entry["inputs"] = table.copy()
-            for name in self.settings.leave_out:
-                entry["inputs"].pop(name, None)
-            answer = self._predict(table, probabilities)
-        except RefusedError as error:
-            entry["status"] = error.status
-            answer = {"message": str(error)}
-        text = json.dumps({"id": entry["id"], **answer}, allow_nan=False)
-        if entry["status"] == 422:  # the model may repeat a value that must not be recorded
-            answer = {"message": "the model cannot predict these rows"}
-        if self.record:
-            self.record.add({**entry, **answer})
-        return entry["status"], text
-
-    def _predict(self, table: Table, probabilities: bool) -> Table:
-        """Return what the model predicts for a checked table."""
+        Raises:
+            HTTPException: the request is refused. Refusals are not recorded.
+            OSError: the answer cannot be recorded.
+        """
         if probabilities and not isinstance(self.classes, np.ndarray):
-            reason = "the model has no predict_proba for the classes of one target"
-            raise RefusedError(400, f"{reason}: ask without probabilities=true")
-        rows = self.columns.frame(table)
+            raise HTTPException(
+                400,
+                "the model has no predict_proba for the classes of one target: "
+                "ask without probabilities=true",
+            )
+        table = self.columns.check(read_table(body))
+        answer = {"id": secrets.token_hex(16)}
         try:
-            answer = {"predictions": np.asarray(self.model.predict(rows)).tolist()}
+            rows = self.columns.frame(table)
+            predictions = self.model.predict(rows)
+            answer["predictions"] = np.asarray(predictions).tolist()
             if probabilities:
+                probabilities = self.model.predict_proba(rows)
                 answer["classes"] = self.classes.tolist()
-                answer["probabilities"] = np.asarray(self.model.predict_proba(rows)).tolist()
+                answer["probabilities"] = np.asarray(probabilities).tolist()
         except (ValueError, TypeError) as error:
-            self._log_error()
-            raise RefusedError(422, f"the model cannot predict these rows: {error}") from None
+            raise HTTPException(422, f"the model cannot predict these rows: {error}") from None
+        text = json.dumps(answer, allow_nan=False)
+        if self.record:
+            for name in self.settings.leave_out:
+                del table[name]
+            self.record.add({**self.settings.version, **answer, "inputs": table})
         self.metrics.rows += len(rows)
-        return answer
-
-    def _log_error(self) -> None:
-        """Log the current error. The number is limited, because clients can cause errors."""
-        self.errors += 1
-        if self.errors <= ERRORS_LOGGED:
-            logger.exception("A request failed.")
+        return text
 
 
 def create_app(predictor: Predictor) -> Starlette:
@@ -180,13 +145,8 @@ def create_app(predictor: Predictor) -> Starlette:
 
     The model predicts in a thread of its own, so that other requests are answered meanwhile.
     """
+    settings = predictor.settings
     worker = ThreadPoolExecutor(1)
-
-    async def ping(request: Request) -> Response:
-        return respond(200, "\n")
-
-    async def version(request: Request) -> Response:
-        return respond(200, json.dumps(predictor.version))
 
     async def metrics(request: Request) -> Response:
         return Response(predictor.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -194,107 +154,90 @@ def create_app(predictor: Predictor) -> Starlette:
     async def invocations(request: Request) -> Response:
         began = time.perf_counter()
         try:
-            probabilities = read_head(request)
-            body = await read_body(request, predictor.settings.largest_body)
-            loop = asyncio.get_running_loop()
-            status, text = await loop.run_in_executor(worker, predictor.answer, body, probabilities)
-        except RefusedError as error:
-            status = error.status
-            text = json.dumps({"message": str(error)})
-        predictor.metrics.observe(status, time.perf_counter() - began)
-        return respond(status, text)
+            body = await read_body(request, settings)
+            probabilities = request.query_params.get("probabilities") == "true"
+            answered = worker.submit(predictor.answer, body, probabilities)
+            text = await asyncio.wrap_future(answered)
+            response = Response(text, media_type="application/json")
+        except HTTPException as error:
+            response = await refuse(request, error)
+        except Exception as error:
+            logger.exception("A request failed.")
+            status = 503 if isinstance(error, OSError) else 500
+            message = "the model failed, or its answer cannot be recorded"
+            response = respond(status, {"message": message})
+        seconds = time.perf_counter() - began
+        predictor.metrics.observe(response.status_code, seconds)
+        return response
 
     async def refuse(request: Request, error: HTTPException) -> Response:
-        return respond(error.status_code, json.dumps({"message": error.detail}))
+        return respond(error.status_code, {"message": error.detail})
 
     routes = [
-        Route("/ping", ping),
-        Route("/version", version),
+        Route("/ping", Response(), methods=["GET"]),
+        Route("/version", respond(200, settings.version), methods=["GET"]),
         Route("/metrics", metrics),
         Route("/invocations", invocations, methods=["POST"]),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: refuse})
-    app.router.redirect_slashes = False
-    return app
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
 
 
-def respond(status: int, text: str) -> Response:
+def respond(status: int, content: dict) -> Response:
     """Return an answer in JSON."""
-    return Response(text, status, media_type="application/json")
+    return Response(json.dumps(content), status, media_type="application/json")
 
 
-def read_head(request: Request) -> bool:
-    """Return whether probabilities are wanted; refuse another query or content type."""
-    content_type = request.headers.get("content-type", "").lower().replace(" ", "")
-    if content_type not in CONTENT_TYPES or "content-encoding" in request.headers:
-        raise RefusedError(415, "the content type must be application/json, not compressed")
-    if request.url.query not in QUERIES:
-        raise RefusedError(400, "the only parameter is probabilities=true or probabilities=false")
-    return QUERIES[request.url.query]
-
-
-async def read_body(request: Request, largest: int) -> bytes:
-    """Return the body of a request; refuse one that is larger than ``largest`` bytes."""
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """Return the body of a request; refuse one that is not JSON, too large or too slow."""
+    content_type = request.headers.get("content-type", "")
+    if not content_type.lower().startswith("application/json"):
+        raise HTTPException(415, "the content type must be application/json")
     body = bytearray()
     try:
-        async for part in request.stream():
-            body += part
-            if len(body) > largest:
-                raise RefusedError(413, f"the body must have at most {largest} bytes")
-    except ClientDisconnect:
-        raise RefusedError(400, "the client has closed the connection") from None
+        async with asyncio.timeout(settings.patience_seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > settings.largest_body:
+                    message = f"the body must have at most {settings.largest_body} bytes"
+                    raise HTTPException(413, message)
+    except (TimeoutError, ClientDisconnect):
+        raise HTTPException(408, "the request was not complete in time") from None
     return bytes(body)
 
 
-def run(settings: Settings) -> None:
-    """Serve until the standard input ends. The first line of the standard output is the address."""
+def main(path: Path) -> None:
+    """Serve with the settings in a file of JSON. The first line of the output is the address."""
     # What a model prints goes to the log: after the first line nobody reads the standard output.
     output = os.dup(1)
     os.dup2(2, 1)
-    predictor = Predictor(settings)
-    warnings.simplefilter("ignore")  # clients can cause warnings, too
+    os.umask(0o077)  # only this user can read the record
+    settings = Settings(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        predictor = Predictor(settings)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
 
     async def every_second() -> None:
         for connection in list(server.server_state.connections):
-            connection.end_if_slow(settings.patience_seconds)
+            connection.abort_if_slow(settings.patience_seconds)
         if predictor.record:
             predictor.record.remove_old()
-
-    def watch_input() -> None:
-        while os.read(0, 1):
-            pass
-        server.should_exit = True
 
     config = uvicorn.Config(
         create_app(predictor),
         host=settings.host,
         port=settings.port,
         http=Connection,
-        ws="none",
-        lifespan="off",
         log_level="error",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=5,
         timeout_keep_alive=settings.patience_seconds,
-        limit_concurrency=settings.most_connections,
+        limit_concurrency=500,
         callback_notify=every_second,
         timeout_notify=1,
     )
     server = uvicorn.Server(config)
     listening = config.bind_socket()
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
     listening.listen()
-    threading.Thread(target=watch_input, daemon=True).start()
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    os.write(output, f"http://{host}:{listening.getsockname()[1]}\n".encode())
+    port = listening.getsockname()[1]
+    os.write(output, f"http://{settings.host}:{port}\n".encode())
     server.run(sockets=[listening])
-
-
-def main(path: Path) -> None:
-    """Serve with the settings in a file of JSON."""
-    try:
-        run(Settings(**json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))

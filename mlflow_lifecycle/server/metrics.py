@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+BOUNDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
 TEMPLATE = """\
 # HELP model_requests_total Answers to POST /invocations.
 # TYPE model_requests_total counter

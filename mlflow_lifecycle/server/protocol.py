@@ -1,16 +1,10 @@
 """HTTP as this server speaks it: strict about what it reads, and never waiting without a limit."""
 
-import asyncio
-import json
 import re
-import socket
 import time
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
-LENGTHS = {b"content-length", b"transfer-encoding"}
 
 
 class StrictParser(h11.Connection):
@@ -30,9 +24,10 @@ class StrictParser(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request | h11.EndOfMessage):
             lines = before.removesuffix(self.trailing_data[0])
-            if BARE_LINE_FEED.search(lines):
+            if re.search(rb"(?<!\r)\n", lines):
                 raise h11.RemoteProtocolError("lines must end with CR LF")
-            if dict(event.headers).keys() >= LENGTHS:
+            lengths = {b"content-length", b"transfer-encoding"}
+            if dict(event.headers).keys() >= lengths:
                 raise h11.RemoteProtocolError("the length of the body is ambiguous")
         return event
 
@@ -40,13 +35,10 @@ class StrictParser(h11.Connection):
 class Connection(H11Protocol):
     """A connection of uvicorn that limits how long it waits for its client."""
 
-    waiting_since = 0.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def __init__(self, *args, **kwargs):
         """Begin to wait for a request."""
-        super().connection_made(transport)
+        super().__init__(*args, **kwargs)
         self.conn = StrictParser(h11.SERVER)
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.waiting_since = time.monotonic()
 
     def data_received(self, data: bytes) -> None:
@@ -60,29 +52,13 @@ class Connection(H11Protocol):
         self.waiting_since = time.monotonic()
         super().on_response_complete()
 
-    def eof_received(self) -> bool:
-        """Refuse an incomplete request if no more is sent; a complete one gets its answer."""
-        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-            self.end("400 Bad Request", "the request ends before it is complete")
-        return True
+    def abort_if_slow(self, seconds: float) -> None:
+        """Abort the connection if it has waited for longer than this.
 
-    def end_if_slow(self, seconds: float) -> None:
-        """Close the connection if it has waited for its client for longer than this."""
-        unread = self.transport.get_write_buffer_size()
-        waits = unread or self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        if not waits or time.monotonic() - self.waiting_since <= seconds:
-            return
-        if unread or self.transport.is_closing():
+        While the application answers a request, it limits the time itself.
+        """
+        is_unread = self.transport.get_write_buffer_size() > 0
+        is_waiting = is_unread or self.conn.our_state is not h11.SEND_RESPONSE
+        waited = time.monotonic() - self.waiting_since
+        if is_waiting and waited > seconds:
             self.transport.abort()
-        else:
-            self.end("408 Request Timeout", f"the request was not complete in {seconds:g} seconds")
-
-    def end(self, status: str, message: str) -> None:
-        """Close the connection; first say why if a request has begun and has no answer."""
-        begun = self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]
-        if begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            text = json.dumps({"message": message})
-            head = f"content-type: application/json\r\ncontent-length: {len(text)}\r\n"
-            answer = f"HTTP/1.1 {status}\r\n{head}connection: close\r\n\r\n{text}"
-            self.transport.write(answer.encode())
-        self.transport.close()

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import pandas as pd
 from mlflow.models import infer_signature
+from starlette.exceptions import HTTPException
 from versions import LOCK, iris_rows
 
 from mlflow_lifecycle.server.app import Predictor, Settings
@@ -34,13 +35,15 @@ def as_verified(model: Path, rows: pd.DataFrame | None = None) -> Verified:
 
 def predictor_of(model: Path, **options) -> Predictor:
     """Return what answers for the model in a folder, in this process."""
-    return Predictor(Settings(str(model), "flowers", "7", "ab", **options))
+    return Predictor(Settings(str(model), {"name": "flowers", "version": "7"}, **options))
 
 
 def answered(predictor: Predictor, payload: object, probabilities: bool = False) -> tuple[int, dict]:
     """Return the status and the content of its answer to a payload."""
-    status, text = predictor.answer(json.dumps(payload).encode(), probabilities)
-    return status, json.loads(text)
+    try:
+        return 200, json.loads(predictor.answer(json.dumps(payload).encode(), probabilities))
+    except HTTPException as error:
+        return error.status_code, {"message": error.detail}
 
 
 def record_entries(folder: Path) -> list[dict]:

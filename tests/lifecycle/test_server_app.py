@@ -32,7 +32,6 @@ from asking import (
     inferred,
     message,
     predictor_of,
-    record_entries,
     split,
 )
 from execution import ROOT
@@ -43,7 +42,7 @@ from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.mixture import GaussianMixture
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
@@ -61,6 +60,7 @@ WHOLE = message(BODY)
 
 MINUTE = 60
 INSTALL = ".venv/bin/uv pip install xgboost-cpu==3.2.0 lightgbm==4.7.0"
+FAILED = "the model failed, or its answer cannot be recorded"
 NO_PROBABILITIES = "the model has no predict_proba for the classes of one target: ask without probabilities=true"
 
 
@@ -153,7 +153,7 @@ BAD = {
     "a column missing in a row": (
         json.dumps({"inputs": [*THREE.to_dict("records"), {"sepal length (cm)": 1.0}]}),
         400,
-        "column 'sepal width (cm)', row 4 of 4",
+        "column 'sepal width (cm)', row 4 of 4: ",
     ),
     "a column twice": (
         json.dumps({"dataframe_split": {"columns": [*NAMES, NAMES[0]], "data": [[5.1] * 5] * 3}}),
@@ -172,9 +172,9 @@ BAD = {
     "an empty object": ("{}", 400, "inputs"),
     "0 rows": (split(THREE.head(0)), 400, "row"),
     "0 records": ('{"inputs": []}', 400, "row"),
-    "no columns": ('{"inputs": {}}', 400, "row"),
-    "a short row": (split(THREE).replace(", 0.2]", "]", 1), 400, "row 1 of 3"),
-    "a long row": (split(THREE).replace(", 0.2]", ", 0.2, 0.2]", 1), 400, "row 1 of 3"),
+    "no columns": ('{"inputs": {}}', 400, "required"),
+    "a short row": (split(THREE).replace(", 0.2]", "]", 1), 400, "each row has a value for each column"),
+    "a long row": (split(THREE).replace(", 0.2]", ", 0.2, 0.2]", 1), 400, "each row has a value for each column"),
     "rows without names": (json.dumps({"inputs": THREE.to_numpy().tolist()}), 400, "name"),
     "rows of another form": ('{"dataframe_records": "rows"}', 400, "dataframe_records"),
     "records of another form": (json.dumps({"dataframe_records": THREE.to_dict("list")}), 400, "dataframe_records"),
@@ -183,12 +183,12 @@ BAD = {
     "names that are no texts": (
         json.dumps({"dataframe_split": {"columns": [[]] * 4, "data": [[1.0] * 4]}}),
         400,
-        "name",
+        "'[]' is repeated",
     ),
     "columns of two lengths": (
         json.dumps({"inputs": THREE.to_dict("list") | {PETAL: [1.0]}}),
         400,
-        f"column '{PETAL}'",
+        "as many values in each column",
     ),
     "a value for a column": (json.dumps({"inputs": THREE.to_dict("list") | {PETAL: 1.0}}), 400, f"column '{PETAL}'"),
     "a number": ("3", 400, "inputs"),
@@ -199,7 +199,7 @@ BAD = {
     "UTF-16": (split(THREE).encode("utf-16"), 400, "UTF-8"),
     "a byte order mark": (split(THREE).encode("utf-8-sig"), 400, "JSON"),
     "900 deep": ('{"inputs":' + "[" * 900 + "]" * 900 + "}", 400, "name"),
-    "deep nesting": ("[" * 100_000 + "]" * 100_000, 400, "nested"),
+    "deep nesting": ("[" * 100_000 + "]" * 100_000, 400, "recursion"),
     "8 MB": (split(THREE.assign(colour="x" * 2_700_000)), 413, "1000000 bytes"),
 }
 
@@ -215,7 +215,7 @@ def test_bad_request_is_refused_and_told_why(server, case):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("kind", [None, "text/plain", "text/csv", "application/json; charset=latin-1"])
+@pytest.mark.parametrize("kind", [None, "text/plain", "text/csv"])
 def test_another_content_type_is_refused(server, kind):
     assert ask(server.address, split(THREE), kind)[0] == 415
 
@@ -229,14 +229,11 @@ def test_content_type_may_name_its_encoding(server):
     [
         ("/", "GET", 404),
         ("/openapi.json", "GET", 404),
-        ("/invocations/", "POST", 404),
         ("/invocations", "GET", 405),
         ("/ping", "POST", 405),
-        ("/invocations?probability=true", "POST", 400),
-        ("/invocations?probabilities=1", "POST", 400),
     ],
 )
-def test_another_path_method_or_parameter_is_refused(server, path, method, status):
+def test_another_path_or_method_is_refused(server, path, method, status):
     answer = ask(server.address, split(THREE), path=path, method=method)
     assert answer[0] == status
     assert json.loads(answer[1])["message"]
@@ -375,31 +372,11 @@ def test_model_of_numbers_and_categories_answers_as_in_process(mixed):
     np.testing.assert_allclose(answer["probabilities"], expected, rtol=1e-12)
 
 
-def test_rows_that_fit_but_that_the_model_cannot_take_are_refused(mixed, caplog):
+def test_rows_that_fit_but_that_the_model_cannot_take_are_refused(mixed):
     row = {"age": 20, "dose": 0.5, "group": "unheard of"}
     status, answer = answered(predictor_of(mixed[0]), {"inputs": [row]})
     assert status == 422
     assert "unknown categories" in answer["message"]
-    assert "Traceback" in caplog.text
-
-
-def test_refusal_that_quotes_a_column_that_is_left_out_is_not_recorded_with_it(mixed, tmp_path):
-    # given a record without a column
-    predictor = predictor_of(mixed[0], record=str(tmp_path), leave_out=("group",))
-    # when the model cannot take a value of it, and says which
-    status, answer = answered(predictor, {"inputs": [{"age": 20, "dose": 0.5, "group": "my secret"}]})
-    # then only the client is told
-    assert (status, "my secret" in answer["message"]) == (422, True)
-    (entry,) = record_entries(tmp_path)
-    assert (entry["status"], entry["message"]) == (422, "the model cannot predict these rows")
-
-
-def test_log_does_not_grow_without_end(mixed, caplog, monkeypatch):
-    monkeypatch.setattr("mlflow_lifecycle.server.app.ERRORS_LOGGED", 5)
-    predictor = predictor_of(mixed[0])
-    for _ in range(9):
-        assert answered(predictor, {"inputs": [{"age": 20, "dose": 0.5, "group": "unheard of"}]})[0] == 422
-    assert caplog.text.count("Traceback") == 5
 
 
 @pytest.mark.parametrize(
@@ -424,12 +401,20 @@ def test_model_that_prints_is_answered(tmp_path):
             assert ask(server.address, split(THREE))[0] == 200
 
 
-def test_model_that_fails_otherwise_is_answered_with_one_line(iris, caplog):
-    predictor = predictor_of(iris)
-    predictor.model.predict = lambda rows: rows.secret
-    status, answer = answered(predictor, {"inputs": THREE.to_dict("list")})
-    assert (status, answer) == (500, {"message": "the model failed"})
-    assert "secret" in caplog.text
+def test_model_that_predicts_no_number_is_a_failure_that_is_logged(tmp_path):
+    # given a model whose predictions are NaN
+    rows = FEATURES.drop(columns=PETAL)
+    model = LinearRegression().fit(rows, FEATURES[PETAL])
+    model.coef_[:] = np.inf
+    options = {"signature": infer_signature(rows), "pip_requirements": str(ROOT / "model_requirements.txt")}
+    mlflow.sklearn.save_model(model, tmp_path / "model", **options)
+    with (
+        (tmp_path / "log.txt").open("w") as log,
+        serve_verified(as_verified(tmp_path / "model"), python=Path(sys.executable), log=log) as server,
+    ):
+        asked = ask(server.address, split(rows.head(1).assign(**{NAMES[0]: 0})))
+    assert asked == (500, f'{{"message": "{FAILED}"}}')
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
 def test_unknown_column_to_leave_out_is_refused(iris):
