@@ -127,7 +127,7 @@ def serve_verified(
     name = version.statement.registered_model
     number = version.statement.version
     settings["limits"] = limits or {}
-    settings["record"] = record and str(Path(record).resolve())
+    settings["record"] = record and str(record.resolve())
     settings["model"] = str(version.folder.resolve())
     settings["version"] = {
         "name": name,
@@ -158,7 +158,7 @@ def _start(python: Path, folder: Path, settings: dict, log: IO) -> Iterator[subp
     path = folder / "settings.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     with subprocess.Popen(
-        [str(Path(python).absolute()), "-I", str(SERVER), str(path)],
+        [str(python.absolute()), "-I", str(SERVER), str(path)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -241,7 +241,7 @@ def read_record(folder: Path) -> "pd.DataFrame":
 
     answers = []
     inputs = []
-    for path in sorted(Path(folder).glob("requests-*.jsonl")):
+    for path in sorted(folder.glob("requests-*.jsonl")):
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             entry = json.loads(line)
             columns = entry.pop("inputs")

@@ -106,7 +106,7 @@ class Predictor:
         if hasattr(self.model, "predict_proba"):
             self.classes = getattr(self.model, "classes_", None)
 
-    def answer(self, body: bytes, probabilities: bool) -> str:
+    def answer(self, body: bytearray, probabilities: bool) -> str:
         """Return the answer, once it is in the record.
 
         Raises:
@@ -187,7 +187,7 @@ def respond(status: int, content: dict) -> Response:
     return Response(json.dumps(content), status, media_type="application/json")
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
+async def read_body(request: Request, settings: Settings) -> bytearray:
     """Return the body of a request; refuse one that is not JSON, too large or too slow."""
     content_type = request.headers.get("content-type", "")
     if not content_type.lower().startswith("application/json"):
@@ -202,7 +202,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
                     raise HTTPException(413, message)
     except (TimeoutError, ClientDisconnect):
         raise HTTPException(408, "the request was not complete in time") from None
-    return bytes(body)
+    return body
 
 
 def main(path: Path) -> None:
@@ -238,6 +238,6 @@ def main(path: Path) -> None:
     listening = config.bind_socket()
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
     listening.listen()
-    port = listening.getsockname()[1]
-    os.write(output, f"http://{settings.host}:{port}\n".encode())
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    os.write(output, f"http://{host}:{listening.getsockname()[1]}\n".encode())
     server.run(sockets=[listening])

@@ -26,8 +26,7 @@ class StrictParser(h11.Connection):
             lines = before.removesuffix(self.trailing_data[0])
             if re.search(rb"(?<!\r)\n", lines):
                 raise h11.RemoteProtocolError("lines must end with CR LF")
-            lengths = {b"content-length", b"transfer-encoding"}
-            if dict(event.headers).keys() >= lengths:
+            if {b"content-length", b"transfer-encoding"} <= dict(event.headers).keys():
                 raise h11.RemoteProtocolError("the length of the body is ambiguous")
         return event
 

@@ -147,7 +147,7 @@ class Columns:
         return rows
 
 
-def read_table(body: bytes) -> Table | list[dict]:
+def read_table(body: bytearray) -> Table | list[dict]:
     """Return the columns or the rows that a body holds in one of MLflow's forms.
 
     Raises:
