@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from mlflow_lifecycle.exceptions import InvalidInputError
@@ -23,19 +24,14 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def counts(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
     def __str__(self) -> str:
         """Return it as text: ``+0.0083 (95 % interval -0.0226 to +0.0393)``."""
         return f"{self.difference:+.4f} (95 % interval {self.low:+.4f} to {self.high:+.4f})"
 
 
 def folds_interval(
-    scores: Sequence[float],
-    other_scores: Sequence[float],
+    scores: ArrayLike,
+    other_scores: ArrayLike,
     test_share: float,
 ) -> Interval:
     """Return the difference of two models on the same folds, the first minus the second.
@@ -53,20 +49,21 @@ def folds_interval(
         test_share: the share of the rows that a fold holds back, such as 0.2 for five folds.
 
     Raises:
-        InvalidInputError: there are fewer than two pairs, a score is not a finite number, or the
-            share is not between 0 and 1.
+        InvalidInputError: there are fewer than two pairs, or a score is not a finite number.
     """
-    if not 0 < test_share < 1:
-        raise InvalidInputError(f"test_share must be between 0 and 1, got {test_share}")
     differences = _subtract(scores, other_scores)
     count = len(differences)
+    mean = differences.mean()
     factor = 1 / count + test_share / (1 - test_share)
-    margin = stats.t.ppf(0.975, count - 1) * math.sqrt(factor * differences.var(ddof=1))
-    mean = float(differences.mean())
-    return Interval(mean, float(mean - margin), float(mean + margin))
+    error = math.sqrt(factor * differences.var(ddof=1))
+    margin = stats.t.ppf(0.975, count - 1) * error
+    return Interval(mean, mean - margin, mean + margin)
 
 
-def rows_interval(scores: Sequence[float], other_scores: Sequence[float]) -> Interval:
+def rows_interval(
+    scores: ArrayLike,
+    other_scores: ArrayLike,
+) -> Interval:
     """Return the difference of two models on the same test rows, the first minus the second.
 
     It is the interval of the paired t-test. If every score is 0 or 1, half a row is added for each
@@ -82,12 +79,21 @@ def rows_interval(scores: Sequence[float], other_scores: Sequence[float]) -> Int
         InvalidInputError: there are fewer than two pairs, or a score is not a finite number.
     """
     differences = _subtract(scores, other_scores)
-    middle, error = _center_and_error(differences, scores, other_scores)
-    margin = stats.t.ppf(0.975, len(differences) - 1) * error
-    return Interval(float(differences.mean()), float(middle - margin), float(middle + margin))
+    count = len(differences)
+    center = differences.mean()
+    error = stats.sem(differences)
+    if np.isin([scores, other_scores], (0, 1)).all():
+        center = differences.sum() / (count + 2)
+        mean_square = (np.square(differences).sum() + 1) / (count + 2)
+        error = math.sqrt((mean_square - center**2) / (count + 2))
+    margin = stats.t.ppf(0.975, count - 1) * error
+    return Interval(differences.mean(), center - margin, center + margin)
 
 
-def detectable_difference(scores: Sequence[float], other_scores: Sequence[float]) -> float:
+def detectable_difference(
+    scores: ArrayLike,
+    other_scores: ArrayLike,
+) -> float:
     """Return the smallest true difference that these rows would show with 80 % power.
 
     It is (t(0.975) + t(0.8)) times the standard error of the paired differences, with n - 1 degrees
@@ -101,12 +107,17 @@ def detectable_difference(scores: Sequence[float], other_scores: Sequence[float]
     Raises:
         InvalidInputError: there are fewer than two pairs, or a score is not a finite number.
     """
-    differences = _subtract(scores, other_scores)
-    _, error = _center_and_error(differences, scores, other_scores)
-    return float(stats.t.ppf([0.975, 0.8], len(differences) - 1).sum() * error)
+    interval = rows_interval(scores, other_scores)
+    margin = (interval.high - interval.low) / 2
+    freedom = len(scores) - 1
+    power = stats.t.ppf(0.8, freedom) / stats.t.ppf(0.975, freedom)
+    return margin * (1 + power)
 
 
-def choose(candidates: Sequence[str], interval: Callable[[str, str], Interval]) -> str:
+def choose(
+    candidates: Sequence[str],
+    interval: Callable[[str, str], Interval],
+) -> str:
     """Return the candidate that the rule chooses.
 
     A candidate replaces the current choice only if it is better by a difference that counts.
@@ -122,28 +133,18 @@ def choose(candidates: Sequence[str], interval: Callable[[str, str], Interval]) 
     return chosen
 
 
-def _subtract(scores: Sequence[float], other_scores: Sequence[float]) -> np.ndarray:
+def _subtract(
+    scores: ArrayLike,
+    other_scores: ArrayLike,
+) -> np.ndarray:
     """Return the differences of scores that belong together, one per pair."""
     if len(scores) != len(other_scores) or len(scores) < 2:
         raise InvalidInputError(
             f"{len(scores)} and {len(other_scores)} scores are not two or more pairs"
         )
-    differences = np.asarray(scores, dtype=float) - np.asarray(other_scores, dtype=float)
+    first = np.asarray(scores, dtype=float)
+    second = np.asarray(other_scores, dtype=float)
+    differences = first - second
     if not np.isfinite(differences).all():
         raise InvalidInputError("a score is not a finite number")
     return differences
-
-
-def _center_and_error(
-    differences: np.ndarray,
-    scores: Sequence[float],
-    other_scores: Sequence[float],
-) -> tuple[float, float]:
-    """Return the center of the interval and the standard error, see ``rows_interval``."""
-    if not np.isin([scores, other_scores], (0, 1)).all():
-        return differences.mean(), stats.sem(differences)
-    extended = np.append(differences, [1, -1, 0, 0])
-    weights = np.append(np.ones(len(differences)), [0.5] * 4)
-    center = np.average(extended, weights=weights)
-    variance = np.average(extended**2, weights=weights) - center**2
-    return center, math.sqrt(variance / weights.sum())

@@ -49,7 +49,8 @@ def test_folds_interval_errs_as_often_as_it_says():
     share, count, wrong = 0.2, 10, 0
     for _ in range(2000):
         common, own = generator.normal(scale=share**0.5), generator.normal(size=count) * (1 - share) ** 0.5
-        wrong += folds_interval(common + own, np.zeros(count), test_share=share).counts
+        interval = folds_interval(common + own, np.zeros(count), test_share=share)
+        wrong += interval.low > 0 or interval.high < 0
     # then about one in twenty is taken for a difference; with 1/n alone it would be about every third
     assert 0.03 < wrong / 2000 < 0.07
 
@@ -111,22 +112,12 @@ def test_thirty_rows_decide_little():
     # given 30 rows, of which one model gets two more right
     better, worse = np.r_[np.ones(29), 0], np.r_[np.ones(27), np.zeros(3)]
     # then the difference does not count
-    assert not rows_interval(better, worse).counts
-
-
-def test_same_rows_give_the_same_interval():
-    assert rows_interval([1, 1, 1, 0], [1, 0, 1, 0]) == rows_interval([1, 1, 1, 0], [1, 0, 1, 0])
+    interval = rows_interval(better, worse)
+    assert interval.low < 0 < interval.high
 
 
 def test_equal_models_differ_by_nothing():
     assert rows_interval([0.5, 0.7], [0.5, 0.7]) == Interval(0, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "counts"), [(0.01, 0.2, True), (-0.2, -0.01, True), (-0.01, 0.2, False), (0.0, 0.2, False)]
-)
-def test_difference_counts_when_its_interval_excludes_zero(low, high, counts):
-    assert Interval(0.1, low, high).counts == counts
 
 
 def test_interval_reads_as_a_sentence():
@@ -155,12 +146,6 @@ def test_simplest_is_chosen_where_no_difference_counts():
 def test_scores_that_are_no_pairs_are_refused(scores, other):
     with pytest.raises(ValueError, match=r"pairs|finite"):
         folds_interval(scores, other, test_share=0.2)
-
-
-@pytest.mark.parametrize("test_share", [0, 1])
-def test_share_outside_of_zero_and_one_is_refused(test_share):
-    with pytest.raises(ValueError, match="must be between 0 and 1, got"):
-        folds_interval([0.9, 0.8], [0.8, 0.7], test_share)
 
 
 @pytest.mark.parametrize(("scores", "other"), [([1, 0], [1]), ([1], [0]), ([1, np.inf], [1, 0])])
