@@ -101,22 +101,16 @@ def content(store):
 
 
 def test_trials_and_final_evaluations_cannot_win(store):
-    # given a candidate, a trial of a search and a final evaluation, which are better
+    # given a candidate, a trial of a search and final evaluations, which are better
     store.candidate(WINNER, 0.9)
     store.candidate("RandomForest_squared", 0.95, tags={"mlflow.parentRunId": "abc"})
-    store.candidate("Old_basic", 0.94, tags={"final_evaluation": "true"})
+    for value in ("true", True, "1"):
+        store.candidate("Old_basic", 0.94, tags={"final_evaluation": value})
     # when
     report = make_report(EXPERIMENT, METRIC)
     # then
     assert names(report) == [WINNER]
     assert report.left_out == {}
-
-
-@pytest.mark.parametrize("value", ["true", "True", "TRUE"])
-def test_final_evaluation_is_known_however_true_is_written(store, value):
-    store.candidate(WINNER, 0.9)
-    store.candidate("RandomForest_basic", 0.95, tags={"final_evaluation": value})
-    assert names(make_report(EXPERIMENT, METRIC)) == [WINNER]
 
 
 def test_final_evaluation_is_known_when_mlflow_was_given_a_truth_value(store):
@@ -127,11 +121,6 @@ def test_final_evaluation_is_known_when_mlflow_was_given_a_truth_value(store):
         mlflow.log_metric("validation_f1", 0.95)
     store.data(run.info.run_id, "c0ffee00")
     # then
-    assert names(make_report(EXPERIMENT, METRIC)) == [WINNER]
-
-
-def test_run_that_says_it_is_no_final_evaluation_is_compared(store):
-    store.candidate(WINNER, 0.9, tags={"final_evaluation": False})
     assert names(make_report(EXPERIMENT, METRIC)) == [WINNER]
 
 
@@ -191,10 +180,10 @@ def test_runs_that_did_not_record_their_rows_are_compared_and_the_report_says_so
 
 
 def test_sha256_goes_before_the_digest(store):
-    # given three runs with one digest, of which one has another SHA-256, and one the same in capitals
+    # given three runs with one digest, of which one has another SHA-256
     store.candidate(WINNER, 0.9, sha256="ab" * 32)
     store.candidate("RandomForest_squared", 0.99, sha256="cd" * 32)
-    store.candidate("RandomForest_basic", 0.8, sha256="AB" * 32)
+    store.candidate("RandomForest_basic", 0.8, sha256="ab" * 32)
     # when
     report = make_report(EXPERIMENT, METRIC)
     # then
@@ -217,17 +206,16 @@ def test_of_groups_of_the_same_size_the_one_with_the_newest_run_is_compared(stor
     assert names(make_report(EXPERIMENT, METRIC)) == ["Model_c0ffee00"]
 
 
-@pytest.mark.parametrize("contexts", [("test", "evaluation"), ("evaluation",), ("validation", "test")])
-def test_rows_are_those_of_the_first_context_that_a_run_has(store, contexts):
-    # given two runs that share the rows of the first of their contexts and no others
-    for name, others in [(WINNER, "0ther"), ("RandomForest_basic", "an0ther")]:
+def test_rows_are_those_that_a_run_did_not_learn_from_or_else_the_training_rows(store):
+    for name in (WINNER, "RandomForest_basic"):
+        store.data(store.run(name, validation_f1=0.9), "1ea54ed", "training")
+    assert make_report(EXPERIMENT, METRIC).rows == "iris_training (digest 1ea54ed)"
+    for name, learned in {"A": "one", "B": "another", "C": "third"}.items():
         run_id = store.run(name, validation_f1=0.9)
-        for context in contexts:
-            store.data(run_id, "c0ffee00" if context == contexts[0] else others, context)
-    # then
+        store.data(run_id, learned, "train")
+        store.data(run_id, "c0ffee00", "evaluation")
     report = make_report(EXPERIMENT, METRIC)
-    assert names(report) == [WINNER, "RandomForest_basic"]
-    assert report.rows == f"iris_{contexts[0]} (digest c0ffee00)"
+    assert (names(report), report.rows) == (["A", "B", "C"], "iris_evaluation (digest c0ffee00)")
 
 
 # The order: by means
@@ -384,28 +372,6 @@ def test_means_decide_where_the_table_has_no_two_folds(store, columns):
     run_id = store.candidate(WINNER, 0.9)
     store.client.log_table(run_id, pd.DataFrame(columns | {"f1": [0.9, 0.9]}), "fold_scores.json")
     assert "the best mean wins" in make_report(EXPERIMENT, METRIC).rule
-
-
-# Final evaluation
-
-
-def test_newest_finished_final_evaluation_with_scores_is_told(store):
-    # given final evaluations, of which the newest have no score or are not finished
-    store.candidate(WINNER, 0.9)
-    store.run("Old_basic", tags={"final_evaluation": "true"}, test_accuracy=0.7, test_f1=0.7)
-    final = store.run(WINNER, tags={"final_evaluation": True}, test_accuracy=0.875, test_f1=0.85)
-    store.data(final, "7e57", context="test")
-    store.run("Unscored_basic", tags={"final_evaluation": True}, test_f1=float("nan"))
-    store.run("Running_basic", "RUNNING", tags={"final_evaluation": True}, test_accuracy=1.0, test_f1=1.0)
-    # then
-    assert make_report(EXPERIMENT, METRIC).final_evaluation == (
-        "LogisticRegression_basic: test_accuracy 0.8750, test_f1 0.8500, on iris_test (digest 7e57)."
-    )
-
-
-def test_missing_final_evaluation_is_told(store):
-    store.candidate(WINNER, 0.9)
-    assert make_report(EXPERIMENT, METRIC).final_evaluation == "There is none."
 
 
 # What is written
