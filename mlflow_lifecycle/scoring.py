@@ -10,11 +10,13 @@ import mlflow
 import numpy as np
 import pandas as pd
 
-from mlflow_lifecycle.datasets import as_text
+from mlflow_lifecycle.datasets import as_text, check_columns
 from mlflow_lifecycle.exceptions import InvalidInputError
 from mlflow_lifecycle.flavors import REGRESSION, task_of
 
-LOG_PROBABILITY, ACCURACY, ABSOLUTE_ERROR = "log probability", "accuracy", "absolute error"
+LOG_PROBABILITY = "log probability"
+ACCURACY = "accuracy"
+ABSOLUTE_ERROR = "absolute error"
 # XGBoost computes in float32. The same limit holds for all models, so that the comparison is fair.
 SMALLEST = float(np.finfo(np.float32).eps)
 TOLERANCE = 1e-6
@@ -24,7 +26,7 @@ def measure_of(model: object, other: object) -> str:
     """Return the measure that compares two models: log probability, accuracy or absolute error.
 
     Raises:
-        ValueError: their tasks differ.
+        InvalidInputError: their tasks differ.
     """
     task = task_of(model)
     if task != task_of(other):
@@ -39,7 +41,10 @@ def measure_of(model: object, other: object) -> str:
 
 
 def score_rows(
-    model: object, features: pd.DataFrame, target: pd.Series, measure: str
+    model: object,
+    features: pd.DataFrame,
+    target: pd.Series,
+    measure: str,
 ) -> np.ndarray:
     """Return the score of each row; a higher score is better.
 
@@ -53,16 +58,18 @@ def score_rows(
             else 0. Absolute error: minus it.
     """
     if measure == ABSOLUTE_ERROR:
-        return -np.abs(np.ravel(model.predict(features)) - target.to_numpy(dtype=float))
-    labels = as_text(target)
+        predictions = np.ravel(model.predict(features))
+        return -np.abs(predictions - target.to_numpy(dtype=float))
+    labels = as_text(target).to_numpy()
     if measure == ACCURACY:
-        predicted = as_text(pd.Series(np.ravel(model.predict(features)), index=labels.index))
-        return (predicted == labels).to_numpy(dtype=float)
-    classes = as_text(pd.Series(model.classes_))
-    places = pd.Index(classes).get_indexer(labels)
-    given = model.predict_proba(features)[np.arange(len(labels)), places]
-    given = np.where(places < 0, 0.0, given)  # a class that the model does not know
-    return np.log(np.clip(given, SMALLEST, None))
+        predictions = np.ravel(model.predict(features))
+        is_right = labels == as_text(predictions).to_numpy()
+        return is_right.astype(float)
+    classes = as_text(model.classes_).to_numpy()
+    is_class = labels[:, np.newaxis] == classes
+    # 0 for a class that the model does not know.
+    probabilities = (model.predict_proba(features) * is_class).sum(axis=1)
+    return np.log(np.clip(probabilities, SMALLEST, None))
 
 
 def order_columns(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
@@ -72,19 +79,20 @@ def order_columns(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     error.
 
     Raises:
-        ValueError: a column is missing.
+        InvalidInputError: a column is missing.
     """
-    signature = mlflow.models.Model.load(str(Path(folder) / "MLmodel")).signature
-    if signature is None or signature.inputs is None or not signature.inputs.has_input_names():
+    schema = mlflow.models.Model.load(str(folder)).get_input_schema()
+    if schema is None or not schema.has_input_names():
         return rows
-    names = signature.inputs.input_names()
-    missing = [name for name in names if name not in rows]
-    if missing:
-        raise InvalidInputError(f"The test rows lack these columns: {', '.join(missing)}")
+    names = schema.input_names()
+    check_columns(rows, names)
     return rows[names]
 
 
-def equal_predictions(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def equal_predictions(
+    first: np.ndarray,
+    second: np.ndarray,
+) -> np.ndarray:
     """Return for each row whether two predictions are equal.
 
     Decimal numbers may differ by a millionth of their size.
@@ -92,5 +100,11 @@ def equal_predictions(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     first = np.ravel(first)
     second = np.ravel(second)
     if first.dtype.kind == "f" and second.dtype.kind == "f":
-        return np.isclose(first, second, rtol=TOLERANCE, atol=0, equal_nan=True)
+        return np.isclose(
+            first,
+            second,
+            rtol=TOLERANCE,
+            atol=0,
+            equal_nan=True,
+        )
     return first == second

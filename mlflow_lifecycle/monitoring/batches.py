@@ -10,11 +10,9 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from mlflow.entities import LoggedModelInput, Run
 
-from mlflow_lifecycle.exceptions import InvalidInputError
-from mlflow_lifecycle.monitoring.judge import PREDICTION, Judgement, Reference, add_predictions
+from mlflow_lifecycle.monitoring.judge import Judgement, Reference, add_predictions
 from mlflow_lifecycle.serving import read_record
 from mlflow_lifecycle.signing.verify import Verified
 
@@ -26,7 +24,7 @@ def read_batch(
 ) -> pd.DataFrame:
     """Return the rows of requests to a version, with its answers in the column ``prediction``.
 
-    Answers of other versions are left out.
+    Answers of other versions are left out. Dates are text, as in JSON.
 
     Args:
         record: the folder in which the server records requests and answers.
@@ -37,44 +35,28 @@ def read_batch(
         The rows, with the id of the answer as the index.
 
     Raises:
-        InvalidInputError: an answer is not in the record, or there is none.
+        KeyError: an answer is not in the record.
     """
-    rows = read_record(record)
     statement = version.statement
+    rows = read_record(record).set_index("request_id")
     same_name = rows["model_name"] == statement.registered_model
     same_version = rows["model_version"] == statement.version
-    rows = rows[same_name & same_version].set_index("request_id")
+    rows = rows[same_name & same_version]
     rows = rows.drop(columns=["request_time", "model_name", "model_version"])
-    if rows.empty:
-        raise InvalidInputError(f"There is no answer of {version.uri} in the record {record}.")
-    # JSON has no dates: the record holds them as text.
-    signature = mlflow.models.Model.load(str(version.folder)).signature
-    for column in signature.inputs:
-        if column.type == mlflow.types.DataType.datetime and column.name in rows:
-            rows[column.name] = pd.to_datetime(rows[column.name], format="ISO8601")
-    if ids is None:
-        return rows
-    ids = list(ids)
-    missing = [name for name in ids if name not in rows.index]
-    if missing:
-        raise InvalidInputError(
-            f"{len(missing)} of {len(ids)} answers of {version.uri} are not in the record "
-            f"{record}, the first is {missing[0]}."
-        )
-    return rows.loc[ids]
+    return rows if ids is None else rows.loc[list(ids)]
 
 
-def plot_differences(judgement: Judgement, axes: Axes, title: str = "") -> None:
+def plot_differences(
+    judgement: Judgement,
+    axes: Axes,
+    title: str = "",
+) -> None:
     """Draw the size of each difference on ``axes`` as a multiple of its limit; alarms are red."""
-    differences = judgement.differences[::-1]
     names = []
-    for difference in differences:
+    for place, difference in enumerate(reversed(judgement.differences)):
+        color = "firebrick" if difference.alarm else "lightsteelblue"
+        axes.barh(place, difference.size / difference.limit, color=color)
         names.append(difference.column + ", outside" * difference.outside)
-        axes.barh(
-            len(names) - 1,
-            difference.size / difference.limit,
-            color="firebrick" if difference.alarm else "lightsteelblue",
-        )
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.axvline(1, color="black", linestyle="--")
     axes.set(xlabel="size as a multiple of its limit", title=title)
@@ -100,24 +82,19 @@ def log_batch(
     """
     if judgement.differences:
         rows = add_predictions(reference, rows)
-    data = mlflow.data.from_pandas(
-        rows,
-        name=name,
-        targets=reference.target if reference.target in rows else None,
-        predictions=PREDICTION if PREDICTION in rows else None,
-    )
-    model = LoggedModelInput(version.model_id)
+    data = mlflow.data.from_pandas(rows, name=name)
     tags = {"verdict": judgement.verdict.value, "model": version.uri}
     if judgement.accepted:
         tags["accepted_change"] = judgement.accepted
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    plot_differences(judgement, figure.subplots())
     with mlflow.start_run(run_name=name, tags=tags) as run:
-        mlflow.log_input(data, context="monitoring", model=model)
+        mlflow.log_input(data, "monitoring", model=LoggedModelInput(version.model_id))
         if judgement.performance:
-            value = judgement.performance.value
-            mlflow.log_metric(judgement.metric, value, model_id=version.model_id, dataset=data)
+            mlflow.log_metric(
+                judgement.metric,
+                judgement.performance.value,
+                model_id=version.model_id,
+                dataset=data,
+            )
         mlflow.log_table(rows, "batch.json")
         mlflow.log_dict(asdict(judgement), "judgement.json")
-        mlflow.log_figure(figure, "differences.png")
     return run

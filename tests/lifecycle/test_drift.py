@@ -7,7 +7,7 @@ from scipy import stats
 from sklearn.datasets import load_iris
 
 from mlflow_lifecycle.exceptions import InvalidInputError
-from mlflow_lifecycle.monitoring.drift import LIMITS, Limits, alarm_rate, compare, estimate_share, has_alarm
+from mlflow_lifecycle.monitoring.drift import LEVEL, LIMITS, Limits, alarm_rate, compare, estimate_share, has_alarm
 
 FLOWERS = load_iris(as_frame=True).data
 
@@ -84,11 +84,6 @@ def test_p_value_of_categories_is_the_chi_squared_tests():
     found = compare(colours(red=50, green=30, blue=20), colours(red=40, green=30, blue=30))
     # that there is no new colour is the other test, with the p-value 1
     assert [test.p_value for test in found] == pytest.approx([2 * p_value, 1])
-
-
-def test_p_value_of_two_categories_is_fishers():
-    found = compare(colours(red=9, green=1), colours(red=2, green=6))
-    assert found[0].p_value == pytest.approx(2 * stats.fisher_exact([[9, 1], [2, 6]]).pvalue)
 
 
 def test_p_values_are_corrected_for_the_number_of_tests():
@@ -269,8 +264,6 @@ def test_rows_that_cannot_be_compared_are_refused():
         compare(FLOWERS, FLOWERS.drop(columns="petal width (cm)"))
     with pytest.raises(InvalidInputError, match=r"'petal width \(cm\)' must hold numbers: .*\"wide\""):
         compare(FLOWERS, FLOWERS.assign(**{"petal width (cm)": [0.2] * 149 + ["wide"]}))
-    with pytest.raises(InvalidInputError, match="0 rows cannot be compared with 150"):
-        compare(FLOWERS, FLOWERS.head(0))
 
 
 def test_nothing_of_the_tables_is_changed():
@@ -288,7 +281,7 @@ def test_nothing_of_the_tables_is_changed():
 def test_rate_of_false_alarms_is_below_the_level(batch):
     found = alarm_rate(flowers(75, 0), batch, resamples=100)
     assert found.rows == 100
-    assert found.low <= 2 * LIMITS.level
+    assert found.low <= 2 * LEVEL
 
 
 def test_rate_on_independent_draws_is_below_the_level():
@@ -299,7 +292,7 @@ def test_rate_on_independent_draws_is_below_the_level():
 
     raised = sum(has_alarm(made(75, seed), made(40, seed + 1000)) for seed in range(200))
     # then no more alarms than the level allows, for the number of trials
-    assert raised <= stats.binom.ppf(0.999, 200, LIMITS.level)
+    assert raised <= stats.binom.ppf(0.999, 200, LEVEL)
 
 
 def test_resampling_raises_the_alarm_that_it_is_given():

@@ -93,15 +93,15 @@ def test_model_without_a_task_is_refused():
 
 def test_columns_come_in_the_order_of_the_signature(tmp_path):
     signature = infer_signature(FEATURES, TARGET)
-    mlflow.sklearn.save_model(LogisticRegression(), tmp_path / "model", signature=signature)
+    mlflow.sklearn.save_model(LogisticRegression(), tmp_path / "model", signature=signature, pip_requirements=[])
     shuffled = FEATURES[FEATURES.columns[::-1]].assign(more=1)
     pd.testing.assert_frame_equal(order_columns(tmp_path / "model", shuffled), FEATURES)
-    with pytest.raises(ValueError, match=r"The test rows lack these columns: petal width \(cm\)"):
+    with pytest.raises(ValueError, match=r"These columns are missing: petal width \(cm\)"):
         order_columns(tmp_path / "model", FEATURES.iloc[:, :3])
 
 
 def test_columns_stay_as_they_are_without_a_signature(tmp_path):
-    mlflow.sklearn.save_model(LogisticRegression(), tmp_path / "model")
+    mlflow.sklearn.save_model(LogisticRegression(), tmp_path / "model", pip_requirements=[])
     pd.testing.assert_frame_equal(order_columns(tmp_path / "model", FEATURES), FEATURES)
 
 
