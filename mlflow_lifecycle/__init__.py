@@ -9,7 +9,14 @@ import importlib
 # The public names, by the module that defines them. Each is imported at first use, because MLflow
 # takes seconds to import.
 MODULES = {
-    "comparison": ("Interval", "choose", "folds_interval", "rows_interval"),
+    "comparison": (
+        "Interval",
+        "choose",
+        "detectable_difference",
+        "folds_interval",
+        "proportion_interval",
+        "rows_interval",
+    ),
     "datasets": ("check_table", "fingerprint", "read_table", "runs_with", "verified_file"),
     "exceptions": ("GateClosedError", "LifecycleError", "NotVerifiedError"),
     "experiments": ("open_experiment", "source_tags"),

@@ -90,6 +90,12 @@ def rows_interval(
     return Interval(differences.mean(), center - margin, center + margin)
 
 
+def proportion_interval(count: int, total: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a proportion by E. B. Wilson, such as of an accuracy."""
+    interval = stats.binomtest(count, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def detectable_difference(
     scores: ArrayLike,
     other_scores: ArrayLike,

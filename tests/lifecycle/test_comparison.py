@@ -13,6 +13,7 @@ from mlflow_lifecycle.comparison import (
     choose,
     detectable_difference,
     folds_interval,
+    proportion_interval,
     rows_interval,
 )
 
@@ -106,6 +107,72 @@ def test_detectable_difference_is_shown_in_four_of_five_tests(count):
         shown += rows_interval(scores, np.zeros(count)).low > 0
     # then
     assert 0.74 < shown / trials < 0.86
+
+
+def test_detectable_difference_of_folds_is_shown_in_four_of_five_tests():
+    # given a model that is better by the difference that the folds can show, which are dependent as above
+    generator = np.random.default_rng(0)
+    share = 0.2
+    shown = 0
+    detectable = []
+    for _ in range(2000):
+        common = generator.normal(scale=share**0.5)
+        own = generator.normal(size=10) * (1 - share) ** 0.5
+        detectable.append(detectable_difference(common + own, np.zeros(10), test_share=share))
+        interval = folds_interval(common + own + np.mean(detectable), np.zeros(10), test_share=share)
+        shown += interval.low > 0
+    assert 0.74 < shown / 2000 < 0.86
+
+
+def test_recipe_that_was_chosen_on_the_same_folds_seems_better_than_it_is():
+    # given thirty recipes that guess, on the same five folds of 120 rows
+    generator = np.random.default_rng(0)
+    same_folds = []
+    nested = []
+    for _ in range(400):
+        scores = generator.integers(2, size=(30, 5, 24)).mean(axis=2)
+        # when the best mean is chosen on these folds, or for each fold on the other four
+        best = scores[scores.mean(axis=1).argmax()]
+        others = scores.sum(axis=1, keepdims=True) - scores
+        best_of_others = scores[others.argmax(axis=0), np.arange(5)]
+        same_folds.append(folds_interval(best, scores[0], test_share=0.2))
+        nested.append(folds_interval(best_of_others, scores[0], test_share=0.2))
+    # then the choice on the same folds seems to gain much, and the nested one gains nothing
+    assert np.mean([interval.difference for interval in same_folds]) > 0.08
+    assert np.mean([interval.difference for interval in nested]) == pytest.approx(0, abs=0.01)
+    assert sum(interval.low > 0 for interval in same_folds) > 4 * sum(interval.low > 0 for interval in nested)
+
+
+def test_threshold_on_thirty_rows_passes_a_model_that_is_ten_points_worse():
+    # given thirty rows, and a model that is right in 70 % of all rows
+    right = np.random.default_rng(0).binomial(30, 0.7, size=2000)
+    # then it reaches the threshold 0.8 in one test of six, and the lower end of its interval hardly ever does
+    assert (right / 30 >= 0.8).mean() == pytest.approx(0.16, abs=0.02)
+    assert np.mean([proportion_interval(count, 30)[0] >= 0.8 for count in right]) < 0.01
+
+
+def test_proportion_interval_covers_the_true_proportion():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for proportion in generator.uniform(0.6, 0.95, size=2000):
+        low, high = proportion_interval(generator.binomial(30, proportion), 30)
+        covered += low < proportion < high
+    assert covered / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize("count", [30, 120])
+def test_margin_passes_a_model_that_is_worse_by_more_in_few_tests(count):
+    # given a model that is worse by 4.8 points: right in 91.2 % of all rows, the baseline in 96 %
+    generator = np.random.default_rng(0)
+    within_margin = 0
+    not_worse_by_more_than_chance = 0
+    for _ in range(1000):
+        interval = rows_interval(generator.random(count) < 0.912, generator.random(count) < 0.96)
+        within_margin += interval.low > -0.048
+        not_worse_by_more_than_chance += interval.high >= 0
+    # then a margin of 0.048 passes it rarely; that the difference does not count proves little
+    assert within_margin / 1000 < 0.04
+    assert not_worse_by_more_than_chance / 1000 > 0.6
 
 
 def test_thirty_rows_decide_little():
