@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 from mlflow.data.pandas_dataset import PandasDataset
 from mlflow.entities import Run
@@ -129,6 +130,10 @@ def check_table(
             f"The target {target!r} is missing in {missing} of {len(rows)} rows. "
             "The text NA counts as missing."
         )
+    numbers = rows.select_dtypes("float")
+    infinite = numbers.columns[np.isinf(numbers).any()]
+    if len(infinite):
+        raise InvalidInputError(f"These columns have infinite values: {', '.join(infinite)}")
     counts = rows[target].value_counts()
     if len(counts) < 2:
         raise InvalidInputError(f"The target {target!r} must have two classes or more.")

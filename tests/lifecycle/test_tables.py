@@ -54,6 +54,7 @@ UNFAIR = {
     "no rows": (with_values().head(0), "must have two classes or more"),
     "no target": (with_values().rename(columns={"kind": "sort"}), "no column 'kind'. The columns are: weight, sort"),
     "gaps in the target": (with_values(kind=["a", None] * 20), "missing in 20 of 40 rows"),
+    "infinite values": (with_values(weight=[np.inf] * 40), "infinite values: weight"),
     "one class": (with_values(kind=["a"] * 40), "must have two classes or more"),
     "rare class": (with_values(kind=["a"] * 37 + ["b"] * 3), "Class b of 'kind' has 3 rows, too few for 5 folds"),
 }
