@@ -157,17 +157,17 @@ def _start(python: Path, folder: Path, settings: dict, log: IO) -> Iterator[subp
     """Give the process of a server; end it at the end of the block."""
     path = folder / "settings.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
+    variables = {"TMPDIR": str(folder), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    for name, value in os.environ.items():
+        if not name.startswith("MLFLOW_"):  # no password for the packages of a model
+            variables.setdefault(name, value)
     with subprocess.Popen(
         [str(python.absolute()), "-I", str(SERVER), str(path)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
         cwd=folder,
-        env={
-            **os.environ,
-            "TMPDIR": str(folder),
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        },
+        env=variables,
         text=True,
         start_new_session=True,
     ) as process:
