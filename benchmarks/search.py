@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/search.py [--trials 30 300] [--rounds 3] [--storage-trials 30 60]
 
-The objective is that of guide 03: a linear model on Iris, cross-validated by log loss. It is run by the same sampler in
-three ways:
+The objective is that of guide 03, on the petals alone: a linear model on Iris, cross-validated by log loss. It is run
+by the same sampler in three ways:
 
 - untracked: plain Optuna, trials in memory.
 - tracked: by `mlflow_lifecycle.search.run_search`, as in the guide, which makes each trial a child run.

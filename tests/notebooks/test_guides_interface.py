@@ -82,7 +82,7 @@ def test_pictures_of_guide_02_are_visible_among_the_artifacts(page, client, inte
 
 def test_search_of_guide_03_shows_its_picture(page, client, interface, pictures):
     page.goto(
-        f"{interface}/{page_of(client, 'iris_classification', 'search LogisticRegression_subset')}/artifacts?{MODE}"
+        f"{interface}/{page_of(client, 'iris_classification', 'search LogisticRegression_squared')}/artifacts?{MODE}"
     )
     page.get_by_text("search.png", exact=True).first.click()
     page.locator(".image-outer-container img, img[src^='blob:']").first.wait_for()

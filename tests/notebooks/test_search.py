@@ -1,4 +1,4 @@
-"""Guide 03, as stored: what the comparison, the killed search, the final evaluation and the candidate log."""
+"""Guide 03, as stored: what the comparison, the interrupted search, the final evaluation and the candidate log."""
 
 import contextlib
 import sqlite3
@@ -8,16 +8,21 @@ import time
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 from execution import copy_project, differing_outputs, environment, executed, text_outputs
 from kernels import execute_in
 from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from mlflow_lifecycle.datasets import fingerprint
+from mlflow_lifecycle.report import make_report
 from mlflow_lifecycle.signing.verify import verified
 
 pytestmark = pytest.mark.extended  # it takes long
@@ -26,7 +31,7 @@ SEARCH = "03_search_and_evaluate"
 GUIDE = f"guides/{SEARCH}.ipynb"
 EXPERIMENT = "iris_classification"
 MODEL = "iris_classification_best_model"
-COMBINATIONS = [
+RECIPES = [
     f"{model}_{part}" for model in ("LogisticRegression", "RandomForest") for part in ("subset", "basic", "squared")
 ]
 
@@ -50,7 +55,7 @@ def runs(client):
 
 
 def part_of_iris(part: str):
-    """Return features and target of the "validation" or "test" part of Iris, 30 rows, split as system E does."""
+    """Return features and target of the "train", "validation" or "test" part of Iris, split as system E does."""
     iris = load_iris(as_frame=True)
     target = iris.target_names[iris.target]
     rest, test, target_rest, target_test = train_test_split(
@@ -58,7 +63,8 @@ def part_of_iris(part: str):
     )
     if part == "test":
         return test, target_test
-    return train_test_split(rest, target_rest, test_size=0.25, stratify=target_rest, random_state=42)[1::2]
+    parts = train_test_split(rest, target_rest, test_size=0.25, stratify=target_rest, random_state=42)
+    return parts[0::2] if part == "train" else parts[1::2]
 
 
 def children(client: mlflow.MlflowClient, parent) -> list:
@@ -81,63 +87,94 @@ def test_stored_outputs_are_reproduced(folder):
     assert differing_outputs(folder / SEARCH, GUIDE) == []
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
-def test_run_of_a_combination_has_tags_metrics_data_and_confusion_matrix(client, runs, name):
+@pytest.mark.parametrize("name", RECIPES)
+def test_run_of_a_recipe_has_tags_metrics_data_and_confusion_matrices(client, runs, name):
     run = runs[name]
     assert [run.data.tags["model"], run.data.tags["feature_set"]] == name.split("_")
-    measured = {"train_accuracy", "train_f1", "validation_accuracy", "validation_f1"}
-    assert set(run.data.metrics) == {*measured, "cv_f1_mean"}
-    model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
-    assert {metric.key for metric in model.metrics} == measured  # a score of cross-validation belongs to no model
-    assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["iris_train", "iris_validation"]
-    assert "confusion_matrix.png" in {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert set(run.data.metrics) == {
+        "train_accuracy",
+        "train_f1",
+        "validation_accuracy",
+        "validation_f1",
+        "cv_log_loss",
+    }
+    inputs = {}
+    for item in run.inputs.dataset_inputs:
+        inputs[item.dataset.name] = {tag.key: tag.value for tag in item.tags}["mlflow.data.context"]
+    assert inputs == {
+        "iris_train": "train",
+        "iris_validation": "validation",
+        "iris_development": "cross-validation",
+    }
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"confusion_matrix_train.png", "confusion_matrix_validation.png"} <= files
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
-def test_run_of_a_combination_keeps_the_score_of_each_fold(runs, name):
+@pytest.mark.parametrize("name", RECIPES)
+def test_run_of_a_recipe_keeps_the_loss_of_each_fold(runs, name):
     content = mlflow.artifacts.load_dict(f"runs:/{runs[name].info.run_id}/fold_scores.json")
     folds = pd.DataFrame(content["data"], columns=content["columns"])
-    assert list(folds) == ["repeat", "fold", "f1"]
+    assert list(folds) == ["repeat", "fold", "cv_log_loss"]
     assert len(folds) == 15
-    assert runs[name].data.metrics["cv_f1_mean"] == pytest.approx(folds["f1"].mean())
+    assert folds["fold"].nunique() == 5
+    assert runs[name].data.metrics["cv_log_loss"] == pytest.approx(folds["cv_log_loss"].mean())
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_datasets_keep_the_sha256_of_their_rows(runs, name):
     features, target = part_of_iris("validation")
     (item,) = [item for item in runs[name].inputs.dataset_inputs if item.dataset.name == "iris_validation"]
     assert {tag.key: tag.value for tag in item.tags}["sha256"] == fingerprint(features.assign(species=target))
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
-def test_logged_model_takes_raw_rows_and_has_the_logged_scores(runs, name):
+@pytest.mark.parametrize("name", ["LogisticRegression_basic", "LogisticRegression_squared"])
+def test_logged_scores_are_those_of_a_model_of_the_training_rows(runs, name):
+    # given the same recipe, fitted anew
+    features, target = part_of_iris("train")
+    if name.endswith("squared"):
+        squares = ("squares", FunctionTransformer(np.square))
+        model = make_pipeline(FeatureUnion([("as they are", "passthrough"), squares]), StandardScaler())
+    else:
+        model = make_pipeline(StandardScaler())
+    model = make_pipeline(model, LogisticRegression()).fit(features, target)
+    # then
     features, target = part_of_iris("validation")
-    model = mlflow.pyfunc.load_model(f"models:/{runs[name].outputs.model_outputs[0].model_id}")
     answers = model.predict(features)
-    assert runs[name].data.metrics["validation_accuracy"] == accuracy_score(target, answers)
+    assert runs[name].data.metrics["validation_accuracy"] == pytest.approx(accuracy_score(target, answers))
     assert runs[name].data.metrics["validation_f1"] == pytest.approx(f1_score(target, answers, average="macro"))
 
 
-def test_squared_feature_set_gives_the_model_squares(runs):
+def test_candidate_takes_raw_rows_and_gives_its_model_their_squares(folder):
     features, _ = part_of_iris("validation")
-    model = mlflow.sklearn.load_model(f"models:/{runs['LogisticRegression_squared'].outputs.model_outputs[0].model_id}")
+    model = mlflow.sklearn.load_model(f"models:/{MODEL}@candidate")
     assert (model[0].transform(features) == [[*row, *(row**2)] for row in features.to_numpy()]).all()
+    assert set(model.predict(features)) == {"setosa", "versicolor", "virginica"}
+
+
+def test_report_names_the_winner_of_the_guide_by_log_loss_on_the_rows_of_the_folds(folder, client):
+    report = make_report(EXPERIMENT)
+    assert report.metric == "cv_log_loss"
+    assert report.winner == "LogisticRegression_squared"
+    assert report.rows.startswith("iris_development ")
+    assert len(report.groups) == 6
+    assert "test_log_loss" in report.final_evaluation
+    assert "iris_test" in report.final_evaluation
 
 
 def test_every_trial_is_a_child_run_with_parameters_score_and_duration(client):
     (parent,) = searches(client)
     found = children(client, parent)
-    assert [run.info.run_name for run in found] == [f"trial {number:03d}" for number in range(30)]
+    assert [run.info.run_name for run in found] == [f"trial {number:03d}" for number in range(20)]
     for run in found:
         assert set(run.data.params) == {"C", "l1_ratio"}
         assert set(run.data.metrics) == {"cv_log_loss", "duration_seconds"}
         assert 0 < run.data.metrics["duration_seconds"] < 60
         assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["iris_development"]
     assert parent.data.metrics["cv_log_loss"] == min(run.data.metrics["cv_log_loss"] for run in found)
-    assert parent.data.metrics["trials"] == 30
+    assert parent.data.metrics["trials"] == 20
 
 
-def test_search_was_killed_and_went_on(client):
+def test_search_was_interrupted_and_went_on(client):
     (parent,) = searches(client)
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["resumed"] == "with 10 trials"
@@ -150,7 +187,7 @@ def test_picture_of_the_search_is_with_its_parent(client):
 
 def test_final_run_is_marked_and_scored_on_the_test_rows(client, runs):
     (run,) = [run for run in runs.values() if "final_evaluation" in run.data.tags]
-    assert run.info.run_name == "final LogisticRegression_subset"
+    assert run.info.run_name == "final LogisticRegression_squared"
     assert run.data.tags["final_evaluation"] == "true"
     features, target = part_of_iris("test")
     answers = mlflow.pyfunc.load_model(f"models:/{MODEL}@candidate").predict(features)
@@ -160,13 +197,13 @@ def test_final_run_is_marked_and_scored_on_the_test_rows(client, runs):
 
 def test_no_other_run_saw_the_test_rows(runs):
     others = [run for run in runs.values() if "final_evaluation" not in run.data.tags]
-    assert len(others) == 6 + 1 + 30
+    assert len(others) == 6 + 1 + 20
     assert not [run for run in others if "iris_test" in {item.dataset.name for item in run.inputs.dataset_inputs}]
     assert not [run for run in others if any(name.startswith("test") for name in run.data.metrics)]
 
 
 def test_final_run_says_who_used_the_test_rows_before(folder, client, runs):
-    assert runs["final LogisticRegression_subset"].data.tags["earlier_runs_on_test_rows"] == "0"
+    assert runs["final LogisticRegression_squared"].data.tags["earlier_runs_on_test_rows"] == "0"
     assert "In this store, 0 earlier runs have used these test rows." in "".join(
         text_outputs(executed(folder / SEARCH))
     )
@@ -174,14 +211,23 @@ def test_final_run_says_who_used_the_test_rows_before(folder, client, runs):
 
 def test_candidate_is_the_final_version_and_signed_and_nothing_is_in_production(folder, client, runs):
     assert set(client.get_registered_model(MODEL).aliases) == {"candidate"}
-    assert client.get_model_version(MODEL, "1").run_id == runs["final LogisticRegression_subset"].info.run_id
+    assert client.get_model_version(MODEL, "1").run_id == runs["final LogisticRegression_squared"].info.run_id
     with verified(f"models:/{MODEL}@candidate", folder / "keys/signing_key.pub", purpose="candidate") as copy:
         assert copy.statement.purpose == "candidate"
         assert len(pd.read_parquet(copy.training_rows)) == 120
 
 
-def test_recipe_that_is_not_better_by_a_difference_that_counts_is_not_taken(tmp_path, kernel):
-    # given a store in which a run has used the test rows, and a search that is too short to find anything
+def test_tuned_recipe_is_not_taken_because_nested_folds_do_not_confirm_its_gain(folder, runs):
+    # given a search whose best trial has a smaller loss than the winner
+    best = runs["search LogisticRegression_squared"].data.metrics["cv_log_loss"]
+    assert best < runs["LogisticRegression_squared"].data.metrics["cv_log_loss"] - 0.03
+    # then the candidate has scikit-learn's own settings
+    assert runs["final LogisticRegression_squared"].data.params["C"] == "1.0"
+    assert "The untuned recipe is the candidate." in "".join(text_outputs(executed(folder / SEARCH)))
+
+
+def test_final_run_names_the_earlier_uses_of_the_test_rows(tmp_path, kernel):
+    # given a store in which a run has used the test rows
     features, target = part_of_iris("test")
     rows = mlflow.data.from_pandas(features.assign(species=target))
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
@@ -190,19 +236,16 @@ def test_recipe_that_is_not_better_by_a_difference_that_counts_is_not_taken(tmp_
         mlflow.log_input(rows)
     mlflow.set_tracking_uri(None)
     # when
-    error = execute_in(kernel, copy_project(tmp_path, GUIDE), tmp_path, {"n_trials": 6})
-    # then the candidate has scikit-learn's own settings
+    error = execute_in(kernel, copy_project(tmp_path, GUIDE), tmp_path, {"n_trials": 2})
+    # then
     assert error == ""
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
-    final = runs_by_name(client)["final LogisticRegression_subset"]
-    assert final.data.params["C"] == "1.0"
-    assert "the untuned recipe is the candidate" in "".join(text_outputs(executed(tmp_path)))
-    # and the final run says who has used the test rows before
+    final = runs_by_name(client)["final LogisticRegression_squared"]
     assert final.data.tags["earlier_runs_on_test_rows"] == "1"
 
 
 def test_execution_that_was_killed_in_its_search_is_finished_by_the_next(tmp_path, kernel):
-    # given an execution that is killed when it has gone on beyond the trial in which it killed its own search
+    # given an execution that is killed when it has gone on beyond the trial in which it interrupted its own search
     command = [sys.executable, "-m", "papermill", str(copy_project(tmp_path, GUIDE)), "executed.ipynb"]
     process = psutil.Popen(command, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL)
     while logged_trials(tmp_path / "mlflow.db") < 15:
@@ -218,7 +261,7 @@ def test_execution_that_was_killed_in_its_search_is_finished_by_the_next(tmp_pat
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path.as_posix()}/mlflow.db")
     (parent,) = searches(client)
     names = [run.info.run_name for run in children(client, parent) if run.info.status == "FINISHED"]
-    assert sorted(names) == [f"trial {number:03d}" for number in range(30)]
+    assert sorted(names) == [f"trial {number:03d}" for number in range(20)]
 
 
 def logged_trials(store: Path) -> int:

@@ -102,7 +102,8 @@ def test_objective_that_is_measured_is_that_of_guide_03():
     benchmark = (ROOT / "benchmarks/search.py").read_text(encoding="utf-8")
     # then they suggest the same parameters, to the same solver, by the same score
     for part in (
-        '{"C": trial.suggest_float("C", 1e-2, 1e3, log=True), "l1_ratio": trial.suggest_float("l1_ratio", 0, 1)}',
+        '"C": trial.suggest_float("C", 1e-2, 1e3, log=True)',
+        '"l1_ratio": trial.suggest_float("l1_ratio", 0, 1)',
         "10_000",
         "StratifiedKFold(5, shuffle=True, random_state=",
         'scoring="neg_log_loss"',
