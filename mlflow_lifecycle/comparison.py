@@ -99,21 +99,25 @@ def proportion_interval(count: int, total: int) -> tuple[float, float]:
 def detectable_difference(
     scores: ArrayLike,
     other_scores: ArrayLike,
+    test_share: float | None = None,
 ) -> float:
-    """Return the smallest true difference that these rows would show with 80 % power.
+    """Return the smallest true difference that these rows or folds would show with 80 % power.
 
     It is (t(0.975) + t(0.8)) times the standard error of the paired differences, with n - 1 degrees
     of freedom: H. S. Bloom, "Minimum detectable effects", Evaluation Review 19 (1995), 547-556. A
     smaller difference often stays unseen, so few rows prove neither "not worse" nor "not better".
 
     Args:
-        scores: the first model's score on each row.
+        scores: the first model's score on each row, or in each fold.
         other_scores: the second model's, in the same order.
+        test_share: for folds, the share of the rows that each holds back.
 
     Raises:
         InvalidInputError: there are fewer than two pairs, or a score is not a finite number.
     """
     interval = rows_interval(scores, other_scores)
+    if test_share is not None:
+        interval = folds_interval(scores, other_scores, test_share)
     margin = (interval.high - interval.low) / 2
     freedom = len(scores) - 1
     power = stats.t.ppf(0.8, freedom) / stats.t.ppf(0.975, freedom)

@@ -148,11 +148,13 @@ def describe_runs(runs: list[Run], metric: str, by: str) -> pd.DataFrame:
         reason = ""
         if run.info.status != "FINISHED":
             reason = run.info.status.lower()
+        elif "search" in run.data.tags:
+            reason = "a search, whose score is that of its best trial"
         elif not np.isfinite(value):
             reason = f"no finite {metric}"
         elif not group:
             reason = f"no tag {by}"
-        scored, learned = describe_data(run)
+        scored, learned = describe_data(run, metric)
         lines.append(
             (
                 run.info.run_id,
@@ -173,10 +175,11 @@ def describe_runs(runs: list[Run], metric: str, by: str) -> pd.DataFrame:
     return table
 
 
-def describe_data(run: Run) -> tuple[str, str]:
+def describe_data(run: Run, metric: str) -> tuple[str, str]:
     """Return the datasets that a run was scored on, and those that it learned from.
 
-    Cross-validation scores the rows that it learns from. The content of a dataset is the SHA-256 in
+    A metric that begins with ``cv_`` belongs to the context ``cross-validation``, or else to the
+    rows that the run learned from. The content of a dataset is the SHA-256 in
     the tag ``sha256`` of the input, or else MLflow's digest.
     """
     scored = []
@@ -186,9 +189,12 @@ def describe_data(run: Run) -> tuple[str, str]:
         content = f"digest {item.dataset.digest}"
         if "sha256" in tags:
             content = f"SHA-256 {tags['sha256'][:12]}"
-        is_training = tags.get("mlflow.data.context") in ("train", "training")
-        datasets = learned if is_training else scored
-        datasets.append(f"{item.dataset.name} ({content})")
+        context = tags.get("mlflow.data.context")
+        text = f"{item.dataset.name} ({content})"
+        if context in ("train", "training"):
+            learned.append(text)
+        elif (context == "cross-validation") == metric.startswith("cv_"):
+            scored.append(text)
     rows_learned = ", ".join(sorted(learned)) or UNKNOWN
     rows_scored = ", ".join(sorted(scored)) or rows_learned
     return rows_scored, rows_learned

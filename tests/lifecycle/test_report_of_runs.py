@@ -113,6 +113,34 @@ def test_trials_and_final_evaluations_cannot_win(store):
     assert report.left_out == {}
 
 
+def test_search_is_left_out_because_its_score_is_that_of_its_best_trial(store):
+    # given a recipe, and a search on the same rows whose best trial is better
+    for name, loss, tags in (("LogisticRegression_basic", 0.2, {}), ("search", 0.1, {"search": "TPE, seed 42"})):
+        store.data(store.run(name, tags=tags, cv_log_loss=loss), "c0ffee00", context="training")
+    # when
+    report = make_report(EXPERIMENT)
+    # then
+    assert names(report) == ["LogisticRegression_basic"]
+    assert list(report.left_out.values()) == ["search"]
+
+
+def test_rows_of_a_cross_validated_score_are_those_of_the_cross_validation(store):
+    # given a run that was cross-validated on all rows, and also fitted on a part of them and scored on another
+    run = store.run("LogisticRegression_basic", cv_log_loss=0.2, validation_f1=0.9)
+    for context in ("train", "validation", "cross-validation"):
+        store.data(run, "c0ffee00", context=context)
+    # then each metric is reported with its own rows
+    assert make_report(EXPERIMENT).rows == "iris_cross-validation (digest c0ffee00)"
+    assert make_report(EXPERIMENT, METRIC).rows == "iris_validation (digest c0ffee00)"
+
+
+@pytest.mark.parametrize("value", ["true", "True", "TRUE"])
+def test_final_evaluation_is_known_however_true_is_written(store, value):
+    store.candidate(WINNER, 0.9)
+    store.candidate("RandomForest_basic", 0.95, tags={"final_evaluation": value})
+    assert names(make_report(EXPERIMENT, METRIC)) == [WINNER]
+
+
 def test_final_evaluation_is_known_when_mlflow_was_given_a_truth_value(store):
     # given a candidate, and a better run whose tag is True and not a text
     store.candidate(WINNER, 0.9)
