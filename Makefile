@@ -108,7 +108,7 @@ notebooks: $(INSTALLED) ## regenerate the outputs of the committed notebooks in 
 lint: $(DEVELOPMENT) ## check code and notebooks with ruff, and the direction of the imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/ruff format --check --line-length 88 project.ipynb guides/0[3456]*.ipynb
+	$(BIN)/ruff format --check --line-length 88 project.ipynb guides/*.ipynb
 	$(BIN)/lint-imports --no-logo --no-cache
 
 test-all: $(INSTALLED) ## run all tests, and skip those whose dependencies are missing

@@ -6,10 +6,11 @@ excludes 0. Otherwise the baseline stays, or the simpler model. MLflow compares 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
@@ -122,6 +123,53 @@ def detectable_difference(
     freedom = len(scores) - 1
     power = stats.t.ppf(0.8, freedom) / stats.t.ppf(0.975, freedom)
     return margin * (1 + power)
+
+
+def proportions(hits: Mapping[str, Sequence[bool]]) -> pd.DataFrame:
+    """Return proportions with their 95 % Wilson intervals, one per row.
+
+    The interval stays between 0 and 1, and has a width even if all are hits. That of the bootstrap
+    has none then.
+
+    Args:
+        hits: by name, whether each of some rows is a hit. There is at least one row.
+
+    Returns:
+        For each name the number of hits, the number of rows, the share, and its limits ``low`` and
+        ``high``.
+
+    Raises:
+        InvalidInputError: a name has no rows.
+    """
+    results = []
+    for name, values in hits.items():
+        count = len(values)
+        if not count:
+            raise InvalidInputError(f"the proportion {name!r} needs at least one row")
+        hit_count = int(np.sum(values))
+        low, high = proportion_interval(hit_count, count)
+        results.append([hit_count, count, hit_count / count, low, high])
+    return pd.DataFrame(results, list(hits), ["hits", "rows", "share", "low", "high"])
+
+
+def calibration_table(
+    events: Sequence[bool], probabilities: Sequence[float], groups: int = 5
+) -> pd.DataFrame:
+    """Return the predicted and the observed share of events, in groups of similar probability.
+
+    The probabilities are calibrated, as far as the rows show, if ``predicted`` lies between ``low``
+    and ``high``. scikit-learn's ``calibration_curve`` gives no intervals.
+
+    Args:
+        events: whether the event happened, one value per row.
+        probabilities: the predicted probability of each row.
+        groups: the number of groups, each with about as many rows as the others.
+    """
+    table = pd.DataFrame({"event": np.asarray(events), "predicted": np.asarray(probabilities)})
+    grouped = table.groupby(pd.qcut(table["predicted"], groups, labels=False, duplicates="drop"))
+    shares = proportions(dict(list(grouped["event"])))
+    shares.insert(0, "predicted", grouped["predicted"].mean())
+    return shares
 
 
 def choose(

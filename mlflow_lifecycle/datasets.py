@@ -107,42 +107,72 @@ def check_table(
     rows: pd.DataFrame,
     target: str,
     *,
+    task: str = "classification",
+    group: str = "",
     test_share: float = 0.2,
     folds: int = 5,
 ) -> None:
-    """Refuse rows that cannot be split by class into a test set, and the rest into folds.
+    """Refuse rows that cannot be split into a test set, and the rest into folds.
 
     Args:
         rows: one row per example.
-        target: the column of classes.
+        target: the column of classes or numbers to predict.
+        task: classification or regression. For classification, each class must be in each fold.
+        group: the column that says which rows belong together, so that no split divides them.
         test_share: the share of the rows in the test set, between 0 and 1.
         folds: the number of folds of the cross-validation.
 
     Raises:
         InvalidInputError: with the reason, and what to do.
     """
-    if target not in rows:
-        columns = ", ".join(map(str, rows))
-        raise InvalidInputError(f"There is no column {target!r}. The columns are: {columns}")
-    missing = int(rows[target].isna().sum())
-    if missing:
+    if rows.empty or rows.shape[1] < 2:
         raise InvalidInputError(
-            f"The target {target!r} is missing in {missing} of {len(rows)} rows. "
-            "The text NA counts as missing."
+            "There must be rows, and columns beside the target, separated by commas."
         )
+    for name in filter(None, (target, group)):
+        if name not in rows:
+            columns = ", ".join(map(str, rows))
+            raise InvalidInputError(f"There is no column {name!r}. The columns are: {columns}")
+        missing = int(rows[name].isna().sum())
+        if missing:
+            raise InvalidInputError(
+                f"The column {name!r} is missing in {missing} of {len(rows)} rows. "
+                "The text NA counts as missing."
+            )
     numbers = rows.select_dtypes("float")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
         raise InvalidInputError(f"These columns have infinite values: {', '.join(infinite)}")
-    counts = rows[target].value_counts()
-    if len(counts) < 2:
-        raise InvalidInputError(f"The target {target!r} must have two classes or more.")
+    units = pd.Series(rows[group] if group else rows.index, rows.index)
+    kind = "groups" if group else "rows"
+    if task == "regression":
+        if not pd.api.types.is_numeric_dtype(rows[target]):
+            raise InvalidInputError(f"The target {target!r} has values that are not numbers.")
+        counts = pd.Series({"the table": units.nunique()})
+    else:
+        counts = units.groupby(rows[target]).nunique().sort_values(ascending=False)
+        if len(counts) < 2:
+            raise InvalidInputError(f"The target {target!r} has one class only: {counts.index[0]}")
     if counts.min() * (1 - test_share) < folds:
+        place = "The table" if task == "regression" else f"Class {counts.index[-1]} of {target!r}"
         raise InvalidInputError(
-            f"Class {counts.index[-1]} of {target!r} has {counts.iloc[-1]} rows, too few for "
-            f"{folds} folds of {1 - test_share:.0%} of them. "
-            "Take fewer folds, or a target with fewer classes."
+            f"{place} has {counts.iloc[-1]} {kind}, too few for {folds} folds of "
+            f"{1 - test_share:.0%} of them. Take fewer folds, or more rows."
         )
+
+
+def almost_unique(rows: pd.DataFrame) -> list[str]:
+    """Return the columns of text or whole numbers that differ in more than half of the rows.
+
+    Such a column is often an id, a date or numbers that were read as text. A model can learn the
+    training rows by heart from it.
+    """
+    names = []
+    for name, column in rows.items():
+        is_measured = pd.api.types.is_float_dtype(column)
+        if not is_measured and column.nunique() > 0.5 * len(rows):
+            names.append(str(name))
+    return names
 
 
 def in_markdown(value: object) -> str:

@@ -10,10 +10,12 @@ from sklearn.tree import DecisionTreeClassifier
 
 from mlflow_lifecycle.comparison import (
     Interval,
+    calibration_table,
     choose,
     detectable_difference,
     folds_interval,
     proportion_interval,
+    proportions,
     rows_interval,
 )
 
@@ -219,3 +221,73 @@ def test_scores_that_are_no_pairs_are_refused(scores, other):
 def test_rows_that_are_no_pairs_are_refused(scores, other):
     with pytest.raises(ValueError, match=r"pairs|finite"):
         rows_interval(scores, other)
+
+
+# Proportions, and probabilities that are held against them
+
+
+def test_interval_of_a_proportion_is_that_of_wilson():
+    table = proportions({"recall": [True] * 26 + [False] * 2})
+    assert table.loc["recall", ["hits", "rows"]].to_list() == [26, 28]
+    assert table.loc["recall", ["low", "high"]].to_list() == pytest.approx([0.774, 0.980], abs=5e-4)
+
+
+def test_proportion_of_all_hits_still_has_an_interval():
+    table = proportions({"all": [True] * 20, "none": [False] * 20})
+    assert table.loc["all", ["share", "high"]].to_list() == [1, 1]
+    assert 0.8 < table.loc["all", "low"] < 0.9
+    assert table.loc["none", "low"] == 0
+
+
+def test_proportion_of_no_rows_is_refused():
+    with pytest.raises(ValueError, match="'recall_women' needs at least one row"):
+        proportions({"recall_women": []})
+
+
+def test_calibrated_probabilities_lie_in_the_intervals_of_the_observed_shares_and_others_do_not():
+    # given events that happen as often as predicted
+    generator = np.random.default_rng(0)
+    probabilities = generator.random(5000)
+    events = generator.random(5000) < probabilities
+    # then each group's prediction is in its interval
+    table = calibration_table(events, probabilities)
+    assert table["rows"].to_list() == [1000] * 5
+    assert table["predicted"].between(table["low"], table["high"]).all()
+    # and that of a model that is too sure of itself is not
+    table = calibration_table(events, probabilities**3 / (probabilities**3 + (1 - probabilities) ** 3))
+    assert not table["predicted"].between(table["low"], table["high"])[[0, 1, 3, 4]].any()
+
+
+def cost(events, probabilities, threshold) -> float:
+    """Return the mean cost, 5 for a missed event and 1 for a false alarm."""
+    flagged = probabilities >= threshold
+    return np.mean(5 * (events & ~flagged) + (~events & flagged))
+
+
+def test_threshold_from_the_costs_is_the_cheapest_if_the_probabilities_are_calibrated():
+    # given calibrated probabilities
+    generator = np.random.default_rng(0)
+    probabilities = generator.random(200_000)
+    events = generator.random(200_000) < probabilities
+    # then no threshold costs less than 1 / (1 + 5), beyond chance
+    thresholds = np.arange(0.02, 0.99, 0.02)
+    costs = [cost(events, probabilities, threshold) for threshold in thresholds]
+    assert thresholds[np.argmin(costs)] == pytest.approx(1 / 6, abs=0.02)
+    assert cost(events, probabilities, 1 / 6) < 0.6 * cost(events, probabilities, 0.5)
+
+
+def test_tuning_on_few_rows_gains_nothing_beyond_the_derived_threshold():
+    # given 200 times 240 rows to tune on, and as many again to pay for
+    generator = np.random.default_rng(0)
+    paid = {"0.5": [], "derived": [], "tuned": []}
+    for _ in range(200):
+        probabilities = generator.beta(0.5, 0.5, 480)
+        events = generator.random(480) < probabilities
+        thresholds = np.unique(probabilities[:240])
+        costs = [cost(events[:240], probabilities[:240], threshold) for threshold in thresholds]
+        chosen = {"0.5": 0.5, "derived": 1 / 6, "tuned": thresholds[np.argmin(costs)]}
+        for name, threshold in chosen.items():
+            paid[name].append(cost(events[240:], probabilities[240:], threshold))
+    # then both cost much less than 0.5, and the tuned one a little more than the derived one
+    means = {name: np.mean(values) for name, values in paid.items()}
+    assert means["derived"] < means["tuned"] < means["0.5"]

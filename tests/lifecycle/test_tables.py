@@ -12,7 +12,7 @@ from execution import free_port
 from serving import NAME, serving
 
 from mlflow_lifecycle import datasets as tables
-from mlflow_lifecycle.datasets import check_table, fingerprint, read_table
+from mlflow_lifecycle.datasets import almost_unique, check_table, fingerprint, read_table
 
 GOOD = "weight,kind\n" + "".join(f"{number},{'ab'[number % 2]}\n" for number in range(40))
 UNREADABLE = {
@@ -51,11 +51,11 @@ def with_values(**columns) -> pd.DataFrame:
 
 
 UNFAIR = {
-    "no rows": (with_values().head(0), "must have two classes or more"),
+    "no rows": (with_values().head(0), "There must be rows"),
     "no target": (with_values().rename(columns={"kind": "sort"}), "no column 'kind'. The columns are: weight, sort"),
     "gaps in the target": (with_values(kind=["a", None] * 20), "missing in 20 of 40 rows"),
     "infinite values": (with_values(weight=[np.inf] * 40), "infinite values: weight"),
-    "one class": (with_values(kind=["a"] * 40), "must have two classes or more"),
+    "one class": (with_values(kind=["a"] * 40), "one class only: a"),
     "rare class": (with_values(kind=["a"] * 37 + ["b"] * 3), "Class b of 'kind' has 3 rows, too few for 5 folds"),
 }
 
@@ -64,6 +64,46 @@ UNFAIR = {
 def test_table_that_cannot_give_a_fair_comparison_is_refused(rows, reason):
     with pytest.raises(ValueError, match=reason):
         check_table(rows, "kind")
+
+
+def test_regression_takes_numbers_without_classes():
+    check_table(with_values(kind=np.arange(40) / 7), "kind", task="regression")
+    with pytest.raises(ValueError, match="The target 'kind' has values that are not numbers"):
+        check_table(with_values(), "kind", task="regression")
+
+
+def test_few_rows_for_a_regression_are_refused():
+    with pytest.raises(ValueError, match="The table has 5 rows, too few for 5 folds"):
+        check_table(with_values(kind=np.arange(40) / 7).head(5), "kind", task="regression")
+
+
+GROUPS = {
+    "no such column": ({}, "no column 'who'. The columns are: weight, kind"),
+    "missing group": ({"who": [None, *range(39)]}, "The column 'who' is missing in 1 of 40 rows"),
+    "few groups": ({"who": [1, 2, 3, 4] * 10}, "has 2 groups, too few for 5 folds"),
+}
+
+
+@pytest.mark.parametrize(("columns", "reason"), GROUPS.values(), ids=GROUPS)
+def test_groups_that_cannot_be_split_are_refused(columns, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_table(with_values(**columns), "kind", group="who")
+
+
+def test_enough_groups_are_taken():
+    check_table(with_values(who=np.arange(40) // 2), "kind", group="who")
+
+
+def test_columns_that_are_almost_unique_are_found():
+    # given an id, a date read as text, numbers with a decimal comma, and two columns that are not unique
+    rows = with_values(
+        id=range(40),
+        day=[f"2024-01-{number % 28 + 1:02}" for number in range(40)],
+        price=[f"{number},5" for number in range(40)],
+        visits=[1, 2, 3, 4] * 10,
+    )
+    # then
+    assert almost_unique(rows) == ["id", "day", "price"]
 
 
 def large_table() -> pd.DataFrame:
