@@ -171,7 +171,7 @@ def test_every_proportion_of_the_champion_has_its_wilson_interval(runs):
     for _, row in table.iterrows():
         expected = stats.binomtest(int(row["hits"]), int(row["rows"])).proportion_ci(method="wilson")
         assert row[["low", "high"]].to_list() == pytest.approx([*expected])
-        assert row["share"] == row["hits"] / row["rows"]
+        assert row["share"] == pytest.approx(row["hits"] / row["rows"])
 
 
 def test_recall_by_sex_is_that_of_the_champion(client, runs, parts):
@@ -184,7 +184,7 @@ def test_recall_by_sex_is_that_of_the_champion(client, runs, parts):
         assert table.loc[f"recall_{sex}", ["hits", "rows"]].to_list() == [hits, ill.sum()]
 
 
-def test_champion_has_the_threshold_that_the_costs_give(runs, parts):
+def test_champion_has_the_threshold_that_the_costs_give(client, runs, parts):
     # given the champion, as a caller loads it, and the model without a threshold
     features = parts[2]
     champion = mlflow.pyfunc.load_model("models:/heart_disease_best@champion")
@@ -196,7 +196,7 @@ def test_champion_has_the_threshold_that_the_costs_give(runs, parts):
     assert ((probabilities >= 1 / 6) & (probabilities < 0.5)).any()
 
 
-def test_derived_threshold_costs_less_than_one_half_and_no_more_than_a_tuned_one(parts):
+def test_derived_threshold_costs_less_than_one_half_and_no_more_than_a_tuned_one(client, parts):
     # given the costs in the same 25 folds
     features, target = parts[:2]
     model = mlflow.sklearn.load_model("models:/heart_disease_logistic_regression/1")
@@ -226,7 +226,7 @@ def test_words_on_the_calibration_are_those_of_its_tables(runs):
     words = next(cell.source for cell in cells if "Look at the third group" in cell.source)
     third = logged_json(runs["comparison"], "calibration_test.json").iloc[2]
     assert f"The model predicts {third['predicted']:.2f} for its patients, and {third['share']:.2f} are ill." in words
-    assert f"{third['hits']} of {third['rows']} patients" in " ".join(words.split())
+    assert f"{third['hits']:.0f} of {third['rows']:.0f} patients" in " ".join(words.split())
     assert f"from {third['low']:.2f} to {third['high']:.2f} contains" in " ".join(words.split())
     training = logged_json(runs["comparison"], "calibration.json")
     assert training["predicted"].between(training["low"], training["high"]).all()
