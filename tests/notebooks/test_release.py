@@ -60,7 +60,8 @@ def test_environment_that_was_not_built_is_said(tmp_path, kernel):
 def test_another_execution_finds_its_candidate_in_production_and_changes_nothing(folder, client, kernel):
     before = aliases(client)
     (folder / "again").mkdir()
-    assert execute_in(kernel, folder / GUIDE, folder / "again") == ""
+    keys = str(folder / "keys")
+    assert execute_in(kernel, folder / GUIDE, folder / "again", LIFECYCLE_KEYS=keys) == ""
     assert aliases(client) == before
 
 
