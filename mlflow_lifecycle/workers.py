@@ -143,6 +143,8 @@ def track(
                 except Exception as error:
                     value = math.nan
                     mlflow.set_tag("error", repr(error)[:5000])
+                    reason = printable(repr(error))
+                    print(f"Trial {trial.number} failed: {reason}", file=sys.stderr)
                 mlflow.log_params(trial.params)
                 if math.isnan(value):
                     mlflow.end_run("FAILED")
