@@ -144,7 +144,7 @@ def test_logged_scores_are_those_of_a_model_of_the_training_rows(runs, name):
     assert runs[name].data.metrics["validation_f1"] == pytest.approx(f1_score(target, answers, average="macro"))
 
 
-def test_candidate_takes_raw_rows_and_gives_its_model_their_squares(folder):
+def test_candidate_takes_raw_rows_and_gives_its_model_their_squares(client):
     features, _ = part_of_iris("validation")
     model = mlflow.sklearn.load_model(f"models:/{MODEL}@candidate")
     assert (model[0].transform(features) == [[*row, *(row**2)] for row in features.to_numpy()]).all()
@@ -212,7 +212,7 @@ def test_final_run_says_who_used_the_test_rows_before(folder, client, runs):
 def test_candidate_is_the_final_version_and_signed_and_nothing_is_in_production(folder, client, runs):
     assert set(client.get_registered_model(MODEL).aliases) == {"candidate"}
     assert client.get_model_version(MODEL, "1").run_id == runs["final LogisticRegression_squared"].info.run_id
-    with verified(f"models:/{MODEL}@candidate", folder / "keys/signing_key.pub", purpose="candidate") as copy:
+    with verified(f"models:/{MODEL}@candidate", folder / SEARCH / "keys/signing_key.pub", purpose="candidate") as copy:
         assert copy.statement.purpose == "candidate"
         assert len(pd.read_parquet(copy.training_rows)) == 120
 
