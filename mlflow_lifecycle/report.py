@@ -18,7 +18,7 @@ from mlflow.entities import Run
 from mlflow_lifecycle.comparison import Interval, choose, folds_interval
 from mlflow_lifecycle.datasets import in_markdown
 from mlflow_lifecycle.exceptions import InvalidInputError
-from mlflow_lifecycle.releases.gate import LOWER_IS_BETTER
+from mlflow_lifecycle.scoring import LOWER_IS_BETTER
 
 CHART = "comparison.png"
 FOLD_SCORES = "fold_scores.json"  # by mlflow.log_table: repeat, fold, and a column per metric

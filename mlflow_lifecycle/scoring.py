@@ -20,6 +20,17 @@ ABSOLUTE_ERROR = "absolute error"
 # XGBoost computes in float32. The same limit holds for all models, so that the comparison is fair.
 SMALLEST = float(np.finfo(np.float32).eps)
 TOLERANCE = 1e-6
+# Metrics of mlflow.models.evaluate of which less is better.
+LOWER_IS_BETTER = {
+    "log_loss",
+    "false_positives",
+    "false_negatives",
+    "mean_absolute_error",
+    "mean_squared_error",
+    "root_mean_squared_error",
+    "mean_absolute_percentage_error",
+    "max_error",
+}
 
 
 def measure_of(model: object, other: object) -> str:

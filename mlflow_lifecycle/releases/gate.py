@@ -33,6 +33,7 @@ from mlflow_lifecycle.exceptions import (
 )
 from mlflow_lifecycle.flavors import CLASSIFICATION, load_estimator, task_of
 from mlflow_lifecycle.scoring import (
+    LOWER_IS_BETTER,
     TOLERANCE,
     equal_predictions,
     measure_of,
@@ -45,16 +46,6 @@ PASSED, FAILED, UNCHECKED = "passed", "failed", "not checked"
 ENVIRONMENT = "fresh environment"
 # The share of the test rows that may also be training rows: equal rows happen by chance.
 KNOWN_ROWS = 0.1
-LOWER_IS_BETTER = {
-    "log_loss",
-    "false_positives",
-    "false_negatives",
-    "mean_absolute_error",
-    "mean_squared_error",
-    "root_mean_squared_error",
-    "mean_absolute_percentage_error",
-    "max_error",
-}
 
 
 @dataclass(frozen=True)

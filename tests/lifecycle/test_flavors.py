@@ -1,6 +1,7 @@
 """The flavors: how each is stored, loaded and checked, and which task a model has."""
 
 import functools
+import re
 import shutil
 
 import mlflow
@@ -20,8 +21,13 @@ from mlflow_lifecycle.flavors import FLAVORS, load_estimator, stored_task, task_
 from mlflow_lifecycle.pins import locked, read_pins
 from mlflow_lifecycle.policy import check_contents
 
-INSTALL = ".venv/bin/uv pip install xgboost-cpu==3.2.0 lightgbm==4.7.0"
-PINS = {"sklearn": "scikit-learn", "xgboost": "xgboost-cpu==3.2.0", "lightgbm": "lightgbm==4.7.0"}
+INSTALL = "make site"
+LOCKED = dict(re.findall(r"(?m)^(xgboost-cpu|lightgbm)(==[^ ;]+)", (ROOT / "requirements-dev.txt").read_text()))
+PINS = {
+    "sklearn": "scikit-learn",
+    "xgboost": f"xgboost-cpu{LOCKED['xgboost-cpu']}",
+    "lightgbm": f"lightgbm{LOCKED['lightgbm']}",
+}
 CLASSES = {"xgboost": "xgboost.sklearn.XGBClassifier", "lightgbm": "lightgbm.sklearn.LGBMClassifier"}
 
 

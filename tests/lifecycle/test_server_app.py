@@ -59,7 +59,7 @@ WHOLE = message(BODY)
 
 
 MINUTE = 60
-INSTALL = ".venv/bin/uv pip install xgboost-cpu==3.2.0 lightgbm==4.7.0"
+INSTALL = "make site"
 FAILED = "the model failed, or its answer cannot be recorded"
 NO_PROBABILITIES = "the model has no predict_proba for the classes of one target: ask without probabilities=true"
 
