@@ -55,7 +55,7 @@ def lifecycle(wheel, folder, tmp_path):
 def test_wheel_without_an_extra_names_the_extra_of_a_command(lifecycle):
     run = lifecycle("")
     assert "Release, verify, serve and monitor" in run("--help")
-    assert "No problem found" in run("doctor")
+    assert "No problem was found" in run("doctor")
     refusal = run("verify", "models:/iris/1", status=1)
     assert "Run: pip install 'mlflow-quickstart-lifecycle[sign]'" in refusal
 
