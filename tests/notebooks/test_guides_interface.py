@@ -44,7 +44,7 @@ def test_experiments_are_listed_with_their_descriptions(page, interface, picture
 def test_three_models_of_guide_01_are_compared_side_by_side(page, client, interface, pictures):
     # given the page of the interface that compares runs, for the three nested runs
     found = client.get_experiment_by_name("compare_models").experiment_id
-    children = client.search_runs([found], "tags.model != ''", order_by=["start_time ASC"])
+    children = client.search_runs([found], "tags.mlflow.parentRunId != ''", order_by=["start_time ASC"])
     runs = quote(json.dumps([run.info.run_id for run in children]))
     page.goto(f"{interface}/#/compare-runs?runs={runs}&experiments={quote(json.dumps([found]))}&{MODE}")
     page.get_by_text("Comparing 3 Runs from 1 Experiment").wait_for()
