@@ -179,8 +179,8 @@ def describe_data(run: Run, metric: str) -> tuple[str, str]:
     """Return the datasets that a run was scored on, and those that it learned from.
 
     A metric that begins with ``cv_`` belongs to the context ``cross-validation``, or else to the
-    rows that the run learned from. The content of a dataset is the SHA-256 in
-    the tag ``sha256`` of the input, or else MLflow's digest.
+    rows that the run learned from. A dataset is identified by the SHA-256 in the tag ``sha256`` of
+    the input, or else by MLflow's digest.
     """
     scored = []
     learned = []

@@ -23,7 +23,7 @@ from mlflow_lifecycle.comparison import (
     proportion_interval,
     rows_interval,
 )
-from mlflow_lifecycle.datasets import as_classes
+from mlflow_lifecycle.datasets import as_classes, check_columns
 from mlflow_lifecycle.environments import build_environment, predict, python_note
 from mlflow_lifecycle.exceptions import (
     EnvironmentNotBuiltError,
@@ -439,9 +439,7 @@ def _refuse_unfit(candidate: Verified, rows: pd.DataFrame, target: str) -> None:
         raise InvalidInputError(
             f"The version learned from no column {target!r}. The columns are: {columns}"
         )
-    missing = [name for name in needed if name not in rows]
-    if missing:
-        raise InvalidInputError(f"The test rows lack these columns: {', '.join(missing)}")
+    check_columns(rows, needed)
     gaps = int(rows[target].isna().sum())
     if gaps:
         raise InvalidInputError(

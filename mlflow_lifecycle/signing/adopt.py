@@ -15,6 +15,7 @@ import mlflow
 import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 
+from mlflow_lifecycle.datasets import check_columns
 from mlflow_lifecycle.exceptions import InvalidInputError, KeyRefusedError
 from mlflow_lifecycle.flavors import stored_task
 from mlflow_lifecycle.pins import locked, read_pins
@@ -113,11 +114,7 @@ def _check_columns(folder: Path, training_data: pd.DataFrame) -> None:
     """Refuse training data that has other columns than the inputs and one target."""
     signature = mlflow.models.Model.load(str(folder / "MLmodel")).signature
     inputs = signature.inputs.input_names() if signature and signature.inputs else []
-    missing = [name for name in inputs if name not in training_data]
-    if missing:
-        raise InvalidInputError(
-            f"These columns are missing in the training data: {', '.join(missing)}"
-        )
+    check_columns(training_data, inputs)
     targets = [str(name) for name in training_data if name not in inputs]
     if len(targets) != 1:
         found = ", ".join(targets) or "none"

@@ -18,6 +18,8 @@ START = """
 import os, sys, tempfile
 if "mlflow" in sys.modules:
     sys.modules["mlflow"].set_tracking_uri(None)
+if "pandas" in sys.modules:
+    sys.modules["pandas"].reset_option("^display")
 kept = {{name: os.environ[name] for name in ("MPLBACKEND",) if name in os.environ}}
 os.environ.clear()
 os.environ.update({variables} | kept)

@@ -346,7 +346,7 @@ def test_version_without_training_rows_is_checked_as_far_as_that_goes(judge, goo
     assert detail(verdict, "test rows") == "no training data was signed"
     assert list(results(verdict).values()).count("passed") == 5
     verdict.require()
-    with pytest.raises(ValueError, match=r"columns( are missing)?: petal width \(cm\)"):
+    with pytest.raises(ValueError, match=r"These columns are missing: petal width \(cm\)"):
         context_of(replace(good, training_rows=None), rows=ROWS_TEST.drop(columns="petal width (cm)"))
 
 
@@ -355,7 +355,7 @@ def test_missing_training_rows_alone_do_not_refuse_a_version():
 
 
 def test_rows_without_a_column_are_refused(good):
-    with pytest.raises(ValueError, match=r"The test rows lack these columns: petal width \(cm\), species"):
+    with pytest.raises(ValueError, match=r"These columns are missing: petal width \(cm\), species"):
         context_of(good, rows=ROWS_TEST.iloc[:, :3])
 
 

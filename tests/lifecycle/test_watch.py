@@ -1,6 +1,7 @@
 """The command `lifecycle watch`, as cron calls it: what it prints, what it leaves, and its exit status."""
 
 import json
+import os
 import sys
 
 import mlflow
@@ -143,7 +144,8 @@ def test_as_a_process_in_the_folder_of_the_store(store, usual, tmp_path):
         "--data",
         str(tmp_path / "Monday.csv"),
     ]
-    process = finished(command, store, environment(tmp_path), limit=120)
+    variables = environment(tmp_path, LIFECYCLE_KEYS=os.environ["LIFECYCLE_KEYS"])
+    process = finished(command, store, variables, limit=120)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     assert process.stdout.startswith("quiet: 75 rows\n")

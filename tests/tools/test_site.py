@@ -209,7 +209,7 @@ def test_search_finds_a_word(page, address):
     # then
     page.locator("#search-results a", has_text="The library").first.wait_for()
     page.locator("#search-results a", has_text="Compare models").first.click()
-    page.get_by_role("heading", name="Is the best one better?").wait_for()
+    page.get_by_role("heading", name="Is one of them better?").wait_for()
 
 
 def test_code_is_folded_where_the_notebook_says_so(page, address):
