@@ -21,6 +21,7 @@ override METRIC := $(value METRIC)
 override NOTEBOOKS := $(value NOTEBOOKS)
 override ONLY := $(value ONLY)
 override PORT := $(value PORT)
+override TURN := $(value TURN)
 override UPGRADE := $(value UPGRADE)
 
 # Guide 06 needs Spark and Java, which are not part of the basic environment.
@@ -50,12 +51,16 @@ unexport $(filter-out $(PASSED_ON),$(filter PIP_% UV_%,$(.VARIABLES)))
 export PIP_CONFIG_FILE := $(NULL_DEVICE)
 
 .PHONY: run lab ui guides report test site scale clean help
-.PHONY: notebooks lint test-all coverage lock browser postgresql screenshots bench reliability reproduce
+.PHONY: notebooks lint test-all test-nightly coverage lock upgrade audit browser postgresql screenshots bench reliability reproduce
 .DELETE_ON_ERROR:
 
 # One process more than there are cores, because tests also wait: for servers, kernels and locks.
 PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)") \
 	--dist loadfile --no-loadscope-reorder
+
+# Each is a part of `make test-nightly`. `.ci/run` runs one of them, in turn.
+NIGHTLY = tests/deploy/test_containers.py tests/deploy/test_deploy_guides.py tests/lifecycle/test_road.py \
+	tests/lifecycle/test_wheel.py
 
 ##@ Use the project
 
@@ -111,8 +116,11 @@ lint: $(DEVELOPMENT) ## check code and notebooks with ruff, and the direction of
 	$(BIN)/ruff format --check --line-length 88 project.ipynb guides/*.ipynb
 	$(BIN)/lint-imports --no-logo --no-cache
 
-test-all: $(INSTALLED) ## run all tests, and skip those whose dependencies are missing
-	$(PYTEST)
+test-all: $(INSTALLED) ## run all tests but those of `make test-nightly`, and skip those whose dependencies are missing
+	$(PYTEST) $(addprefix --ignore=,$(NIGHTLY))
+
+test-nightly: $(INSTALLED) ## run the longest tests: containers, guides on the shared server, wheels (TURN=1 for one part)
+	$(PYTEST) $(if $(TURN),$(word $(shell expr $(TURN) % $(words $(NIGHTLY)) + 1),$(NIGHTLY)),$(NIGHTLY))
 
 coverage: $(INSTALLED) ## measure the branch coverage of the library by its fast tests
 	rm -f .coverage*
@@ -122,16 +130,35 @@ coverage: $(INSTALLED) ## measure the branch coverage of the library by its fast
 
 # The first lock has all packages. The others are constrained by a larger one, so that all have the same versions.
 COMPILE = $(UV) pip compile --config-file uv.toml --no-sources --quiet --universal --python-version 3.11 \
-	--fork-strategy fewest --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
-lock: $(INSTALLED) ## compile the lock files from pyproject.toml (UPGRADE=1 to upgrade indirect dependencies)
+	--fork-strategy fewest --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade --exclude-newer "7 days")
+lock: $(INSTALLED) ## compile the lock files from pyproject.toml (UPGRADE=1 to upgrade indirect dependencies, after seven days)
 	$(COMPILE) --group scale --generate-hashes --output-file requirements-scale.txt
 	$(COMPILE) --group development --generate-hashes --constraint requirements-scale.txt --output-file requirements-dev.txt
 	$(COMPILE) --group server --generate-hashes --constraint requirements-scale.txt --output-file deploy/requirements.txt
 	$(COMPILE) --group test --generate-hashes --constraint requirements-dev.txt --output-file requirements.txt
 	$(COMPILE) --group model --constraint requirements.txt --output-file model_requirements.txt
-	$(COMPILE) --group audit --generate-hashes --output-file .github/requirements-audit.txt
+	mkdir -p build
+	for list in last_year pandas_3; do \
+		names=$$(sed -n 's/==.*//p' guides/07_pins/$$list.in | paste -sd '|' -); \
+		sed -E "/^($$names)==/d" model_requirements.txt > build/others.txt; \
+		$(COMPILE) --no-annotate --no-header --group model --override guides/07_pins/$$list.in \
+			--constraint build/others.txt --output-file guides/07_pins/$$list.txt || exit 1; \
+	done
+	cat guides/07_pins/*.in | $(COMPILE) --no-deps --no-annotate --no-header --generate-hashes \
+		--output-file guides/07_pins/lock.txt -
 	echo pyarrow | $(COMPILE) --no-deps --no-annotate --no-header --generate-hashes --constraint requirements.txt \
 		--output-file mlflow_lifecycle/pyarrow.txt -
+
+upgrade: $(INSTALLED) ## raise each pin that changes no output of the quickstart, compile the locks, and test
+	mkdir -p build
+	$(BIN)/python tools/upgrades.py --write | tee build/upgrades.md
+	$(MAKE) lock UPGRADE=1
+	$(MAKE) run
+	$(MAKE) test
+
+audit: export DATABASE := $(value DATABASE)
+audit: $(INSTALLED) ## look for known vulnerabilities in the locks (DATABASE=all.zip for a downloaded copy of OSV)
+	$(BIN)/python tools/audit.py requirements-scale.txt model_requirements.txt
 
 browser: $(DEVELOPMENT) ## install what the tests of the interface need: a browser and its driver
 	$(BIN)/python tests/helpers/browser.py

@@ -9,6 +9,7 @@ import importlib
 # The public names, by the module that defines them. Each is imported at first use, because MLflow
 # takes seconds to import.
 MODULES = {
+    "audit": ("audit_model", "audit_pins"),
     "comparison": (
         "Interval",
         "calibration_table",
@@ -27,19 +28,22 @@ MODULES = {
         "runs_with",
         "verified_file",
     ),
-    "exceptions": ("GateClosedError", "LifecycleError", "NotVerifiedError"),
+    "difference": ("compare_versions", "log_difference"),
+    "environments": ("build_environment",),
+    "exceptions": ("GateClosedError", "LifecycleError", "NotRenewedError", "NotVerifiedError"),
     "experiments": ("open_experiment", "source_tags"),
     "monitoring.batches": ("log_batch", "plot_differences", "read_batch"),
     "monitoring.drift": ("alarm_rate", "has_alarm"),
     "monitoring.judge": ("judge", "load_reference"),
-    "pins": ("find_model_requirements",),
+    "pins": ("find_model_requirements", "locked", "read_pins"),
     "releases.card": ("make_card",),
     "releases.gate": ("DEFAULT_CHECKS", "CheckResult", "GateContext", "GateSettings"),
     "releases.promote": ("promote",),
     "releases.release": ("history", "release", "rollback"),
+    "renew": ("renew_version", "replace_packages"),
     "report": ("make_report", "write_report"),
     "search": ("run_search",),
-    "scoring": ("measure_of", "score_rows"),
+    "scoring": ("measure_of", "predict", "score_rows"),
     "serving": ("read_record", "serve", "serve_verified"),
     "splits": ("Split", "score_folds", "split_table"),
     "signing.adopt": ("sign_version",),

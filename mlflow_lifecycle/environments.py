@@ -5,6 +5,7 @@ trusts what its cache holds. Here the hashes come from the project's lock file, 
 downloaded and verified again.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -15,16 +16,22 @@ import subprocess
 import sys
 import tempfile
 from base64 import urlsafe_b64encode
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from mlflow.models import Model
 from uv import find_uv_bin
 
+from mlflow_lifecycle import predict_worker
 from mlflow_lifecycle.exceptions import EnvironmentNotBuiltError, PredictionFailedError
 from mlflow_lifecycle.experiments import printable
+from mlflow_lifecycle.flavors import stored_task
+from mlflow_lifecycle.scoring import Predictions
 
+WORKER = predict_worker.__file__
 # The settings of uv, pip and Python that say more than how to reach a package index.
 OVERRIDES = re.compile(
     "(UV_|PIP_|PYTHON)(?!.*(INDEX|FIND_LINKS|KEYRING|HTTP|TLS|CERTS|INSECURE|TIMEOUT|RETRIES))"
@@ -72,9 +79,9 @@ def build_environment(
     """
     folder = Path(folder).resolve()
     lock = str(Path(lock).resolve())
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    python = python_of(folder)
     with tempfile.TemporaryDirectory(prefix="packages-", dir=folder.parent) as own:
-        packages = Path(own) / "cache" if cache is None else Path(cache).resolve()
+        packages = Path(own) / "cache" if cache is None else Path(cache).resolve() / "packages"
         settings = ["--quiet", "--cache-dir", str(packages), "--python"]
         install = ["--link-mode", "copy", "--no-deps", "--require-hashes"]
         install += ["--requirements", str(Path(requirements).resolve()), "--constraints", lock]
@@ -96,6 +103,11 @@ def build_environment(
     return python
 
 
+def python_of(folder: Path) -> Path:
+    """Return the Python of the environment in a folder."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
 def python_note(model_folder: Path) -> str | None:
     """Return a sentence if the model was logged under another minor version of Python."""
     here = platform.python_version()
@@ -106,47 +118,87 @@ def python_note(model_folder: Path) -> str | None:
     return f"The model was logged under Python {recorded}. Its environment has {here}."
 
 
-def predict(model_folder: Path, rows: pd.DataFrame, python: Path) -> list:
+def predict_in(python: Path, folder: Path, rows: pd.DataFrame) -> Predictions:
     """Return what a model predicts for ``rows`` in another environment.
 
-    The rows go there as JSON, which keeps every number exact. MLflow rounds the last digit in CSV.
+    The rows go there as JSON, which keeps every number exact. A missing value stays what it is,
+    None or NaN: scikit-learn takes None in a text for another value.
 
     Args:
-        model_folder: the model.
-        rows: the rows, with the columns that the model takes.
         python: the Python of the environment.
+        folder: the model.
+        rows: the rows, with the columns that the model takes.
 
     Raises:
         PredictionFailedError: the process ended with an error; with its last line.
     """
-    # NaN as in pandas, because scikit-learn takes None in a text for another value.
-    values = rows.astype(object).where(rows.notna(), float("nan"))
-    split = values.to_dict(orient="split", index=False)
-    command = [str(python), "-I", "-m", "mlflow", "models", "predict", "--env-manager", "local"]
-    command += ["--content-type", "json", "--model-uri", str(Path(model_folder).resolve())]
-    with tempfile.TemporaryDirectory(prefix="predictions-") as folder:
-        answer = Path(folder) / "answer.json"
+    columns = {}
+    for name, column in rows.items():
+        values = []
+        for value in column.tolist():
+            values.append(float("nan") if value is not None and pd.isna(value) else value)
+        columns[name] = values
+    with tempfile.TemporaryDirectory(prefix="predictions-") as scratch:
+        table = Path(scratch) / "rows.json"
+        table.write_text(json.dumps(columns, default=str), encoding="utf-8")
+        answer = Path(scratch) / "answer.json"
         child = subprocess.run(
-            [*command, "--output-path", str(answer)],
-            input=json.dumps({"dataframe_split": split}, default=str),
-            cwd=folder,
+            [str(python), "-I", WORKER, str(Path(folder).resolve()), str(table), str(answer)],
+            cwd=scratch,
             capture_output=True,
             encoding="utf-8",
             errors="replace",
         )
-        if child.returncode == 0:
-            return json.loads(answer.read_text(encoding="utf-8"))["predictions"]
-    reason = _last_lines(child.stderr, 1)
-    raise PredictionFailedError(f"The model in {model_folder} gave no predictions. {reason}")
+        if child.returncode:
+            reason = _last_lines(child.stderr, 1)
+            raise PredictionFailedError(f"The model in {folder} gave no predictions. {reason}")
+        found = json.loads(answer.read_text(encoding="utf-8"))
+    return Predictions(
+        task=stored_task(folder),
+        predicted=np.asarray(found["predicted"]),
+        classes=found.get("classes"),
+        probabilities=np.asarray(found["probabilities"]) if "probabilities" in found else None,
+    )
 
 
-def _uv(folder: str, *arguments: str) -> None:
+@contextlib.contextmanager
+def own_environment(folder: Path, packages: Path, cache: Path | None = None) -> Iterator[Path]:
+    """Give the Python of a model's own environment to the block.
+
+    Args:
+        folder: the model.
+        packages: its pins, with hashes.
+        cache: see `build_environment`. The environment is kept there, too, and used again for the
+            same packages after each installed file was compared with the hash in its package.
+
+    Raises:
+        EnvironmentNotBuiltError: see `build_environment`.
+    """
+    requirements = folder / "requirements.txt"
+    with contextlib.ExitStack() as stack:
+        if cache is None:
+            own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="environment-")))
+            yield build_environment(requirements, own / "environment", lock=packages)
+            return
+        key = sha256(f"{sys.version} {packages.read_text(encoding='utf-8')}".encode()).hexdigest()
+        kept = Path(cache).resolve() / "environments" / key[:16]
+        if kept.exists():
+            _check_files(kept)
+        else:
+            part = Path(f"{kept}.{os.getpid()}")  # so that a killed build leaves no incomplete one
+            part.parent.mkdir(parents=True, exist_ok=True)
+            build_environment(requirements, part, lock=packages, cache=cache)
+            part.rename(kept)
+        yield python_of(kept)
+
+
+def run_uv(folder: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run uv in an empty folder, with no settings of the user other than those of the network."""
     variables = {}
     for name, value in os.environ.items():
         if not OVERRIDES.match(name):
             variables[name] = value
-    child = subprocess.run(
+    return subprocess.run(
         [find_uv_bin(), "--no-config", *arguments],
         cwd=folder,
         env=variables,
@@ -154,6 +206,15 @@ def _uv(folder: str, *arguments: str) -> None:
         encoding="utf-8",
         errors="replace",
     )
+
+
+def _uv(folder: str, *arguments: str) -> None:
+    """Run uv for a build.
+
+    Raises:
+        EnvironmentNotBuiltError: it failed.
+    """
+    child = run_uv(folder, *arguments)
     if child.returncode == 0:
         return
     message = " ".join(child.stderr.split())  # uv breaks lines as wide as the terminal

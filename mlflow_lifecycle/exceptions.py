@@ -61,3 +61,11 @@ class SearchFailedError(LifecycleError):
 
 class SparkFailedError(LifecycleError):
     """Spark could not be started, or its job failed."""
+
+
+class NotAuditedError(LifecycleError):
+    """Packages were not looked up. It does not mean that nothing would be found."""
+
+
+class NotRenewedError(LifecycleError):
+    """A version would answer otherwise with the new packages. Nothing was registered."""

@@ -4,11 +4,13 @@ MLflow gives one number per model. Whether chance alone could explain a differen
 models shows only in the scores of the single rows.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from mlflow_lifecycle.datasets import as_text, check_columns
 from mlflow_lifecycle.exceptions import InvalidInputError
@@ -33,35 +35,54 @@ LOWER_IS_BETTER = {
 }
 
 
-def measure_of(model: object, other: object) -> str:
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts for some rows.
+
+    Attributes:
+        task: classification or regression.
+        predicted: a class or a number for each row.
+        classes: the known classes, if the model gives probabilities.
+        probabilities: of each class, for each row; or None.
+    """
+
+    task: str
+    predicted: np.ndarray
+    classes: ArrayLike | None = None
+    probabilities: np.ndarray | None = None
+
+
+def predict(model: object, features: pd.DataFrame) -> Predictions:
+    """Return what a fitted model with scikit-learn's interface predicts for the rows."""
+    predicted = np.ravel(model.predict(features))
+    if not hasattr(model, "predict_proba"):
+        return Predictions(task_of(model), predicted)
+    probabilities = model.predict_proba(features)
+    return Predictions(task_of(model), predicted, model.classes_, probabilities)
+
+
+def measure_of(predictions: Predictions, other: Predictions) -> str:
     """Return the measure that compares two models: log probability, accuracy or absolute error.
 
     Raises:
         InvalidInputError: their tasks differ.
     """
-    task = task_of(model)
-    if task != task_of(other):
+    if predictions.task != other.task:
         raise InvalidInputError(
-            f"A model for {task} cannot be compared with one for {task_of(other)}."
+            f"A model for {predictions.task} cannot be compared with one for {other.task}."
         )
-    if task == REGRESSION:
+    if predictions.task == REGRESSION:
         return ABSOLUTE_ERROR
-    if hasattr(model, "predict_proba") and hasattr(other, "predict_proba"):
-        return LOG_PROBABILITY
-    return ACCURACY
+    if predictions.probabilities is None or other.probabilities is None:
+        return ACCURACY
+    return LOG_PROBABILITY
 
 
-def score_rows(
-    model: object,
-    features: pd.DataFrame,
-    target: pd.Series,
-    measure: str,
-) -> np.ndarray:
+def score_rows(predictions: Predictions, target: pd.Series, measure: str) -> np.ndarray:
     """Return the score of each row; a higher score is better.
 
     Args:
-        model: a fitted scikit-learn model, or one with its interface.
-        features: the rows, with the columns in the order that the model takes.
+        predictions: from `predict`.
         target: the true values. Classes are compared as text: a CSV file does not tell the text 0
             from the number.
         measure: from `measure_of`. Log probability: of the right class; it tells apart two models
@@ -69,17 +90,15 @@ def score_rows(
             else 0. Absolute error: minus it.
     """
     if measure == ABSOLUTE_ERROR:
-        predictions = np.ravel(model.predict(features))
-        return -np.abs(predictions - target.to_numpy(dtype=float))
+        return -np.abs(predictions.predicted - target.to_numpy(dtype=float))
     labels = as_text(target).to_numpy()
     if measure == ACCURACY:
-        predictions = np.ravel(model.predict(features))
-        is_right = labels == as_text(predictions).to_numpy()
+        is_right = labels == as_text(predictions.predicted).to_numpy()
         return is_right.astype(float)
-    classes = as_text(model.classes_).to_numpy()
+    classes = as_text(predictions.classes).to_numpy()
     is_class = labels[:, np.newaxis] == classes
     # 0 for a class that the model does not know.
-    probabilities = (model.predict_proba(features) * is_class).sum(axis=1)
+    probabilities = (predictions.probabilities * is_class).sum(axis=1)
     return np.log(np.clip(probabilities, SMALLEST, None))
 
 
@@ -100,22 +119,34 @@ def order_columns(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return rows[names]
 
 
-def equal_predictions(
-    first: np.ndarray,
-    second: np.ndarray,
-) -> np.ndarray:
-    """Return for each row whether two predictions are equal.
+def differences(first: Predictions, second: Predictions) -> np.ndarray:
+    """Return for each row by how much two models differ.
 
-    Decimal numbers may differ by a millionth of their size.
+    For probabilities it is the largest difference of a class; for numbers the difference as a share
+    of the larger one; else 1 for another class.
     """
-    first = np.ravel(first)
-    second = np.ravel(second)
-    if first.dtype.kind == "f" and second.dtype.kind == "f":
-        return np.isclose(
-            first,
-            second,
-            rtol=TOLERANCE,
-            atol=0,
-            equal_nan=True,
-        )
-    return first == second
+    is_other = (first.predicted != second.predicted).astype(float)
+    if first.probabilities is not None and second.probabilities is not None:
+        if list(first.classes) != list(second.classes):
+            return np.ones(len(is_other))
+        return np.abs(first.probabilities - second.probabilities).max(axis=1)
+    if first.predicted.dtype.kind != "f" or second.predicted.dtype.kind != "f":
+        return is_other
+    both_missing = np.isnan(first.predicted) & np.isnan(second.predicted)
+    larger = np.maximum(np.abs(first.predicted), np.abs(second.predicted))
+    shares = np.abs(first.predicted - second.predicted) / np.where(larger > 0, larger, 1)
+    return np.where(both_missing, 0, shares)
+
+
+def equal_rows(first: Predictions, second: Predictions, tolerance: float = TOLERANCE) -> np.ndarray:
+    """Return for each row whether two models predict the same.
+
+    Args:
+        first: the predictions of one model.
+        second: those of the other one, for the same rows.
+        tolerance: by how much they may differ, see `differences`. A class must be the same.
+    """
+    equal = differences(first, second) <= tolerance
+    if first.task != REGRESSION:
+        equal &= first.predicted == second.predicted
+    return equal

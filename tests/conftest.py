@@ -1,7 +1,13 @@
 """What several test modules share. ``folder`` is a fixture of each: where it has executed its notebooks."""
 
+import os
 import sys
 from importlib.util import find_spec
+
+# Tests run at the same time on all cores. More threads in each process would only wait for each other. This must come
+# before the import of numpy.
+for library in ("OMP", "OPENBLAS"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import mlflow
 import pytest

@@ -42,6 +42,8 @@ def execute(notebook: nbformat.NotebookNode, path: Path) -> None:
         beside = [file for file in path.resolve().parent.iterdir() if file.is_file() and "mlflow.db" not in file.name]
         for file in beside:
             shutil.copy(file, work)
+        for part in path.resolve().parent.glob(f"{path.name[:3]}*/"):  # such as guides/07_pins
+            shutil.copytree(part, work / part.name)
         for name in ("model_requirements.txt", "requirements.txt"):
             shutil.copy(ROOT / name, folder)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path(folder).as_posix()}/mlflow.db"

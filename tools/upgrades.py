@@ -1,9 +1,10 @@
 """Which newer releases do the direct pins leave out, and what would each break?
 
-Usage: python tools/upgrades.py [--package NAME ...] [NOTEBOOK ...]
+Usage: python tools/upgrades.py [--package NAME ...] [--write] [NOTEBOOK ...]
 
 Each direct pin of the notebooks is lifted alone. Where that brings another release, the notebooks are executed with it,
-in an environment of their own, and what they print is compared with what is committed.
+in an environment of their own, and what they print is compared with what is committed. With --write, the pins whose
+newer release changes nothing are raised in pyproject.toml; then run: make lock
 """
 
 import argparse
@@ -22,6 +23,7 @@ from reproduce import ROOT, differences, outputs
 
 UV = [sys.executable, "-m", "uv", "--no-config"]
 PYTHON = ["--python", sys.executable]
+COOL_DOWN = ["--exclude-newer", "7 days"]  # a bad release is often found and withdrawn within days
 TOGETHER = {"mlflow": ["mlflow-skinny"]}  # what has to be of the same release
 
 
@@ -72,6 +74,7 @@ def lifted(name: str, folder: Path) -> str:
             "compile",
             "--quiet",
             "--no-sources",
+            *COOL_DOWN,
             *PYTHON,
             "--group",
             group,
@@ -111,11 +114,21 @@ def broken(notebook: str, python: Path, folder: Path) -> str:
 PINS_SHOWN = re.compile(r"\b\d+ packages|The new environment gives")
 
 
+def write(name: str, version: str) -> None:
+    """Raise the pin of a package in pyproject.toml, and of those that have to be of the same release."""
+    path = ROOT / "pyproject.toml"
+    text = path.read_text(encoding="utf-8")
+    for package in [name, *TOGETHER.get(name, [])]:
+        text = re.sub(rf'"{re.escape(package)}==[^";]+', f'"{package}=={version}', text)
+    path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Print a line for each pin."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", default=["project.ipynb"])
     parser.add_argument("--package", action="append", metavar="NAME", help="default: all direct pins of the notebooks")
+    parser.add_argument("--write", action="store_true", help="raise the pins whose newer release changes nothing")
     arguments = parser.parse_args()
     gives = f"what {', '.join(arguments.notebooks)} gives otherwise"
     print(f"| package | pinned | newest | newest that fits | {gives} |\n{'|---' * 5}|")
@@ -141,6 +154,8 @@ def main() -> None:
                 (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
             found = [broken(notebook, python, folder) for notebook in arguments.notebooks]
             print(f"| {name} | {version} | {newest(name)} | {fitting} | {'; '.join(found)} |", flush=True)
+            if arguments.write and set(found) == {"nothing"}:
+                write(name, fitting)
 
 
 if __name__ == "__main__":

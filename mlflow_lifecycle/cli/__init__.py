@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import click
 
-from mlflow_lifecycle.cli import models, project, releases, serving
+from mlflow_lifecycle.cli import models, packages, project, releases, serving
 from mlflow_lifecycle.cli.options import printable_line
 from mlflow_lifecycle.exceptions import LifecycleError
 
@@ -61,6 +61,6 @@ def main(debug: bool) -> None:
     """Release, verify, serve and monitor MLflow models."""
 
 
-for module in (models, releases, serving, project):
+for module in (models, releases, serving, packages, project):
     for command in module.COMMANDS:
         main.add_command(command)

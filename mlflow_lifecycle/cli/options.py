@@ -20,10 +20,7 @@ TYPES = click.option(
     help="Additional type that skops may load (repeatable).",
 )
 ALIAS = click.option("--alias", default="production", show_default=True, help="The alias to move.")
-NO_ENVIRONMENT = click.option(
-    "--no-environment", is_flag=True, help="Skip the environment check, at your own risk."
-)
-CACHE = click.option("--cache", type=FILE, metavar="FOLDER", help="Keep downloaded packages there.")
+CACHE = click.option("--cache", type=FILE, metavar="FOLDER", help="Keep packages there.")
 
 
 def combine(*options: Callable) -> Callable:

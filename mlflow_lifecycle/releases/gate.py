@@ -12,7 +12,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import mlflow
-import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import MetricThreshold
@@ -24,7 +23,12 @@ from mlflow_lifecycle.comparison import (
     rows_interval,
 )
 from mlflow_lifecycle.datasets import as_classes, check_columns
-from mlflow_lifecycle.environments import build_environment, predict, python_note
+from mlflow_lifecycle.environments import (
+    build_environment,
+    own_environment,
+    predict_in,
+    python_note,
+)
 from mlflow_lifecycle.exceptions import (
     EnvironmentNotBuiltError,
     GateClosedError,
@@ -32,12 +36,16 @@ from mlflow_lifecycle.exceptions import (
     PredictionFailedError,
 )
 from mlflow_lifecycle.flavors import CLASSIFICATION, load_estimator, task_of
+from mlflow_lifecycle.pins import read_pins
 from mlflow_lifecycle.scoring import (
     LOWER_IS_BETTER,
     TOLERANCE,
-    equal_predictions,
+    Predictions,
+    differences,
+    equal_rows,
     measure_of,
     order_columns,
+    predict,
     score_rows,
 )
 from mlflow_lifecycle.signing.verify import Verified
@@ -303,17 +311,17 @@ def check_baseline(context: GateContext) -> CheckResult:
         if rule.same_predictions:
             return CheckResult("baseline", FAILED, "there is none to predict the same as")
         return CheckResult("baseline", PASSED, "there is none; the thresholds decide")
-    model = load_estimator(context.baseline.folder)
-    features = order_columns(context.baseline.folder, context.all_rows.drop(columns=context.target))
-    measure = measure_of(context.model, model)
+    predictions = predict(context.model, context.features)
+    other = predict_baseline(context)
+    measure = measure_of(predictions, other)
     target = context.rows[context.target]
-    scores = score_rows(context.model, context.features, target, measure)
-    baseline_scores = score_rows(model, features, target, measure)
+    scores = score_rows(predictions, target, measure)
+    baseline_scores = score_rows(other, target, measure)
     difference = rows_interval(scores, baseline_scores)
     context.difference = difference
     version = f"version {context.baseline.statement.version}"
     if rule.same_predictions:
-        passed, detail = compare_predictions(context.model, context.features, model, features)
+        passed, detail = compare_predictions(predictions, other)
         return _result("baseline", passed, f"{detail}, compared with {version}")
     detail = f"{measure} {difference} against {version}, on {len(target)} rows"
     detectable = detectable_difference(scores, baseline_scores)
@@ -330,6 +338,19 @@ def check_baseline(context: GateContext) -> CheckResult:
     return CheckResult("baseline", FAILED, f"{detail}: {reason}; {power}")
 
 
+def predict_baseline(context: GateContext) -> Predictions:
+    """Return what the baseline predicts, in its own environment if its packages are others."""
+    baseline = context.baseline
+    features = order_columns(baseline.folder, context.all_rows.drop(columns=context.target))
+    pins = read_pins(baseline.folder / "requirements.txt")
+    same_pins = pins == read_pins(context.candidate.folder / "requirements.txt")
+    if same_pins or not context.settings.rebuild:
+        return predict(load_estimator(baseline.folder), features)
+    cache = context.settings.cache
+    with own_environment(baseline.folder, baseline.packages, cache) as python:
+        return predict_in(python, baseline.folder, features)
+
+
 def check_fresh_environment(context: GateContext) -> CheckResult:
     """Check that the recorded packages alone give an environment with the same predictions."""
     if any(check.result == FAILED for check in context.results):
@@ -337,7 +358,7 @@ def check_fresh_environment(context: GateContext) -> CheckResult:
     if not context.settings.rebuild:
         return CheckResult(ENVIRONMENT, UNCHECKED, "no environment was built, as was asked for")
     candidate = context.candidate
-    here = mlflow.pyfunc.load_model(str(candidate.folder)).predict(context.features)
+    here = predict(context.model, context.features)
     requirements = candidate.folder / "requirements.txt"
     with tempfile.TemporaryDirectory(prefix="gate-") as scratch:
         folder = Path(scratch) / "environment"
@@ -345,10 +366,10 @@ def check_fresh_environment(context: GateContext) -> CheckResult:
             python = build_environment(
                 requirements, folder, lock=candidate.packages, cache=context.settings.cache
             )
-            there = predict(candidate.folder, context.features, python)
+            there = predict_in(python, candidate.folder, context.features)
         except (EnvironmentNotBuiltError, PredictionFailedError) as error:
             return CheckResult(ENVIRONMENT, FAILED, " ".join(str(error).split()))
-    equal = equal_predictions(np.asarray(here), np.asarray(there))
+    equal = equal_rows(here, there)
     detail = f"{equal.sum()} of {len(equal)} predictions are the same"
     note = python_note(candidate.folder)
     return _result(ENVIRONMENT, bool(equal.all()), f"{detail}. {note}" if note else detail)
@@ -409,24 +430,14 @@ def describe_metric(name: str, value: float, rows: int) -> str:
     return f"{name} {value:.4f} (95 % interval {low:.4f} to {high:.4f})"
 
 
-def compare_predictions(
-    model: object, features: pd.DataFrame, other: object, other_features: pd.DataFrame
-) -> tuple[bool, str]:
-    """Return whether two models predict the same, and what was found.
-
-    Predicted numbers may differ by a millionth of their size, and probabilities by a millionth.
-    """
-    equal = equal_predictions(model.predict(features), other.predict(other_features))
+def compare_predictions(first: Predictions, second: Predictions) -> tuple[bool, str]:
+    """Return whether two models predict the same up to `TOLERANCE`, and what was found."""
+    equal = equal_rows(first, second)
     detail = f"{equal.sum()} of {len(equal)} predictions are the same"
-    if not (hasattr(model, "predict_proba") and hasattr(other, "predict_proba")):
-        return bool(equal.all()), detail
-    given = model.predict_proba(features)
-    other_given = other.predict_proba(other_features)
-    if given.shape != other_given.shape:
-        return False, f"{detail}, and the number of classes is not the same"
-    largest = float(np.abs(given - other_given).max())
-    detail += f" (probabilities differ by at most {largest:.1g}, allowed are {TOLERANCE:.0e})"
-    return bool(equal.all()) and largest <= TOLERANCE, detail
+    if first.probabilities is not None and second.probabilities is not None:
+        largest = differences(first, second).max()
+        detail += f" (probabilities differ by at most {largest:.1g}, allowed are {TOLERANCE:.0e})"
+    return bool(equal.all()), detail
 
 
 def _refuse_unfit(candidate: Verified, rows: pd.DataFrame, target: str) -> None:

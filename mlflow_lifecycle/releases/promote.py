@@ -12,14 +12,13 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
-from mlflow.entities import Run
 
 from mlflow_lifecycle.experiments import create_experiment, printable
 from mlflow_lifecycle.releases.card import check_sentences
 from mlflow_lifecycle.releases.gate import GateSettings
 from mlflow_lifecycle.releases.release import Release, release
+from mlflow_lifecycle.signing.adopt import register_again
 from mlflow_lifecycle.signing.keys import public_half
-from mlflow_lifecycle.signing.statement import register_candidate
 from mlflow_lifecycle.signing.verify import Verified, verified
 
 EXPERIMENT = "promoted"
@@ -71,14 +70,14 @@ def promote(
             for tag, value in run.data.tags.items():
                 if not tag.startswith("mlflow."):
                     own_tags[tag] = value
-            tags = own_tags | {
+            tags = {
                 "promoted_from": printable(here),
                 "promoted_version": f"{copy.statement.registered_model}/{copy.statement.version}",
                 "promoted_run": copy.statement.run_id,
             }
             mlflow.set_tracking_uri(to)
             try:
-                with _registered(copy, run, tags, key, Path(scratch)) as there:
+                with _registered(copy, own_tags, tags, key, Path(scratch)) as there:
                     return release(
                         there,
                         rows,
@@ -96,7 +95,11 @@ def promote(
 
 @contextlib.contextmanager
 def _registered(
-    copy: Verified, run: Run, tags: dict[str, str], key: Path, scratch: Path
+    copy: Verified,
+    run_tags: dict[str, str],
+    tags: dict[str, str],
+    key: Path,
+    scratch: Path,
 ) -> Iterator[str]:
     """Register the version in the active store and give its address to the block.
 
@@ -108,22 +111,13 @@ def _registered(
     description = "Versions from another server."
     experiment = create_experiment(mlflow.get_tracking_uri(), EXPERIMENT, description)
     folder = Path(shutil.copytree(copy.folder, scratch / "model"))
-    rows = pd.read_parquet(copy.training_rows) if copy.training_rows else None
-    commit = copy.statement.commit or "not recorded"
     run_id = None
     try:
         with mlflow.start_run(
-            experiment_id=experiment.experiment_id, run_name=f"promoted {name}"
+            experiment_id=experiment.experiment_id, run_name=f"promoted {name}", tags=run_tags
         ) as there:
             run_id = there.info.run_id
-            mlflow.set_tags(tags | {"mlflow.source.git.commit": commit})
-            mlflow.log_params(run.data.params)
-            mlflow.log_metrics(run.data.metrics)
-            version = register_candidate(
-                folder, name, key=key, lock=copy.packages, training_rows=rows
-            )
-        for tag in ("promoted_from", "promoted_version", "promoted_run"):
-            client.set_model_version_tag(name, version.version, tag, tags[tag])
+            version = register_again(copy, folder, key=key, lock=copy.packages, tags=tags)
         yield f"models:/{name}/{version.version}"
     except BaseException:
         if run_id:

@@ -29,6 +29,7 @@ from mlflow_lifecycle.exceptions import (
 from mlflow_lifecycle.experiments import create_experiment, printable
 from mlflow_lifecycle.releases.card import card_facts, check_sentences, make_card
 from mlflow_lifecycle.releases.gate import GateSettings, Verdict, gate, gate_context
+from mlflow_lifecycle.releases.sbom import write_sbom
 from mlflow_lifecycle.signing.keys import public_half
 from mlflow_lifecycle.signing.statement import Statement, sign
 from mlflow_lifecycle.signing.verify import Verified, release_tag, released_now, verified
@@ -116,7 +117,7 @@ def release(
             verdict.require()
             if tag:
                 make_tag(repository, tag, _tag_message(statement, verdict), remote)
-            _write_card(candidate.folder.parent, facts)
+            _write_card(candidate, facts)
             _move_alias(candidate, alias, key, public, run, before)
     return _read_release(mlflow.get_run(run.info.run_id))
 
@@ -436,8 +437,10 @@ def _refuse_if_moved(name: str, alias: str, before: str) -> None:
         )
 
 
-def _write_card(folder: Path, facts: dict) -> None:
-    """Write the model card beside the model, so that it is signed with it."""
+def _write_card(copy: Verified, facts: dict) -> None:
+    """Write model card and bill of materials beside the model, so that they are signed with it."""
+    folder = copy.folder.parent
+    write_sbom(copy, facts, folder / "sbom.cdx.json")
     text = json.dumps(facts, indent=2) + "\n"
     (folder / "model_card.json").write_text(text, encoding="utf-8")
     (folder / "model_card.md").write_text(make_card(facts).render(), encoding="utf-8")

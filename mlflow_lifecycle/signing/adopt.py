@@ -30,9 +30,16 @@ from mlflow_lifecycle.signing.statement import (
     Statement,
     candidate_statement,
     keep_training_rows,
+    register_candidate,
     sign,
 )
-from mlflow_lifecycle.signing.verify import download_model, find_version, open_model, verified
+from mlflow_lifecycle.signing.verify import (
+    Verified,
+    download_model,
+    find_version,
+    open_model,
+    verified,
+)
 
 
 def sign_version(
@@ -155,3 +162,30 @@ def sign_anew(
         for copy in copies:
             sign(copy.folder.parent, copy.statement, key)
     return key, before, [copy.statement for copy in copies]
+
+
+def register_again(
+    copy: Verified, folder: Path, *, key: Path, lock: Path, tags: dict[str, str]
+) -> ModelVersion:
+    """Log a verified version to the active run, with what was signed of its own, and register it.
+
+    Args:
+        copy: the version, verified.
+        folder: a copy of its model. The ids of model and run are added to its file MLmodel.
+        key: the private key.
+        lock: the lock file with the hashes of its packages.
+        tags: of the run and of the new version.
+
+    Raises:
+        KeyRefusedError: the key cannot be used.
+    """
+    statement = copy.statement
+    rows = pd.read_parquet(copy.training_rows) if copy.training_rows else None
+    mlflow.set_tags(tags | {"mlflow.source.git.commit": statement.commit})
+    mlflow.log_params(statement.parameters)
+    mlflow.log_metrics(statement.metrics)
+    name = statement.registered_model
+    version = register_candidate(folder, name, key=key, lock=lock, training_rows=rows)
+    for tag, value in tags.items():
+        mlflow.MlflowClient().set_model_version_tag(name, version.version, tag, value)
+    return version

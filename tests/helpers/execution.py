@@ -43,11 +43,16 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
 
 
 def copy_project(folder: Path, notebook: str = "project.ipynb") -> Path:
-    """Copy a notebook, its pins, and its program if it has one, to ``folder``, and return the path there."""
+    """Copy a notebook, its pins, and the files that belong to it, to ``folder``, and return the path there."""
     (folder / notebook).parent.mkdir(parents=True, exist_ok=True)
-    programs = [path.relative_to(ROOT) for path in ROOT.glob("guides/*.py") if path.name[:3] == Path(notebook).name[:3]]
-    locks = ["requirements.txt"] if notebook.startswith("guides/") else []
-    for name in (notebook, "model_requirements.txt", *locks, *programs):
+    names = [notebook, "model_requirements.txt"]
+    if notebook.startswith("guides/"):
+        names.append("requirements.txt")
+        number = Path(notebook).name[:3]
+        parts = [*ROOT.glob(f"guides/{number}*.py"), *ROOT.glob(f"guides/{number}*/*")]
+        names += [str(path.relative_to(ROOT)) for path in parts]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     return folder / notebook
 

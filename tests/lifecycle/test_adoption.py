@@ -91,7 +91,12 @@ def test_later_change_in_the_store_is_refused(folder, sign):
 REFUSED = {
     "pickle": (PICKLED, {}, UnreviewedContentError, "serialization_format is 'pickle', and must be 'skops'"),
     "loose pin": (LOOSE, {}, ValueError, "requirements.txt, line 2, leaves the version open: 'scikit-learn>'"),
-    "missing column": (PLAIN, {"training_data": iris_rows().iloc[:, 1:]}, ValueError, "missing in the training data"),
+    "missing column": (
+        PLAIN,
+        {"training_data": iris_rows().iloc[:, 1:]},
+        ValueError,
+        "These columns are missing: sepal length",
+    ),
     "two targets": (PLAIN, {"training_data": iris_rows().assign(id=1)}, ValueError, "the target, got species, id"),
 }
 

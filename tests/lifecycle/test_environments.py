@@ -30,7 +30,7 @@ from sklearn.preprocessing import OneHotEncoder
 from versions import save
 
 from mlflow_lifecycle import environments
-from mlflow_lifecycle.environments import build_environment, predict
+from mlflow_lifecycle.environments import build_environment, predict_in
 from mlflow_lifecycle.exceptions import EnvironmentNotBuiltError, PredictionFailedError
 from mlflow_lifecycle.pins import read_pins
 
@@ -115,9 +115,9 @@ def test_predictions_equal_those_in_this_process(model, python):
     # given a model, and rows with a gap and with numbers that MLflow reads from CSV with an error
     folder, rows = model
     # when both environments predict
-    predictions = predict(folder, rows, python)
+    predictions = predict_in(python, folder, rows)
     # then no number differs
-    assert predictions == mlflow.pyfunc.load_model(str(folder)).predict(rows).tolist()
+    assert list(predictions.predicted) == mlflow.pyfunc.load_model(str(folder)).predict(rows).tolist()
 
 
 def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):
@@ -128,13 +128,15 @@ def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):
     estimator = make_pipeline(encode, LogisticRegression())
     folder = save(tmp_path / "model", estimator, rows, "kind", skops_trusted_types=["numpy.dtype"])
     # then it predicts the same in another process
-    assert predict(folder, rows.drop(columns="kind"), Path(sys.executable)) == rows["kind"].tolist()
+    predictions = predict_in(Path(sys.executable), folder, rows.drop(columns="kind"))
+    assert list(predictions.predicted) == rows["kind"].tolist()
+    assert predictions.probabilities.tolist() == estimator.predict_proba(rows).tolist()
 
 
 def test_failed_prediction_ends_with_the_reason(model, python):
     folder, rows = model
     with pytest.raises(PredictionFailedError, match=r"gave no predictions.*second"):
-        predict(folder, rows[["first"]], python)
+        predict_in(python, folder, rows[["first"]])
 
 
 def test_changed_hash_is_refused_by_the_name_of_the_package(small):

@@ -9,7 +9,7 @@ from releases import ROWS_TEST, ROWS_TRAIN, SENTENCES, SETTINGS, released
 from sklearn.linear_model import LogisticRegression
 from versions import register
 
-import mlflow_lifecycle.releases.promote
+import mlflow_lifecycle.signing.adopt
 from mlflow_lifecycle.exceptions import GateClosedError, NotVerifiedError
 from mlflow_lifecycle.releases.promote import promote
 from mlflow_lifecycle.signing.keys import own_key, own_public_key
@@ -46,7 +46,7 @@ def test_promotion_that_fails_deletes_no_version_that_somebody_else_registered_m
         there.set_registered_model_alias("iris", "theirs", theirs.version)
         return version
 
-    monkeypatch.setattr(mlflow_lifecycle.releases.promote, "register_candidate", meanwhile)
+    monkeypatch.setattr(mlflow_lifecycle.signing.adopt, "register_candidate", meanwhile)
     # when the gate refuses the promoted one
     with pytest.raises(GateClosedError, match="thresholds failed"):
         promote("models:/iris@production", to, ROWS_TEST, "species", TOO_HIGH, key=own_key(), **SENTENCES)

@@ -95,8 +95,8 @@ def project(request, installed, tmp_path_factory, kernel):
     values = {
         "my_model": name,
         "label": target,
+        "accuracy_score=0.8 --margin 0.1": f"{thresholds[1]} --margin 1000",  # the second version is much worse
         "accuracy_score=0.8": thresholds[0],
-        "accuracy_score=0.5": thresholds[1],
     }
     trusted = ["--trusted-type", "numpy.dtype"] if request.param == "penguins" else []
 

@@ -1,5 +1,7 @@
 """scoring: the score of a row, against scikit-learn's own metrics, and the traps of other libraries."""
 
+from dataclasses import replace
+
 import mlflow
 import numpy as np
 import pandas as pd
@@ -16,9 +18,11 @@ from mlflow_lifecycle.scoring import (
     ABSOLUTE_ERROR,
     ACCURACY,
     LOG_PROBABILITY,
-    equal_predictions,
+    Predictions,
+    equal_rows,
     measure_of,
     order_columns,
+    predict,
     score_rows,
 )
 
@@ -29,26 +33,26 @@ LENGTHS = FEATURES["petal length (cm)"]
 
 def test_classifier_is_scored_by_the_log_of_its_probabilities():
     model = LogisticRegression(max_iter=1000).fit(FEATURES, TARGET)
-    scores = score_rows(model, FEATURES, TARGET, LOG_PROBABILITY)
+    scores = score_rows(predict(model, FEATURES), TARGET, LOG_PROBABILITY)
     assert scores.mean() == pytest.approx(-log_loss(TARGET, model.predict_proba(FEATURES)))
 
 
 def test_classifier_without_probabilities_is_scored_by_its_accuracy():
     model = RidgeClassifier().fit(FEATURES, TARGET)
-    scores = score_rows(model, FEATURES, TARGET, ACCURACY)
+    scores = score_rows(predict(model, FEATURES), TARGET, ACCURACY)
     assert set(scores) == {0.0, 1.0}
     assert scores.mean() == accuracy_score(TARGET, model.predict(FEATURES))
 
 
 def test_regressor_is_scored_by_minus_its_absolute_error():
     model = Ridge().fit(FEATURES, LENGTHS)
-    scores = score_rows(model, FEATURES, LENGTHS, ABSOLUTE_ERROR)
+    scores = score_rows(predict(model, FEATURES), LENGTHS, ABSOLUTE_ERROR)
     assert scores.mean() == pytest.approx(-mean_absolute_error(LENGTHS, model.predict(FEATURES)))
 
 
 def test_class_that_the_model_does_not_know_gets_the_lowest_score():
     model = LogisticRegression(max_iter=1000).fit(FEATURES[:100], TARGET[:100])
-    scores = score_rows(model, FEATURES, TARGET, LOG_PROBABILITY)
+    scores = score_rows(predict(model, FEATURES), TARGET, LOG_PROBABILITY)
     assert scores[100:] == pytest.approx(np.log(np.finfo(np.float32).eps))
 
 
@@ -56,10 +60,10 @@ def test_class_that_the_model_does_not_know_gets_the_lowest_score():
 def test_classes_learned_as_text_are_those_that_a_file_gives_as_numbers(measure):
     numbers = TARGET.map({"setosa": 0, "versicolor": 1, "virginica": 2})
     model = LogisticRegression(max_iter=1000).fit(FEATURES, numbers.astype(str))
-    assert list(score_rows(model, FEATURES, numbers, measure)) == list(
-        score_rows(model, FEATURES, numbers.astype(str), measure)
+    assert list(score_rows(predict(model, FEATURES), numbers, measure)) == list(
+        score_rows(predict(model, FEATURES), numbers.astype(str), measure)
     )
-    assert score_rows(model, FEATURES, numbers, measure).mean() > -0.2
+    assert score_rows(predict(model, FEATURES), numbers, measure).mean() > -0.2
 
 
 class Single(ClassifierMixin, BaseEstimator):
@@ -67,18 +71,25 @@ class Single(ClassifierMixin, BaseEstimator):
 
     classes_ = np.array(["no", "yes"])
 
+    def predict(self, features):
+        """Return the second class."""
+        return np.full(len(features), "yes")
+
     def predict_proba(self, features):
         """Return 0 and 1."""
         return np.tile(np.array([0, 1], dtype=np.float32), (len(features), 1))
 
 
 def test_probability_of_zero_in_float32_is_clipped_at_its_precision():
-    scores = score_rows(Single(), FEATURES[:2], pd.Series(["no", "yes"]), LOG_PROBABILITY)
+    scores = score_rows(predict(Single(), FEATURES[:2]), pd.Series(["no", "yes"]), LOG_PROBABILITY)
     assert scores == pytest.approx([np.log(np.finfo(np.float32).eps), 0])
 
 
 def test_measure_follows_the_task_and_what_both_models_can_do():
-    sure, unsure, number = LogisticRegression(), RidgeClassifier(), Ridge()
+    models = LogisticRegression(max_iter=1000), RidgeClassifier(), Ridge()
+    targets = TARGET, TARGET, LENGTHS
+    fitted = [model.fit(FEATURES, target) for model, target in zip(models, targets, strict=True)]
+    sure, unsure, number = [predict(model, FEATURES) for model in fitted]
     assert measure_of(sure, sure) == LOG_PROBABILITY
     assert measure_of(sure, unsure) == ACCURACY
     assert measure_of(number, number) == ABSOLUTE_ERROR
@@ -111,7 +122,18 @@ def test_columns_stay_as_they_are_without_a_signature(tmp_path):
         (["a", "b"], ["a", "c"], [True, False]),
         ([1, 2], [1, 3], [True, False]),
         ([1.0, 1e6], [1.0000001, 1e6 + 2], [True, False]),
+        ([np.nan], [np.nan], [True]),
     ],
 )
 def test_predictions_are_equal_up_to_rounding(first, second, equal):
-    assert list(equal_predictions(np.array(first), np.array(second))) == equal
+    task = "regression" if isinstance(first[0], float) else "classification"
+    first, second = Predictions(task, np.array(first)), Predictions(task, np.array(second))
+    assert list(equal_rows(first, second)) == equal
+
+
+def test_probabilities_and_classes_must_be_equal_too():
+    given = Predictions("classification", np.array(["a", "a"]), ["a", "b"], np.array([[0.9, 0.1], [0.8, 0.2]]))
+    other = replace(given, probabilities=np.array([[0.9, 0.1], [0.8 - 1e-8, 0.2 + 1e-8]]))
+    assert list(equal_rows(given, other)) == [True, True]
+    assert list(equal_rows(given, other, tolerance=0)) == [True, False]
+    assert list(equal_rows(given, replace(given, classes=["a", "c"]))) == [False, False]

@@ -18,8 +18,9 @@ from packaging.utils import canonicalize_name
 
 MODEL, BASIC, SERVER = "model_requirements.txt", "requirements.txt", "deploy/requirements.txt"
 DEVELOPMENT, SCALE = "requirements-dev.txt", "requirements-scale.txt"
-AUDIT = ".github/requirements-audit.txt"
-LOCKS = [MODEL, BASIC, SERVER, DEVELOPMENT, SCALE, AUDIT]
+LOCKS = [MODEL, BASIC, SERVER, DEVELOPMENT, SCALE]
+GUIDE = [f"guides/07_pins/{name}.txt" for name in ("last_year", "pandas_3", "lock")]
+CHANGED = ["guides/07_pins/last_year.in", "guides/07_pins/pandas_3.in"]
 UV = [sys.executable, "-m", "uv"]
 
 
@@ -42,7 +43,7 @@ def versions(lock: str, *, here: bool = False) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", LOCKS + GUIDE)
 def test_every_line_names_one_exact_version(lock):
     assert requirements(lock)
     for requirement in requirements(lock):
@@ -51,7 +52,7 @@ def test_every_line_names_one_exact_version(lock):
     assert len(versions(lock)) == len(requirements(lock))
 
 
-@pytest.mark.parametrize("lock", LOCKS[1:])
+@pytest.mark.parametrize("lock", [*LOCKS[1:], GUIDE[2]])
 def test_every_package_to_install_has_a_hash(lock):
     text = (ROOT / lock).read_text(encoding="utf-8")
     blocks = re.findall(r"^[^\s#].*(?:\n    --hash.*)*", text, flags=re.MULTILINE)
@@ -63,7 +64,7 @@ def test_model_lock_has_no_hashes_which_mlflow_would_misread():
     assert "--hash" not in (ROOT / MODEL).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("lock", LOCKS + GUIDE)
 def test_no_lock_names_a_registry(lock):
     text = (ROOT / lock).read_text(encoding="utf-8")
     assert "://" not in text
@@ -105,7 +106,7 @@ def test_direct_versions_stand_only_in_pyproject():
     direct = [line for group in groups for line in group if isinstance(line, str)]
     # then the versions stand there and in the locks, and nowhere else
     found = {name for name in files if any(line in (ROOT / name).read_text("latin-1") for line in direct)}
-    assert found == {"pyproject.toml", *LOCKS}
+    assert found == {"pyproject.toml", *LOCKS, *GUIDE[:2]}
 
 
 @pytest.fixture
@@ -131,14 +132,14 @@ def compile_again(tmp_path, make_lock):
     """
 
     def compile_again(old: str = "", new: str = "") -> list[str]:
-        for name in ["pyproject.toml", "uv.toml", *LOCKS]:
-            (tmp_path / name).parent.mkdir(exist_ok=True)
+        for name in ["pyproject.toml", "uv.toml", *LOCKS, *GUIDE, *CHANGED]:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
         text = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
         assert old in text
         (tmp_path / "pyproject.toml").write_text(text.replace(old, new), encoding="utf-8")
         make_lock(tmp_path)
-        return [name for name in LOCKS if (tmp_path / name).read_bytes() != (ROOT / name).read_bytes()]
+        return [name for name in LOCKS + GUIDE if (tmp_path / name).read_bytes() != (ROOT / name).read_bytes()]
 
     return compile_again
 
@@ -150,18 +151,20 @@ def test_locks_are_what_pyproject_compiles_to(compile_again):
 @pytest.mark.extended  # it takes long
 def test_a_changed_pin_without_a_new_lock_is_noticed(compile_again):
     skops = f"skops=={versions(MODEL)['skops']}"
-    assert compile_again(skops, "skops==0.15.0") == [lock for lock in LOCKS if lock != AUDIT]
+    assert compile_again(skops, "skops==0.15.0") == LOCKS + GUIDE[:2]
 
 
 @pytest.mark.parametrize("place", ["the user's settings", "a workspace above", "a variable"])
 def test_settings_from_elsewhere_do_not_change_a_lock(place, tmp_path, make_lock):
     # given a project with one dependency
     project = tmp_path / "project"
-    for folder in ("deploy", ".github"):
+    for folder in ("deploy", "guides/07_pins", "mlflow_lifecycle"):
         (project / folder).mkdir(parents=True)
     shutil.copy(ROOT / "uv.toml", project)
+    for name in CHANGED:
+        (project / name).write_text("six==1.17.0\n")
     lines = ["[project]", 'name = "below"', 'version = "1"', "[dependency-groups]"]
-    lines += [f'{group} = ["six==1.17.0"]' for group in ("scale", "development", "server", "test", "model", "audit")]
+    lines += [f'{group} = ["six==1.17.0"]' for group in ("scale", "development", "server", "test", "model")]
     (project / "pyproject.toml").write_text("\n".join(lines))
     # and settings from elsewhere that name another version or source of it
     settings = tmp_path / "settings"
