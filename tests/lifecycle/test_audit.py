@@ -1,12 +1,13 @@
 """audit: what is found, what is not hidden, and that "not audited" is never "nothing found"."""
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from versions import NAME, register, save
+from versions import LOCK, NAME, register, save
 
 from mlflow_lifecycle import audit
 from mlflow_lifecycle.audit import Finding, audit_model, audit_pins, is_affected, serve_database
@@ -14,7 +15,10 @@ from mlflow_lifecycle.cli import main
 from mlflow_lifecycle.exceptions import InvalidInputError, NotAuditedError
 from mlflow_lifecycle.signing.keys import own_public_key
 
-PINS = ["scikit-learn==1.9.1", "typing_extensions==4.15.0"]
+VERSION = "1.5.9"
+PINS = [f"scikit-learn=={VERSION}", "typing_extensions==4.15.0"]
+
+PINNED = re.search(r"(?m)^scikit-learn==([\w.]+)", LOCK.read_text())[1]
 
 
 def advisory(package: str, *events: dict, identifier: str = "GHSA-1", **more) -> dict:
@@ -40,7 +44,7 @@ def audit_with(folder: Path, *advisories: dict, pins: list[str] = PINS, **option
 
 def test_vulnerability_is_found_with_the_version_that_has_it_no_more(tmp_path):
     found = audit_with(tmp_path, advisory("scikit-learn", {"fixed": "2.0"}))
-    assert found == [Finding("GHSA-1", "scikit-learn", "1.9.1", ["2.0"])]
+    assert found == [Finding("GHSA-1", "scikit-learn", VERSION, ["2.0"])]
 
 
 def test_name_of_a_package_can_be_written_in_another_way(tmp_path):
@@ -49,7 +53,7 @@ def test_name_of_a_package_can_be_written_in_another_way(tmp_path):
 
 
 def test_vulnerability_of_another_version_is_not_found(tmp_path):
-    assert audit_with(tmp_path, advisory("scikit-learn", {"fixed": "1.9.1"})) == []
+    assert audit_with(tmp_path, advisory("scikit-learn", {"fixed": VERSION})) == []
 
 
 def test_withdrawn_advisory_is_not_found(tmp_path):
@@ -121,7 +125,7 @@ def named(store):
 
     client = mlflow.MlflowClient()
     if len(client.search_model_versions(f"name = '{NAME}'")) == 1:
-        register(store, pip_requirements=["scikit-learn==1.9.1", "skops==0.16.0"])
+        register(store, metadata={"note": "another one"})
         client.set_registered_model_alias(NAME, "production", "1")
     return client
 
@@ -163,7 +167,7 @@ def test_failure_at_one_version_does_not_hide_what_is_found_in_another(named, tm
     named.delete_model_version(NAME, loose.version)
     # then
     assert answer.exit_code == 2
-    assert "GHSA-1 in scikit-learn 1.9.1, fixed in no version" in answer.stdout
+    assert f"GHSA-1 in scikit-learn {PINNED}, fixed in no version" in answer.stdout
     assert "not audited: " in answer.stdout
     assert "leaves the version open" in answer.stdout
 
@@ -188,7 +192,7 @@ def test_result_is_json_for_a_program(named, tmp_path, store, monkeypatch):
     monkeypatch.chdir(store)
     answer = run("--json", "--database", database(tmp_path, advisory("scikit-learn", {"fixed": "2.0"})))
     (found,) = json.loads(answer.stdout)
-    assert found["findings"] == [{"id": "GHSA-1", "package": "scikit-learn", "version": "1.9.1", "fixed_in": ["2.0"]}]
+    assert found["findings"] == [{"id": "GHSA-1", "package": "scikit-learn", "version": PINNED, "fixed_in": ["2.0"]}]
 
 
 def test_model_without_an_alias_is_refused_with_the_command(named):
