@@ -58,9 +58,16 @@ export PIP_CONFIG_FILE := $(NULL_DEVICE)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)") \
 	--dist loadfile --no-loadscope-reorder
 
-# Each is a part of `make test-nightly`. `.ci/run` runs one of them, in turn.
-NIGHTLY = tests/deploy/test_containers.py tests/deploy/test_deploy_guides.py tests/lifecycle/test_road.py \
-	tests/lifecycle/test_wheel.py
+# The parts of `make test-nightly`. `.ci/run` runs one of them, in turn.
+NIGHTLY_1 = tests/deploy/test_containers.py
+NIGHTLY_2 = tests/deploy/test_deploy_guides.py
+NIGHTLY_3 = tests/deploy/test_deploy.py tests/deploy/test_deploy_failures.py tests/deploy/test_deploy_notebooks.py \
+	tests/deploy/test_deploy_users.py
+NIGHTLY_4 = tests/lifecycle/test_road.py tests/notebooks/test_keep_pins.py tests/lifecycle/test_renew.py
+NIGHTLY_5 = tests/lifecycle/test_wheel.py tests/lifecycle/test_batch.py tests/notebooks/test_scale.py
+NIGHTLY_6 = tests/notebooks/test_monitor.py tests/notebooks/test_release.py tests/notebooks/test_search.py
+NIGHTLY = $(NIGHTLY_1) $(NIGHTLY_2) $(NIGHTLY_3) $(NIGHTLY_4) $(NIGHTLY_5) $(NIGHTLY_6)
+TESTS = project.ipynb $(filter-out $(NIGHTLY),$(foreach folder,notebooks lifecycle tools,$(wildcard tests/$(folder)/test_*.py)))
 
 ##@ Use the project
 
@@ -91,7 +98,7 @@ report: $(INSTALLED) ## write a report on the runs of an experiment to build/ (E
 	@echo "As a page: build/experiment_report.html"
 
 test: $(INSTALLED) ## run the fast tests, which need only the basic environment
-	$(PYTEST) -m "not extended"
+	$(PYTEST) -m "not extended" $(TESTS)
 
 site: $(DEVELOPMENT) ## build the website into build/site, without executing a notebook
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/site-doctrees . build/site
@@ -117,14 +124,15 @@ lint: $(DEVELOPMENT) ## check code and notebooks with ruff, and the direction of
 	$(BIN)/lint-imports --no-logo --no-cache
 
 test-all: $(INSTALLED) ## run all tests but those of `make test-nightly`, and skip those whose dependencies are missing
-	$(PYTEST) $(addprefix --ignore=,$(NIGHTLY))
+	$(PYTEST) $(TESTS)
 
 test-nightly: $(INSTALLED) ## run the longest tests: containers, guides on the shared server, wheels (TURN=1 for one part)
-	$(PYTEST) $(if $(TURN),$(word $(shell expr $(TURN) % $(words $(NIGHTLY)) + 1),$(NIGHTLY)),$(NIGHTLY))
+	$(PYTEST) $(if $(TURN),$(NIGHTLY_$(shell expr $(TURN) % 6 + 1)),$(NIGHTLY))
 
-coverage: $(INSTALLED) ## measure the branch coverage of the library by its fast tests
+coverage: $(INSTALLED) ## measure the branch coverage of the library by its own tests
 	rm -f .coverage*
-	$(subst -m pytest,-m coverage run -m pytest,$(PYTEST)) tests/lifecycle -m "not extended"
+	$(subst -m pytest,-m coverage run -m pytest,$(PYTEST)) $(filter-out $(NIGHTLY_5),$(wildcard tests/lifecycle/test_*.py)) \
+		--ignore tests/lifecycle/test_road.py
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --show-missing --skip-covered
 
@@ -167,7 +175,7 @@ postgresql: $(DEVELOPMENT) ## install what the tests of the shared server need: 
 
 screenshots: browser ## update the pictures in docs/images
 	$(BIN)/python -m pytest tests/notebooks/test_interface.py tests/notebooks/test_guides_interface.py \
-		tests/notebooks/test_release.py --pictures docs/images
+		tests/notebooks/test_release.py tests/notebooks/test_keep_pins.py --pictures docs/images
 
 bench: export ONLY := $(ONLY)
 bench: $(INSTALLED) ## measure the speed against named peers, and update benchmarks/RESULTS.md (slow; ONLY=name for one)

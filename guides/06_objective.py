@@ -1,4 +1,4 @@
-"""What the search in guide 06 maximises. To search something else, write such a function of your own.
+"""The objective of the search in guide 06. To search something else, write such a function of your own.
 
 `lifecycle search-worker` calls it with an Optuna trial, and logs the settings that it asks for and the value that it
 returns.

@@ -199,6 +199,7 @@ def audit_pins(pins: list[str], service: str = "", ignored: Collection[str] = ()
     needed = []
     for pin in pins:
         name, _, version = pin.partition("==")
+        name = name.partition("[")[0]  # without its extras
         needed.append(f'{{ name = "{name}" }}')
         packages.append(PACKAGE.format(name=name, version=version))
     lock = LOCK.format(needed=", ".join(needed), packages="".join(packages))
@@ -284,8 +285,10 @@ def serve_database(archive: Path) -> Iterator[str]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 def is_affected(version: str, affected: dict) -> bool:

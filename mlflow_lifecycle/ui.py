@@ -7,6 +7,7 @@ with a traceback.
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ MODE = "workflowType=machine_learning"
 
 def find_links(address: str) -> list[str]:
     """Return links to the newest comparison, if there is one, and to the model registered last.
+
+    After the first one comes the command that compares packages, data and answers, too.
 
     Args:
         address: of the server in the links. They are looked up in the active store.
@@ -47,6 +50,8 @@ def find_links(address: str) -> list[str]:
     if len(runs) == 2:
         compared = urlencode({"name": json.dumps(name), "runs": json.dumps(runs)}, quote_via=quote)
         links.insert(0, f"{address}/#/compare-model-versions?{compared}&{MODE}")
+        addresses = [shlex.quote(f"models:/{name}/{number}") for number in runs]
+        links.insert(1, f"lifecycle compare {' '.join(addresses)}")
     return links
 
 

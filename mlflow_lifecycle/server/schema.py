@@ -95,6 +95,7 @@ class Columns:
         Raises:
             HTTPException: a column is missing, or a value has the wrong type.
         """
+        rows = None
         if isinstance(table, list):
             rows = table
             table = {}
@@ -106,17 +107,20 @@ class Columns:
             first = error.errors()[0]
             name, *row = first["loc"]
             where = f"column {name!r}"
+            reason = first["msg"]
             if row:
                 where += f", row {row[0] + 1} of {len(table[name])}"
-            raise HTTPException(400, f"{where}: {first['msg']}") from None
-        rows = max(map(len, checked.values()), default=0)
+                if rows and name not in rows[row[0]]:
+                    reason = "Field required"
+            raise HTTPException(400, f"{where}: {reason}") from None
+        count = max(map(len, checked.values()), default=0)
         for values in checked.values():
-            if not rows or len(values) < rows:
+            if not count or len(values) < count:
                 message = "there must be at least one row, and as many values in each column"
                 raise HTTPException(400, message)
         result = {}
         for name in self.dtypes:
-            result[name] = checked.get(name, [None] * rows)
+            result[name] = checked.get(name, [None] * count)
         return result
 
     def frame(self, table: Table) -> pd.DataFrame:

@@ -52,6 +52,11 @@ def test_name_of_a_package_can_be_written_in_another_way(tmp_path):
     assert found.package == "typing-extensions"
 
 
+def test_package_with_an_extra_is_looked_up_by_its_name(tmp_path):
+    (found,) = audit_with(tmp_path, advisory("httpx"), pins=["httpx[http2]==0.28.1"])
+    assert found.package == "httpx"
+
+
 def test_vulnerability_of_another_version_is_not_found(tmp_path):
     assert audit_with(tmp_path, advisory("scikit-learn", {"fixed": VERSION})) == []
 

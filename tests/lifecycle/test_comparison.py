@@ -68,6 +68,7 @@ def test_rows_interval_is_that_of_the_paired_t_test():
 
 
 @pytest.mark.parametrize("draw", [np.random.Generator.normal, np.random.Generator.exponential])
+@pytest.mark.extended  # it takes long
 def test_rows_interval_of_thirty_rows_covers_the_true_difference(draw):
     # given models that are equal on average, on many test sets of thirty rows (a bootstrap covers it in 92 %)
     generator, covered = np.random.default_rng(0), 0
@@ -111,6 +112,7 @@ def test_detectable_difference_is_shown_in_four_of_five_tests(count):
     assert 0.74 < shown / trials < 0.86
 
 
+@pytest.mark.extended  # it takes long
 def test_detectable_difference_of_folds_is_shown_in_four_of_five_tests():
     # given a model that is better by the difference that the folds can show, which are dependent as above
     generator = np.random.default_rng(0)
@@ -145,6 +147,7 @@ def test_recipe_that_was_chosen_on_the_same_folds_seems_better_than_it_is():
     assert sum(interval.low > 0 for interval in same_folds) > 4 * sum(interval.low > 0 for interval in nested)
 
 
+@pytest.mark.extended  # it takes long
 def test_threshold_on_thirty_rows_passes_a_model_that_is_ten_points_worse():
     # given thirty rows, and a model that is right in 70 % of all rows
     right = np.random.default_rng(0).binomial(30, 0.7, size=2000)

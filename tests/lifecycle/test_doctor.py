@@ -108,6 +108,7 @@ def test_command_says_so_where_nothing_is_wrong_unless_it_is_quiet(tmp_path, lif
     assert (answer.exit_code, answer.output) == (0, expected)
 
 
+@pytest.mark.extended  # it takes long
 def test_command_finds_nothing_wrong_with_the_project(tmp_path):
     command = [sys.executable, "-m", "mlflow_lifecycle", "doctor", "--json"]
     process = finished(command, ROOT, environment(tmp_path), limit=60)

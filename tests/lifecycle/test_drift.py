@@ -167,6 +167,7 @@ def test_other_shares_of_categories_are_an_alarm(kind):
 
 
 @pytest.mark.parametrize("others", [0, 150, 600])
+@pytest.mark.extended  # it takes long
 def test_column_with_a_rare_value_that_has_moved_wholly_is_an_alarm_among_however_many_columns(others):
     reference, rows = numbers(200, 0, others), numbers(80, 1, others)
     reference["colour"] = colours(red=100, green=97, blue=3)["colour"]
@@ -278,12 +279,14 @@ def test_nothing_of_the_tables_is_changed():
 
 
 @pytest.mark.parametrize("batch", [20, 75])
+@pytest.mark.extended  # it takes long
 def test_rate_of_false_alarms_is_below_the_level(batch):
     found = alarm_rate(flowers(75, 0), batch, resamples=100)
     assert found.rows == 100
     assert found.low <= 2 * LEVEL
 
 
+@pytest.mark.extended  # it takes long
 def test_rate_on_independent_draws_is_below_the_level():
     # given rows and batches from the same source, columns of numbers and one of categories
     def made(rows, seed):
@@ -308,12 +311,14 @@ def rate(trial, trials: int = 100) -> float:
 
 
 @pytest.mark.parametrize(("shift", "low", "high"), [(0.2, 0, 0.02), (0.5, 0.3, 0.7), (0.8, 0.95, 1)])
+@pytest.mark.extended  # it takes long
 def test_power_for_a_shift_grows_around_the_limit(shift, low, high):
     found = alarm_rate(numbers(100, 0, 1), 120, lambda reference, rows: drifted(reference, rows + shift), resamples=100)
     assert low <= found.value <= high
 
 
 @pytest.mark.parametrize(("first", "second"), [(75, 20), (100, 120), (300, 600)])
+@pytest.mark.extended  # it takes long
 def test_size_of_many_categories_is_not_reached_by_chance(first, second):
     # given ten colours that are equally frequent, before and now
     def size(generator):
@@ -326,6 +331,7 @@ def test_size_of_many_categories_is_not_reached_by_chance(first, second):
 
 
 @pytest.mark.parametrize("rows", [(75, 120), (500, 40), (2000, 100)])
+@pytest.mark.extended  # it takes long
 def test_rare_categories_raise_no_false_alarms(rows):
     # given 200 words with frequencies as in a text, where the plain chi-squared test is wrong in up to 9 %
     share = 1 / np.arange(1, 201)
@@ -339,6 +345,7 @@ def test_rare_categories_raise_no_false_alarms(rows):
 
 @pytest.mark.parametrize("sigma", [1, 2])
 @pytest.mark.parametrize("rows", [(30, 10), (75, 20), (100, 40)])
+@pytest.mark.extended  # it takes long
 def test_long_tail_raises_no_false_alarms(rows, sigma):
     # given amounts with a long tail, of which one in 20 is far outside the training range in 2 to 13 %
     def alarm(generator):

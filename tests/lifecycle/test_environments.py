@@ -111,6 +111,7 @@ def test_environment_holds_the_recorded_packages_and_no_others(model, python):
     assert {f"{package['name']}=={package['version']}" for package in listed} == set(recorded) - {""}
 
 
+@pytest.mark.extended  # it takes long
 def test_predictions_equal_those_in_this_process(model, python):
     # given a model, and rows with a gap and with numbers that MLflow reads from CSV with an error
     folder, rows = model
@@ -120,6 +121,7 @@ def test_predictions_equal_those_in_this_process(model, python):
     assert list(predictions.predicted) == mlflow.pyfunc.load_model(str(folder)).predict(rows).tolist()
 
 
+@pytest.mark.extended  # it takes long
 def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):
     # given a model that learned from a text with gaps, as read_csv reads them
     rows = pd.DataFrame({"group": np.array(["a", "b", np.nan] * 20, dtype=object), "number": [0.5, np.nan, 1.5] * 20})
@@ -133,6 +135,7 @@ def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):
     assert predictions.probabilities.tolist() == estimator.predict_proba(rows).tolist()
 
 
+@pytest.mark.extended  # it takes long
 def test_failed_prediction_ends_with_the_reason(model, python):
     folder, rows = model
     with pytest.raises(PredictionFailedError, match=r"gave no predictions.*second"):
@@ -171,6 +174,7 @@ def foreign_six(folder: Path) -> str:
 
 @pytest.mark.parametrize("place", ["working directory", "folder above", "user"])
 @pytest.mark.parametrize("setting", ["target", "constraint-dependencies"])
+@pytest.mark.extended  # it takes long
 def test_settings_file_of_uv_does_not_change_what_is_built(small, monkeypatch, place, setting):
     """Attack 25."""
     # given a settings file that sends packages elsewhere, or names a foreign archive with its own hash
@@ -270,6 +274,7 @@ def test_environment_shares_no_file_with_its_cache(small):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal for one process")
+@pytest.mark.extended  # it takes long
 def test_interruption_leaves_nothing_behind(model, small):
     # given a build in another process, under way
     before = snapshot(small)

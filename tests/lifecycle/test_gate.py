@@ -156,6 +156,7 @@ def test_class_that_the_baseline_does_not_know_counts_against_it(judge, good, ve
         ({"accuracy_score": float("nan")}, "failed", "at least nan"),
     ],
 )
+@pytest.mark.extended  # it takes long
 def test_thresholds_are_a_minimum_or_the_maximum_of_a_loss(judge, good, thresholds, result, text):
     verdict = judge(good, thresholds=thresholds)
     assert results(verdict)["thresholds"] == result
@@ -240,6 +241,7 @@ def test_same_predictions_need_a_baseline(judge, good):
     assert results(judge(good, same_predictions=True))["baseline"] == "failed"
 
 
+@pytest.mark.extended  # it takes long
 def test_gate_says_which_difference_the_rows_can_show(judge, good, cautious):
     for verdict in (judge(good, cautious), judge(cautious, good), judge(cautious, good, margin=1)):
         found = re.search(r"show a difference of (\S+) or more with 80 % power", detail(verdict, "baseline"))
@@ -516,6 +518,7 @@ def test_verdict_names_every_check_that_failed():
 
 
 @pytest.mark.parametrize("open_before", [0, 1])
+@pytest.mark.extended  # it takes long
 def test_evaluation_leaves_no_figure_open_and_closes_no_other(judge, good, open_before):
     # given a figure of the caller's, or none
     plt.close("all")
@@ -527,6 +530,7 @@ def test_evaluation_leaves_no_figure_open_and_closes_no_other(judge, good, open_
     plt.close("all")
 
 
+@pytest.mark.extended  # it takes long
 def test_notebook_still_shows_its_figures_after_an_evaluation(tmp_path, good):
     # given a kernel that has shown no figure before
     ROWS_TEST.to_parquet(tmp_path / "rows.parquet")

@@ -81,6 +81,7 @@ def test_few_rows_are_quiet_although_a_class_is_not_among_them(known, usual):
     assert judge(known, usual[usual[TARGET] != "virginica"].head(3)).verdict == Verdict.QUIET
 
 
+@pytest.mark.extended  # it takes long
 def test_rate_of_false_alarms_of_the_whole_verdict_is_low(known):
     def alarm(reference, rows):
         drawn = dataclasses.replace(known, rows=reference, predictions=known.estimator.predict(reference[FEATURES]))

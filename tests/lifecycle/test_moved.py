@@ -191,6 +191,7 @@ def test_command_repairs_the_store_that_mlflow_tracking_uri_names(moved, tmp_pat
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cause", ["locked", "no models", "no database"])
+@pytest.mark.extended  # it takes long
 def test_command_refuses_in_one_line_and_changes_nothing(moved, cause):
     # given a store that another program holds locked, whose models are elsewhere, or that is another file
     if cause == "no models":

@@ -19,6 +19,7 @@ from mlflow_lifecycle.signing.verify import release_tag, verified
 TOO_HIGH = replace(SETTINGS, thresholds={"accuracy_score": 0.999})
 
 
+@pytest.mark.extended  # it takes long
 def test_promotion_to_another_file_leaves_nothing_if_the_gate_refuses(folder, tmp_path):
     # given another store, with nothing in it
     here, to = mlflow.get_tracking_uri(), f"sqlite:///{tmp_path.as_posix()}/other.db"
@@ -35,6 +36,7 @@ def test_promotion_to_another_file_leaves_nothing_if_the_gate_refuses(folder, tm
     assert mlflow.get_tracking_uri() == here
 
 
+@pytest.mark.extended  # it takes long
 def test_promotion_that_fails_deletes_no_version_that_somebody_else_registered_meanwhile(folder, tmp_path, monkeypatch):
     # given another store, in which somebody registers a version during the promotion
     to = f"sqlite:///{tmp_path.as_posix()}/other.db"
@@ -55,6 +57,7 @@ def test_promotion_that_fails_deletes_no_version_that_somebody_else_registered_m
     assert [str(version.version) for version in there.search_model_versions("name = 'iris'")] == ["2"]
 
 
+@pytest.mark.extended  # it takes long
 def test_promotion_that_fails_after_the_alias_has_moved_leaves_production_usable(folder, tmp_path, monkeypatch):
     # given another store, which fails when the version is said to be released
     to = f"sqlite:///{tmp_path.as_posix()}/other.db"

@@ -53,6 +53,7 @@ def test_verify_takes_another_public_key(twice, run, tmp_path):
     assert "Cannot verify with none.pub" in run("verify", "models:/iris/2", "--public-key", "none.pub", status=1)
 
 
+@pytest.mark.extended  # it takes long
 def test_gate_tells_each_check_and_changes_nothing_in_the_store(folder, run):
     before = contents(folder)
     text = run("gate", "models:/iris/2", *GATE)
@@ -71,11 +72,13 @@ def contents(folder: Path) -> tuple[dict, list[str]]:
         database.close()
 
 
+@pytest.mark.extended  # it takes long
 def test_gate_ends_with_an_error_where_a_release_would(folder, run):
     text = run("gate", "models:/iris/3", *GATE, status=1)
     assert "Error: The version is not released: baseline failed (" in text
 
 
+@pytest.mark.extended  # it takes long
 def test_gate_takes_each_rule_for_the_baseline(folder, run):
     assert "at most 0.0001)" in run("gate", "models:/iris/3", *GATE, "--threshold", "log_loss=0.0001", status=1)
     assert "baseline: passed" in run("gate", "models:/iris/3", *GATE, "--same-predictions")
@@ -87,6 +90,7 @@ def test_gate_takes_each_rule_for_the_baseline(folder, run):
     assert "State one of minimum gain, margin and same predictions" in text
 
 
+@pytest.mark.extended  # it takes long
 def test_release_and_rollback_print_a_line_and_are_listed(folder, run):
     assert "release of iris: version 2 is production, 1 was (" in run("release", "models:/iris/2", *GATE, *CARD)
     made = json.loads(run("rollback", "iris", "--json"))

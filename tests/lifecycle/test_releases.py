@@ -44,6 +44,7 @@ def test_better_version_takes_the_alias_and_its_run_says_so(folder):
     assert made.by == run.data.tags["mlflow.user"]
 
 
+@pytest.mark.extended  # it takes long
 def test_version_that_is_not_better_leaves_everything_as_it_was(twice):
     with pytest.raises(GateClosedError, match="The version is not released: baseline failed"):
         released("models:/iris/3")
@@ -68,6 +69,7 @@ def test_version_that_was_never_signed_is_not_even_loaded(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.extended  # it takes long
 def test_baseline_that_was_changed_is_not_loaded_and_the_remedy_works(folder, tmp_path):
     # given a version in production with code in it
     model_id = mlflow.MlflowClient().get_model_version("iris", 1).source.rpartition("/")[2]
@@ -141,6 +143,7 @@ def test_release_of_the_version_in_production_changes_nothing(folder):
 
 
 @pytest.mark.parametrize("step", ["gate", "sign"])
+@pytest.mark.extended  # it takes long
 def test_release_does_not_take_the_alias_from_one_that_it_was_not_compared_with(folder, monkeypatch, step):
     # given a release during which, after one step, another one is finished
     original = getattr(mlflow_lifecycle.releases.release, step)

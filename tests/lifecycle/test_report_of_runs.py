@@ -455,6 +455,7 @@ def test_text_is_escaped_for_markdown(text):
     assert in_markdown(text) == HOSTILE[text]
 
 
+@pytest.mark.extended  # it takes long
 def test_markdown_in_the_store_does_not_live_in_the_page_of_the_report(store, tmp_path):
     """Attack 38. The page is that of `make report`."""
     # given names, tags and datasets of a stranger

@@ -252,6 +252,7 @@ FLAVORS += [("xgboost", "XGBRegressor", "XGBClassifier"), ("lightgbm", "LGBMRegr
 
 @pytest.mark.parametrize(("flavor", "regressor", "classifier"), FLAVORS)
 @pytest.mark.parametrize("task", ["regression", "classification"])
+@pytest.mark.extended  # it takes long
 def test_model_of_each_flavor_and_task_answers_as_before_it_was_saved(tmp_path, flavor, regressor, classifier, task):
     # given a model that its library has trained, and MLflow has saved
     name = "sklearn.linear_model" if flavor == "sklearn" else flavor
@@ -281,6 +282,7 @@ def test_model_of_each_flavor_and_task_answers_as_before_it_was_saved(tmp_path, 
         np.testing.assert_allclose(answer["probabilities"], model.predict_proba(rows), rtol=1e-6)
 
 
+@pytest.mark.extended  # it takes long
 def test_ping_is_answered_while_the_model_predicts(tmp_path):
     """Attack 35."""
     # given a model that needs seconds for a large request
@@ -324,6 +326,7 @@ def read_metrics(text: str) -> dict[str, float]:
     return samples
 
 
+@pytest.mark.extended  # it takes long
 def test_metrics_count_answers_rows_and_time(iris):
     # given a server that has answered, and refused
     with serve_verified(as_verified(iris), python=Path(sys.executable)) as server:
@@ -391,6 +394,7 @@ def test_probabilities_that_belong_to_no_classes_of_one_target_are_refused(tmp_p
     assert (status, answer["message"]) == (400, NO_PROBABILITIES)
 
 
+@pytest.mark.extended  # it takes long
 def test_model_that_prints_is_answered(tmp_path):
     # given a model that prints to the standard output with each answer
     model = RandomForestClassifier(50, verbose=100, random_state=0)
@@ -401,6 +405,7 @@ def test_model_that_prints_is_answered(tmp_path):
             assert ask(server.address, split(THREE))[0] == 200
 
 
+@pytest.mark.extended  # it takes long
 def test_model_that_predicts_no_number_is_a_failure_that_is_logged(tmp_path):
     # given a model whose predictions are NaN
     rows = FEATURES.drop(columns=PETAL)
@@ -480,6 +485,7 @@ def right(model, body: bytes) -> list | None:
 MANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.extended  # it takes long
 def test_thousand_bodies_get_a_right_answer_or_a_clear_refusal(server, model):
     asked = dict.fromkeys((200, 400), 0)
     with contextlib.ExitStack() as stack:

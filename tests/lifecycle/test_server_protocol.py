@@ -99,12 +99,14 @@ WHOLE = message(BODY)
     [(b"", 0), (b"POST /invo", 0), (WHOLE[:-9], 408), (message("{}", "Content-Length: 9999"), 408)],
     ids=["nothing", "half a head", "half a body", "less than its length"],
 )
+@pytest.mark.extended  # it takes long
 def test_client_that_stops_in_between_is_refused(hasty, sent, status):
     with connected(hasty.address) as connection:
         assert closed_after(connection, sent)[0] == status
 
 
 @pytest.mark.parametrize("part", ["head", "body"])
+@pytest.mark.extended  # it takes long
 def test_client_that_trickles_is_refused_while_others_are_answered(hasty, part):
     # given a client that sends a byte now and then, for longer than the server waits
     start = 5 if part == "head" else len(WHOLE) - 200
@@ -123,6 +125,7 @@ def test_client_that_trickles_is_refused_while_others_are_answered(hasty, part):
             assert answer_on(connection)[0] in (408, 0)
 
 
+@pytest.mark.extended  # it takes long
 def test_client_that_reads_no_answer_is_cut_off(hasty):
     # given a client that asks for many answers and takes none
     body = message(split(pd.concat([FEATURES] * 100)))
@@ -159,6 +162,7 @@ raw = st.one_of(
 )
 
 
+@pytest.mark.extended  # it takes long
 def test_thousand_streams_of_bytes_get_an_answer_that_is_no_failure(server):
     @settings(max_examples=1000, **MANY)
     @given(raw)

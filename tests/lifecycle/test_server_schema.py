@@ -70,6 +70,15 @@ def test_missing_optional_column_is_filled_with_null():
     assert frame.dtypes.equals(GAPS.dtypes)
 
 
+def test_missing_column_is_named_as_missing_and_not_as_a_wrong_value():
+    columns = Columns(inferred(pd.DataFrame({"a": [1.5], "b": [2.5]})), {})
+    for table in ([{"a": 1.0}], {"a": [1.0]}):
+        with pytest.raises(HTTPException, match=r"column 'b'(, row 1 of 1)?: Field required"):
+            columns.check(table)
+    with pytest.raises(HTTPException, match="at least one row"):
+        columns.check([])
+
+
 @pytest.mark.parametrize(
     ("kind", "value"),
     [

@@ -83,6 +83,7 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.extended  # it takes long
 def test_server_answers_until_the_end_of_the_block_and_leaves_nothing(iris, temporary):
     with serve_verified(iris, **HERE) as server:
         status, text = ask(server.address, split(FEATURES))
@@ -146,6 +147,7 @@ def test_nothing_outlives_a_caller_that_is_killed(iris, temporary, moment):
     ],
     ids=["a setting that does not fit", "no word"],
 )
+@pytest.mark.extended  # it takes long
 def test_server_that_cannot_start_is_said_in_one_line(iris, temporary, options, told):
     with (
         pytest.raises(ServingFailedError, match=told) as error,
@@ -167,6 +169,7 @@ def test_no_temporary_folder_is_said_and_the_present_one_left_alone(iris, tmp_pa
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"settings.json": "mine"}
 
 
+@pytest.mark.extended  # it takes long
 def test_code_of_the_working_directory_is_not_imported(iris, tmp_path, monkeypatch):
     """Attack 26."""
     # given files with the names of modules that the server and its keeper import
@@ -178,6 +181,7 @@ def test_code_of_the_working_directory_is_not_imported(iris, tmp_path, monkeypat
         assert ask(server.address, path="/ping")[0] == 200
 
 
+@pytest.mark.extended  # it takes long
 def test_python_may_be_named_from_the_present_folder(iris, monkeypatch):
     python = Path(sys.executable)
     monkeypatch.chdir(python.parent)
@@ -195,6 +199,7 @@ def test_port_in_use_is_said(iris):
         pass
 
 
+@pytest.mark.extended  # it takes long
 def test_limits_come_from_the_training_rows(iris):
     # given the margin of half a range beyond
     name = "petal length (cm)"
@@ -209,6 +214,7 @@ def test_limits_come_from_the_training_rows(iris):
     assert (status, name in json.loads(text)["message"]) == (400, True)
 
 
+@pytest.mark.extended  # it takes long
 def test_record_is_read_as_rows_in_the_order_of_the_answers(iris, tmp_path):
     # given answers and a refusal of two servers, and a line that was only begun
     ids = []
@@ -263,6 +269,7 @@ def test_candidate_and_unreviewed_type_are_not_served(folder, temporary, monkeyp
                 pass
 
 
+@pytest.mark.extended  # it takes long
 def test_release_is_served_from_its_store(folder, temporary, monkeypatch):
     with (
         store_in(folder, monkeypatch),

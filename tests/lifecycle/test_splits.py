@@ -28,6 +28,7 @@ def accuracy(rows: pd.DataFrame, group: str) -> float:
     return scores.mean().item()
 
 
+@pytest.mark.extended  # it takes long
 def test_random_folds_of_a_subject_show_an_accuracy_that_folds_by_subject_do_not():
     # given ten tables whose labels nobody can predict for a new subject
     tables = [subjects(seed) for seed in range(10)]

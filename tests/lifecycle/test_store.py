@@ -194,6 +194,7 @@ def test_half_made_store_is_moved_aside_and_replaced(statements, tmp_path, empty
         assert [*new.iterdump()] == [*whole.iterdump()]
 
 
+@pytest.mark.extended  # it takes long
 def test_store_that_a_killed_mlflow_left_is_replaced_without_loss_of_the_first_one_moved_aside(tmp_path):
     # given MLflow itself, killed while it makes the tables, and a file moved aside before
     folder = tmp_path / "project"
@@ -245,6 +246,7 @@ def test_server_that_never_answers_is_refused(tmp_path, monkeypatch):
         assert "ReadTimeoutError" in refused(tmp_path)
 
 
+@pytest.mark.extended  # it takes long
 def test_server_decides_where_its_models_are(tmp_path, monkeypatch):
     with tracking_server(tmp_path) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
@@ -317,6 +319,7 @@ def test_experiment_that_a_server_made_is_no_sign_of_a_moved_store(store, tmp_pa
         open_experiment("a server's", "What it is for.", tmp_path)
 
 
+@pytest.mark.extended  # it takes long
 def test_deleted_experiment_is_refused_with_the_command_that_restores_it(store, tmp_path):
     experiment = open_experiment("an experiment", "What it is for.", tmp_path)
     mlflow.delete_experiment(experiment.experiment_id)
@@ -342,6 +345,7 @@ def test_store_of_another_mlflow_is_refused_and_unchanged(revision, cause, store
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.extended  # it takes long
 def test_locked_store_is_refused(store, tmp_path):
     with contextlib.closing(sqlite3.connect(store)) as other:
         other.execute("BEGIN EXCLUSIVE")

@@ -274,6 +274,7 @@ def test_run_whose_fingerprint_differs_is_another_though_the_digest_is_the_same(
     assert [run.info.run_id for run in tables.runs_with(mlflow.data.from_pandas(rows))] == [expected]
 
 
+@pytest.mark.extended  # it takes long
 def test_names_are_compared_in_time_that_grows_with_their_number_alone(tmp_path):
     """Attack 37."""
 

@@ -221,6 +221,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("options", DIFFERENT.values(), ids=DIFFERENT)
+@pytest.mark.extended  # it takes long
 def test_search_that_differs_is_another(experiment_id, options):
     with pytest.raises(KeyboardInterrupt):
         run(experiment_id, interrupted)

@@ -115,7 +115,8 @@ def test_links_come_last_when_the_server_answers(session, folder):
     versions = mlflow.MlflowClient(store(folder)).search_model_versions("name = 'newer'")
     runs = {version.version: version.run_id for version in versions}
     # then the links stand below everything that the server has printed
-    *_, compared, model, _ = session.screen.splitlines()
+    *_, compared, command, model, _ = session.screen.splitlines()
+    assert command == "lifecycle compare models:/newer/2 models:/newer/3"
     assert model == f"http://127.0.0.1:{session.port}/#/models/newer?{MODE}"
     assert session.screen.index("Security middleware enabled") < session.screen.index(compared)
     # and the comparison is that of versions 2 and 3
@@ -187,6 +188,7 @@ def test_death_of_the_server_is_reported_and_leaves_nothing(folder, tmp_path):
     assert still_there(processes) == []
 
 
+@pytest.mark.extended  # it takes long
 def test_port_in_use_is_refused_with_the_remedy(folder):
     # given a port on which something listens
     with socket.socket() as taken:
@@ -249,7 +251,7 @@ def test_only_version_has_nothing_to_be_compared_with(active):
     assert find_links("http://server") == [f"http://server/#/models/only%20one?{MODE}"]
 
 
-@pytest.mark.parametrize(("name", "links"), [("it's", 2), ('the "best"', 2), ('it\'s the "best"', 1)])
+@pytest.mark.parametrize(("name", "links"), [("it's", 3), ('the "best"', 3), ('it\'s the "best"', 1)])
 def test_name_with_quotes_leaves_out_only_the_link_that_cannot_be_made(name, links, active):
     register(active, name, 2)
     found = find_links("http://server")
@@ -257,6 +259,7 @@ def test_name_with_quotes_leaves_out_only_the_link_that_cannot_be_made(name, lin
     assert found[-1] == f"http://server/#/models/{quote(name, safe='')}?{MODE}"
 
 
+@pytest.mark.extended  # it takes long
 def test_version_whose_run_was_removed_is_not_compared(active):
     # given that `mlflow gc` has removed the run of the older one of two versions
     register(active, "half", 2)

@@ -125,6 +125,7 @@ def test_address_that_names_no_version_is_refused(folder, uri):
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.extended  # it takes long
 def test_one_flipped_bit_in_any_file_is_refused(folder, name):
     path = files_of(2) / name
     content = bytearray(path.read_bytes())
@@ -374,6 +375,7 @@ def test_version_that_the_database_gives_another_name_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", "a\nb", "a'b", 'a"b', "a\\b", *INVISIBLE])
+@pytest.mark.extended  # it takes long
 def test_name_that_leads_elsewhere_is_refused_before_anything_is_logged(folder, name):
     with pytest.raises(ValueError, match=r"must not contain # \? @ \\ quotes or invisible"):
         register(folder, name=name)
@@ -575,6 +577,7 @@ def test_private_key_is_in_no_file_of_the_store(folder):
     assert [path for path in files for secret in secrets if secret in path.read_bytes()] == []
 
 
+@pytest.mark.extended  # it takes long
 def test_signature_verifies_with_model_signings_own_command(folder):
     # given a version as anybody downloads it: the model, and what was signed beside it
     with verified("models:/iris/2", own_public_key()) as copy:

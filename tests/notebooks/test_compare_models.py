@@ -280,7 +280,7 @@ def test_regression_with_groups_is_compared_by_the_absolute_error(visits):
 
 def test_group_is_no_feature_and_almost_unique_columns_are_named(visits):
     printed = "\n".join(text_outputs(executed(visits)))
-    assert re.findall(r"Warning: '(\w+)' differs in", printed) == ["id", "day"]
+    assert re.findall(r"Warning: '(\w+)' has", printed) == ["id", "day"]
     client = mlflow.MlflowClient(f"sqlite:///{visits.as_posix()}/mlflow.db")
     folder = client.get_model_version("visits_csv_Ridge", "1").source
     model = client.get_logged_model(folder.rpartition("/")[2])

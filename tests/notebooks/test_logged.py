@@ -172,6 +172,7 @@ def test_runs_are_found_by_their_tags(client, filter_string, found):
     assert {run.info.run_name for run in runs} == found
 
 
+@pytest.mark.extended  # it takes long
 def test_three_lines_load_the_champion_in_another_folder(folder, tmp_path):
     # given the lines that the text shows, with the path of this store in place of the reader's
     text = "\n".join(cell.source for cell in executed(folder).cells if cell.cell_type == "markdown")

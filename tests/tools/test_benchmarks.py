@@ -70,6 +70,7 @@ def test_plain_script_makes_the_notebooks_mlflow_calls():
     assert calls["mlflow.sklearn.log_model"] == 1
 
 
+@pytest.mark.extended  # it takes long
 def test_ways_to_search_that_are_measured_run_the_same_trials(monkeypatch, tmp_path):
     # given the three ways, with a store of their own
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

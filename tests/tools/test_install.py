@@ -56,6 +56,7 @@ def installed(project) -> set[str]:
 
 
 @pytest.mark.parametrize("pip", [True, False], ids=["a Python with pip", "a Python without pip"])
+@pytest.mark.extended  # it takes long
 def test_environment_is_made_and_holds_just_the_lock(pip, project):
     # given a lock of what it takes to make an environment, and a Python
     wanted = small_lock(project, "pip", "setuptools", "uv")
@@ -85,6 +86,7 @@ def foreign_requirement(folder, name: str, version: str) -> str:
 
 
 @pytest.mark.parametrize("place", ["variables", "the user's settings", "the folder"])
+@pytest.mark.extended  # it takes long
 def test_no_setting_changes_what_is_installed(place, tmp_path, project):
     # given wheels that pip and uv install if a setting tells them to
     wanted = small_lock(project, "packaging", "setuptools", "uv")

@@ -144,6 +144,7 @@ def compile_again(tmp_path, make_lock):
     return compile_again
 
 
+@pytest.mark.extended  # it takes long
 def test_locks_are_what_pyproject_compiles_to(compile_again):
     assert compile_again() == [], "stale: make lock"
 
@@ -155,6 +156,7 @@ def test_a_changed_pin_without_a_new_lock_is_noticed(compile_again):
 
 
 @pytest.mark.parametrize("place", ["the user's settings", "a workspace above", "a variable"])
+@pytest.mark.extended  # it takes long
 def test_settings_from_elsewhere_do_not_change_a_lock(place, tmp_path, make_lock):
     # given a project with one dependency
     project = tmp_path / "project"
@@ -225,6 +227,7 @@ def sync_command(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["as it is", "changed"])
+@pytest.mark.extended  # it takes long
 def test_what_has_to_be_built_is_built_by_the_setuptools_of_the_lock(changed, tmp_path, lacking):
     # given a package that has to be built, and the lock of which the hashes of setuptools are changed or not
     (tmp_path / "package").mkdir()

@@ -51,6 +51,7 @@ def run(*arguments: str, folder: Path, **variables: str) -> subprocess.Completed
     return finished([*PROGRAM, *arguments], folder, environment(folder, **variables), limit=300)
 
 
+@pytest.mark.extended  # it takes long
 def test_each_section_is_printed_with_its_seconds(tmp_path):
     # given a notebook whose second section takes half a second
     write(tmp_path / "small.ipynb", Title="1", Second="import time; time.sleep(0.5)", Last="2")
@@ -137,6 +138,7 @@ def test_several_notebooks_end_with_where_their_pages_are(pages):
     assert pages[1].splitlines()[2:] == [end]
 
 
+@pytest.mark.extended  # it takes long
 def test_half_made_store_is_replaced_before_mlflow_opens_it(tmp_path):
     # given a store that a killed process left half made, in which MLflow cannot create its tables
     write(tmp_path / "small.ipynb", Title="import mlflow", Second="mlflow.set_experiment('an experiment').name")
@@ -196,6 +198,7 @@ IS_INTERRUPTED = "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\
         (IS_INTERRUPTED, "numpy", 130, ""),
     ],
 )
+@pytest.mark.extended  # it takes long
 def test_make_run_ends_with_the_problems_found_after_a_failure(tmp_path, lacking, code, pins, status, expected):
     # given a notebook that fails or is interrupted, in a project with or without a problem
     if shutil.which("make") is None:
@@ -333,6 +336,7 @@ def test_kernel_that_dies_is_reported_in_one_line(several):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups as terminals use them")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.extended  # it takes long
 def test_interrupt_ends_with_one_line_and_no_process_left(tmp_path, number):
     # given a notebook in the middle of a long cell
     write(tmp_path / "small.ipynb", Title="1", Data="import time; time.sleep(100)")
