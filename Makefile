@@ -66,7 +66,9 @@ NIGHTLY_3 = tests/deploy/test_deploy.py tests/deploy/test_deploy_failures.py tes
 NIGHTLY_4 = tests/lifecycle/test_road.py tests/notebooks/test_keep_pins.py tests/lifecycle/test_renew.py
 NIGHTLY_5 = tests/lifecycle/test_wheel.py tests/lifecycle/test_batch.py tests/notebooks/test_scale.py
 NIGHTLY_6 = tests/notebooks/test_monitor.py tests/notebooks/test_release.py tests/notebooks/test_search.py
-NIGHTLY = $(NIGHTLY_1) $(NIGHTLY_2) $(NIGHTLY_3) $(NIGHTLY_4) $(NIGHTLY_5) $(NIGHTLY_6)
+NIGHTLY_7 = tests/notebooks/test_compare_models.py tests/notebooks/test_heart_disease.py \
+	tests/notebooks/test_guides_interface.py tests/notebooks/test_interface.py tests/tools/test_site.py
+NIGHTLY = $(NIGHTLY_1) $(NIGHTLY_2) $(NIGHTLY_3) $(NIGHTLY_4) $(NIGHTLY_5) $(NIGHTLY_6) $(NIGHTLY_7)
 TESTS = project.ipynb $(filter-out $(NIGHTLY),$(foreach folder,notebooks lifecycle tools,$(wildcard tests/$(folder)/test_*.py)))
 
 ##@ Use the project
@@ -127,12 +129,11 @@ test-all: $(INSTALLED) ## run all tests but those of `make test-nightly`, and sk
 	$(PYTEST) $(TESTS)
 
 test-nightly: $(INSTALLED) ## run the longest tests: containers, guides on the shared server, wheels (TURN=1 for one part)
-	$(PYTEST) $(if $(TURN),$(NIGHTLY_$(shell expr $(TURN) % 6 + 1)),$(NIGHTLY))
+	$(PYTEST) $(if $(TURN),$(NIGHTLY_$(shell expr $(TURN) % 7 + 1)),$(NIGHTLY))
 
 coverage: $(INSTALLED) ## measure the branch coverage of the library by its own tests
 	rm -f .coverage*
-	$(subst -m pytest,-m coverage run -m pytest,$(PYTEST)) $(filter-out $(NIGHTLY_5),$(wildcard tests/lifecycle/test_*.py)) \
-		--ignore tests/lifecycle/test_road.py
+	$(subst -m pytest,-m coverage run -m pytest,$(PYTEST)) $(filter-out $(NIGHTLY),$(wildcard tests/lifecycle/test_*.py))
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --show-missing --skip-covered
 

@@ -34,6 +34,8 @@ from mlflow_lifecycle.environments import build_environment, predict_in
 from mlflow_lifecycle.exceptions import EnvironmentNotBuiltError, PredictionFailedError
 from mlflow_lifecycle.pins import read_pins
 
+pytestmark = pytest.mark.extended  # it takes long
+
 LOCK = ROOT / "requirements.txt"
 SIX = re.search(r"^six==.+\\\n(?: +--hash=.+\n)+", LOCK.read_text(encoding="utf-8"), re.MULTILINE)[0]
 PIN = SIX.split()[0]
@@ -111,7 +113,6 @@ def test_environment_holds_the_recorded_packages_and_no_others(model, python):
     assert {f"{package['name']}=={package['version']}" for package in listed} == set(recorded) - {""}
 
 
-@pytest.mark.extended  # it takes long
 def test_predictions_equal_those_in_this_process(model, python):
     # given a model, and rows with a gap and with numbers that MLflow reads from CSV with an error
     folder, rows = model
@@ -121,7 +122,6 @@ def test_predictions_equal_those_in_this_process(model, python):
     assert list(predictions.predicted) == mlflow.pyfunc.load_model(str(folder)).predict(rows).tolist()
 
 
-@pytest.mark.extended  # it takes long
 def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):
     # given a model that learned from a text with gaps, as read_csv reads them
     rows = pd.DataFrame({"group": np.array(["a", "b", np.nan] * 20, dtype=object), "number": [0.5, np.nan, 1.5] * 20})
@@ -135,7 +135,6 @@ def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):
     assert predictions.probabilities.tolist() == estimator.predict_proba(rows).tolist()
 
 
-@pytest.mark.extended  # it takes long
 def test_failed_prediction_ends_with_the_reason(model, python):
     folder, rows = model
     with pytest.raises(PredictionFailedError, match=r"gave no predictions.*second"):
@@ -174,7 +173,6 @@ def foreign_six(folder: Path) -> str:
 
 @pytest.mark.parametrize("place", ["working directory", "folder above", "user"])
 @pytest.mark.parametrize("setting", ["target", "constraint-dependencies"])
-@pytest.mark.extended  # it takes long
 def test_settings_file_of_uv_does_not_change_what_is_built(small, monkeypatch, place, setting):
     """Attack 25."""
     # given a settings file that sends packages elsewhere, or names a foreign archive with its own hash
@@ -274,7 +272,6 @@ def test_environment_shares_no_file_with_its_cache(small):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal for one process")
-@pytest.mark.extended  # it takes long
 def test_interruption_leaves_nothing_behind(model, small):
     # given a build in another process, under way
     before = snapshot(small)

@@ -18,6 +18,8 @@ from asking import FEATURES, PETAL, SPECIES, THREE, answered, as_verified, ask, 
 from mlflow_lifecycle.server.record import Record
 from mlflow_lifecycle.serving import read_record, serve_verified
 
+pytestmark = pytest.mark.extended  # it takes long
+
 
 def test_answer_is_in_the_record_under_its_id_without_what_is_left_out(server, record):
     answer = json.loads(ask(server.address, split(THREE), path="/invocations?probabilities=true")[1])
@@ -38,7 +40,6 @@ def test_record_is_for_its_owner_alone(server, record):
     assert {path.stat().st_mode & 0o077 for path in record.glob("*.jsonl")} == {0}
 
 
-@pytest.mark.extended  # it takes long
 def test_killed_server_has_recorded_all_that_it_answered(iris, tmp_path):
     # given clients that ask without pause
     seen, record = set(), tmp_path / "record"
@@ -84,7 +85,6 @@ def test_nothing_is_answered_that_cannot_be_recorded(iris, tmp_path):
     assert len(record_entries(tmp_path)) == 2
 
 
-@pytest.mark.extended  # it takes long
 def test_record_and_log_that_cannot_be_written_are_said(iris, tmp_path):
     # given a server whose record is gone, and whose log is on a full disk
     record = tmp_path / "record"
@@ -151,7 +151,6 @@ def test_record_keeps_the_newest_entries_within_its_size_limit(tmp_path):
     assert len(numbers) >= 10
 
 
-@pytest.mark.extended  # it takes long
 def test_served_record_stays_within_its_size_limit(iris, tmp_path):
     """Attack 35."""
     body = split(pd.concat([FEATURES] * 10))

@@ -20,6 +20,8 @@ from execution import environment, finished, free_port
 
 from mlflow_lifecycle.ui import find_links
 
+pytestmark = pytest.mark.extended  # it takes long
+
 COMMAND = [sys.executable, "-P", "-m", "mlflow_lifecycle", "ui"]
 END = "Press Ctrl+C to stop the interface.\n"
 MODE = "workflowType=machine_learning"
@@ -188,7 +190,6 @@ def test_death_of_the_server_is_reported_and_leaves_nothing(folder, tmp_path):
     assert still_there(processes) == []
 
 
-@pytest.mark.extended  # it takes long
 def test_port_in_use_is_refused_with_the_remedy(folder):
     # given a port on which something listens
     with socket.socket() as taken:
@@ -259,7 +260,6 @@ def test_name_with_quotes_leaves_out_only_the_link_that_cannot_be_made(name, lin
     assert found[-1] == f"http://server/#/models/{quote(name, safe='')}?{MODE}"
 
 
-@pytest.mark.extended  # it takes long
 def test_version_whose_run_was_removed_is_not_compared(active):
     # given that `mlflow gc` has removed the run of the older one of two versions
     register(active, "half", 2)

@@ -19,6 +19,8 @@ from postgresql import postgresql
 from mlflow_lifecycle import workers
 from mlflow_lifecycle.cli import main
 
+pytestmark = pytest.mark.extended  # it takes long
+
 OBJECTIVE = """
     import os, time
     from pathlib import Path
@@ -204,7 +206,6 @@ def mlflow_back():
 
 
 @pytest.mark.parametrize("moment", ["before the objective", "after it", "after it failed"])
-@pytest.mark.extended  # it takes long
 def test_trial_that_mlflow_does_not_record_is_begun_again(parent, storage, monkeypatch, mlflow_back, moment):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run_id, begin = parent.info.run_id, mlflow.start_run
