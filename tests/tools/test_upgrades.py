@@ -55,3 +55,15 @@ def test_what_differs_from_the_committed_notebook_is_named(upgrades, monkeypatch
 def test_list_of_pins_that_a_notebook_shows_does_not_count(upgrades):
     assert upgrades.PINS_SHOWN.search("... and so on: 58 packages in all")
     assert not upgrades.PINS_SHOWN.search("accuracy 0.93")
+
+
+def test_raised_pin_is_written_with_those_that_follow_it(upgrades, monkeypatch, tmp_path):
+    # given pins, one of them with a marker
+    text = """model = ["mlflow-skinny==1.0", "other==1.0"]\nmlflow = ["mlflow==1.0; sys_platform != 'darwin'"]\n"""
+    (tmp_path / "pyproject.toml").write_text(text)
+    monkeypatch.setattr(upgrades, "ROOT", tmp_path)
+    # when
+    upgrades.write("mlflow", "2.0")
+    # then
+    written = text.replace("skinny==1.0", "skinny==2.0").replace("mlflow==1.0", "mlflow==2.0")
+    assert (tmp_path / "pyproject.toml").read_text() == written
