@@ -214,7 +214,8 @@ def test_server_that_runs_already_gets_just_its_links_and_keeps_its_password(fol
     # then
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    assert [line.startswith(f"{interface}/#/") for line in lines] == [True, True]
+    assert [line.startswith(f"{interface}/#/") for line in lines] == [True, False, True]
+    assert lines[1].startswith("lifecycle compare models:/newer/")
     assert "hidden" not in process.stdout + process.stderr
 
 
