@@ -77,7 +77,8 @@ def own_public_key() -> Path:
     path = key_folder() / "signing_key.pub"
     if not path.is_file():
         raise KeyRefusedError(
-            f"There is no public key {path}. Use that of the person who signed: --public-key FILE"
+            f"There is no public key {path}. If nobody has signed yet, run: lifecycle sign "
+            "models:/NAME/1. Otherwise use that of the person who signed: --public-key FILE"
         )
     return path
 
