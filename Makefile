@@ -160,7 +160,8 @@ lock: $(INSTALLED) ## compile the lock files from pyproject.toml (UPGRADE=1 to u
 
 upgrade: $(INSTALLED) ## raise each pin that changes no output of the quickstart, compile the locks, and test
 	mkdir -p build
-	$(BIN)/python tools/upgrades.py --write | tee build/upgrades.md
+	$(BIN)/python tools/upgrades.py --write > build/upgrades.md
+	cat build/upgrades.md
 	$(MAKE) lock UPGRADE=1
 	$(MAKE) run
 	$(MAKE) test

@@ -34,8 +34,6 @@ from mlflow_lifecycle.signing.statement import check_name
 from mlflow_lifecycle.signing.verify import find_version, open_model, verified
 
 FORMAT = "preview"  # of the answer of uv audit; another one may mean something else
-
-
 PROJECT = """\
 [project]
 name = "audited"
@@ -60,7 +58,7 @@ source = {{ registry = "." }}
 
 @dataclass(frozen=True)
 class Finding:
-    """A known vulnerability of a package, and the versions that have it no more."""
+    """A known vulnerability of a package, and the versions in which it is fixed."""
 
     id: str
     package: str

@@ -127,7 +127,7 @@ def describe(copy: Verified) -> dict[tuple[str, str], str]:
 def find_changes(
     first: dict[tuple[str, str], str], second: dict[tuple[str, str], str]
 ) -> pd.DataFrame:
-    """Return the facts that differ, a row per fact. A fact that a version lacks is empty."""
+    """Return the facts that differ, a row per fact. A missing fact is empty."""
     changes = []
     for key in dict.fromkeys([*first, *second]):
         before = first.get(key, "")

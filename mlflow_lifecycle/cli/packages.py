@@ -151,7 +151,7 @@ def renew(
     lines = [
         f"{renewal.uri} is {renewal.renewed_from} with new packages.",
         f"All {renewal.rows} predictions are the same, {same}.",
-        f"Next: lifecycle release {renewal.uri} --same-predictions",
+        f"Next: lifecycle release {renewal.uri} --same-predictions --data FILE --target COLUMN ...",
     ]
     print_result(renewal, lines, as_json)
 
