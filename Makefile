@@ -144,6 +144,7 @@ lock: $(INSTALLED) ## compile the lock files from pyproject.toml (UPGRADE=1 to u
 	$(COMPILE) --group scale --generate-hashes --output-file requirements-scale.txt
 	$(COMPILE) --group development --generate-hashes --constraint requirements-scale.txt --output-file requirements-dev.txt
 	$(COMPILE) --group server --generate-hashes --constraint requirements-scale.txt --output-file deploy/requirements.txt
+	$(COMPILE) --group store --generate-hashes --output-file deploy/store.txt
 	$(COMPILE) --group test --generate-hashes --constraint requirements-dev.txt --output-file requirements.txt
 	$(COMPILE) --group model --constraint requirements.txt --output-file model_requirements.txt
 	mkdir -p build

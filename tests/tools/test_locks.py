@@ -96,7 +96,7 @@ def test_what_only_some_tests_need_is_not_in_the_lock_below(package, lock):
 def test_server_lock_has_no_notebook_or_test_tool():
     names = set(versions(SERVER))
     assert {"mlflow", "flask-wtf", "psycopg2-binary"} <= names
-    assert names.isdisjoint({"pytest", "nbval", "ipykernel", "nbconvert", "optuna", "uv"})
+    assert names.isdisjoint({"pytest", "nbval", "ipykernel", "nbconvert", "optuna"})
 
 
 def test_direct_versions_stand_only_in_pyproject():
