@@ -10,7 +10,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from start import SECRETS, reason_against
+from start import SECRETS, STORE_SECRET, reason_against
 
 HERE = Path(__file__).parent
 
@@ -25,7 +25,8 @@ def made() -> str:
 def main() -> None:
     """Write the file, or end with the reason why not."""
     lines = (HERE / ".env.example").read_text(encoding="utf-8").splitlines()
-    filled = [line + made() if line.removesuffix("=") in SECRETS else line for line in lines]
+    names = {*SECRETS, STORE_SECRET}
+    filled = [line + made() if line.removesuffix("=") in names else line for line in lines]
     try:
         file = os.open(HERE / ".env", os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
     except FileExistsError:

@@ -1,10 +1,11 @@
-"""MLflow's server with authentication, and what it lacks in version 3.17: three refusals and some patience.
+"""MLflow's server with authentication, and what it lacks in version 3.17: refusals, limits and some patience.
 
 `basic-auth` lets every user choose where an experiment's files go, which may be another user's folder; it lets every
 user list all users; and it verifies as many wrong passwords as somebody sends, faster for a name that does not exist.
 Whoever makes an experiment or a registered model gets the right to it a moment after it is there, and in that moment it
 forbids the user's other programs to use it. Of two that log the same data set, or set the same new alias or tag of a
-registered model, at the same moment, one fails.
+registered model, at the same moment, one fails. The limits are in limits.py, protected aliases in aliases.py, and what
+Prometheus reads in figures.py.
 `mlflow server --app-name=team` starts this app; the name is known to MLflow by `server_app-1.dist-info`, beside this
 file.
 """
@@ -13,16 +14,18 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import os
 import secrets
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+from aliases import ProtectedAliases, Store, asked, reason_against_change
 from cachetools import TTLCache
-from flask import Response, request
-from google.protobuf.json_format import ParseError
+from figures import FAILED_LOGINS, RESPONSES, serve_figures
+from flask import Response, jsonify, request
+from limits import TooLargeError, closing, limit_heads, read_body, repeat, serve_stranger, serve_user
 from mlflow.protos.service_pb2 import CreateExperiment
 from mlflow.server import app, auth
-from mlflow.utils.proto_json_utils import parse_dict
 from starlette.responses import PlainTextResponse
 from werkzeug.datastructures import Authorization
 from werkzeug.security import check_password_hash, generate_password_hash
@@ -45,36 +48,21 @@ SMALL = 100_000
 NOT_AUTHENTICATED = "You are not authenticated. Please see https://mlflow.org/docs/latest/auth/index.html"
 
 
-def chosen_location() -> str:
-    """Return where the request wants an experiment's files to go, read as MLflow reads it; "" where it does not say."""
-    message, body = CreateExperiment(), request.get_json(force=True, silent=True)
-    if isinstance(body, str):  # some clients encode it twice
-        body = app.json.loads(body)
-    with contextlib.suppress(ParseError):  # MLflow goes on with what it has read up to there
-        parse_dict(body or {}, message)
-    return message.artifact_location
+def refuse(store: Store) -> Response | None:
+    """Refuse who is not an admin what MLflow allows everybody, and all what would take away a protected version.
 
-
-def refused() -> Response | None:
-    """Refuse who is not an admin what MLflow allows everybody. Flask calls it once the user is known."""
+    Flask calls it once the user is known.
+    """
     route = str(request.url_rule)
-    if route.endswith("/mlflow/experiments/create") and chosen_location():
-        reason = "only an admin may choose an artifact_location; leave it out, and the server chooses one."
-    elif route.endswith("/mlflow/users/list"):
-        reason = "only an admin may list the users."
-    else:
-        return None
-    return None if auth.sender_is_admin() else Response(f"Permission denied: {reason}", 403)
-
-
-def once_more(body: bytes, receive):
-    """Return what gives an ASGI app a body that was read, and then what ``receive`` gives."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def again():
-        return messages.pop() if messages else await receive()
-
-    return again
+    reason = reason_against_change(store)
+    if reason is None:
+        if route.endswith("/mlflow/experiments/create") and asked(CreateExperiment()).artifact_location:
+            reason = "Only an admin may choose an artifact_location. Leave it out, and the server chooses one."
+        elif route.endswith("/mlflow/users/list"):
+            reason = "Only an admin may list the users."
+        if reason is None or auth.sender_is_admin():
+            return None
+    return app.make_response((jsonify(error_code="PERMISSION_DENIED", message=reason), 403))
 
 
 class Turns:
@@ -95,20 +83,16 @@ class Turns:
         if scope["type"] != "http" or (upload and not in_turn):
             await self.served(scope, receive, send)
             return
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":  # half a file must not pass for a whole one
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+        body = await read_body(receive)
+        if body is None:
+            return
         if in_turn:
             async with self.turn():
-                await self.served(scope, once_more(bytes(body), receive), send)
-        elif await self.is_forbidden(scope, once_more(bytes(body), receive), send):
+                await self.served(scope, repeat(body, receive), send)
+        elif await self.is_forbidden(scope, repeat(body, receive), send):
             async with self.turn():
                 pass
-            await self.served(scope, once_more(bytes(body), receive), send)
+            await self.served(scope, repeat(body, receive), send)
 
     @contextlib.asynccontextmanager
     async def turn(self):
@@ -133,7 +117,7 @@ class Turns:
 
 
 class PasswordGuard:
-    """Hand on no request before its password was verified, and slow down who guesses.
+    """Read no more than a little of a request before its password was verified, and slow down who guesses.
 
     Requests without credentials are for MLflow to answer: it has pages that need none.
 
@@ -153,11 +137,30 @@ class PasswordGuard:
 
     async def __call__(self, scope, receive, send):
         """Answer a request, or hand it on."""
-        answer = self.served
-        for name, value in scope.get("headers", []):
+        if scope["type"] != "http":
+            await self.served(scope, receive, send)
+            return
+
+        async def count(message):
+            if message["type"] == "http.response.start":
+                RESPONSES.labels(str(message["status"])).inc()
+            await send(message)
+
+        if scope["path"].rstrip("/") == "/metrics":  # for Prometheus, at another address
+            await closing(404, "Not found.")(scope, receive, count)
+            return
+        serve = serve_stranger
+        for name, value in scope["headers"]:
             if name in HEADERS:
-                answer = await self.refusal(value) or answer
-        await answer(scope, receive, send)
+                serve = serve_user
+                if refusal := await self.refusal(value):
+                    FAILED_LOGINS.inc()
+                    await refusal(scope, receive, count)
+                    return
+        try:
+            await serve(self.served, scope, receive, count)
+        except TooLargeError:
+            await closing(413, "The request is too large.")(scope, receive, count)
 
     async def refusal(self, header: bytes) -> PlainTextResponse | None:
         """Return the answer to wrong credentials; None where they are right."""
@@ -171,7 +174,7 @@ class PasswordGuard:
                 if mark not in self.right:
                     if self.wrong.get(name, 0) >= WRONG_PASSWORDS:
                         reason = f"Too many wrong passwords for this user. Wait {WAIT} seconds."
-                        return PlainTextResponse(reason, 429, {"Retry-After": str(WAIT)})
+                        return closing(429, reason, **{"Retry-After": str(WAIT)})
                     if not await asyncio.to_thread(self.is_right, name, credentials.password):
                         self.wrong[name] = self.wrong.get(name, 0) + 1
                         return self.not_authenticated()
@@ -189,13 +192,16 @@ class PasswordGuard:
     @staticmethod
     def not_authenticated() -> PlainTextResponse:
         """Return what MLflow answers, so that a browser asks for a password."""
-        return PlainTextResponse(NOT_AUTHENTICATED, 401, {"WWW-Authenticate": 'Basic realm="mlflow"'})
+        return closing(401, NOT_AUTHENTICATED, **{"WWW-Authenticate": 'Basic realm="mlflow"'})
 
 
 def create_app() -> PasswordGuard:
     """Return the app. The server's processes make it one after the other: the first makes tables and admin."""
+    limit_heads()
     with Path(__file__).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         served = auth.create_app()
-    app.before_request(refused)
-    return PasswordGuard(Turns(served))
+        store = Store(os.environ["MLFLOW_BACKEND_STORE_URI"])
+        serve_figures()
+    app.before_request(lambda: refuse(store))
+    return PasswordGuard(ProtectedAliases(Turns(served), store))

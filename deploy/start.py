@@ -16,6 +16,7 @@ SECRETS = {  # the file's name, and the variable in which PostgreSQL's driver or
     "MLFLOW_ADMIN_PASSWORD": "MLFLOW_AUTH_ADMIN_PASSWORD",
     "MLFLOW_SECRET_KEY": "MLFLOW_FLASK_SERVER_SECRET_KEY",
 }
+STORE_SECRET = "AWS_SECRET_ACCESS_KEY"  # of the S3 store, where there is one; its provider chooses it
 REMEDY = "Make all three: python3 make_env.py"
 SHORTEST = 32  # make_env.py makes 43; `openssl rand -hex 16` gives 32
 VARIETY = 10  # different characters
@@ -42,10 +43,15 @@ def reason_against(secret: str) -> str | None:
     return None
 
 
+def read(path: Path) -> str:
+    """Return the secret in a file, empty if it is missing."""
+    return path.read_text().strip() if path.exists() else ""
+
+
 def main(command: list[str]) -> None:
-    """Check all secrets, then become ``command``."""
+    """Check the secrets, then become ``command``."""
     folder = Path(os.environ.get("SECRETS_FOLDER", "/run/secrets"))
-    secrets = {name: (folder / name).read_text().strip() if (folder / name).exists() else "" for name in SECRETS}
+    secrets = {name: read(folder / name) for name in SECRETS}
     reasons = {name: reason_against(secret) for name, secret in secrets.items()}
     refused = [f"{name} {reason}" for name, reason in reasons.items() if reason]
     if not refused and len(set(secrets.values())) < len(secrets):
@@ -53,6 +59,8 @@ def main(command: list[str]) -> None:
     if refused:
         sys.exit(f"Not started: {'; '.join(refused)}. {REMEDY}")
     os.environ.update({SECRETS[name]: secret for name, secret in secrets.items()})
+    if store_secret := read(folder / STORE_SECRET):
+        os.environ[STORE_SECRET] = store_secret
     if not command:
         sys.exit(__doc__)
     os.execvp(command[0], command)

@@ -60,6 +60,12 @@ if TYPE_CHECKING:
     metavar="MARGIN",
     help="Refuse numbers outside the training range.",
 )
+@click.option(
+    "--metrics-address",
+    default="",
+    metavar="HOST:PORT",
+    help="Answer GET /metrics at this address alone.",
+)
 @CACHE
 @click.option("--offline", is_flag=True, help="Take all packages from the cache.")
 def serve(
@@ -73,6 +79,7 @@ def serve(
     record_limit: int,
     leave_out: tuple[str, ...],
     limits: float | None,
+    metrics_address: str,
     cache: Path | None,
     offline: bool,
 ) -> None:
@@ -102,6 +109,7 @@ def serve(
         record_bytes=record_limit * 1_000_000,
         leave_out=leave_out,
         limits=limits,
+        metrics_address=metrics_address,
         cache=cache,
         offline=offline,
         log=sys.stderr,

@@ -5,7 +5,7 @@
   ``?probabilities=true`` it also holds ``classes`` and, in their order, ``probabilities``.
 - ``GET /ping``.
 - ``GET /version``: name, version, and fingerprint of the key that it was verified with.
-- ``GET /metrics``: for Prometheus.
+- ``GET /metrics``: for Prometheus; at an address of its own if ``metrics_address`` is set.
 
 A refusal is ``{"message": ...}``. 400: the request is invalid; 408: it was not complete in time;
 413: it is too large; 415: another content type; 422: the rows are valid, and the model raises
@@ -59,6 +59,7 @@ class Settings:
         record_bytes: the size limit of the record, checked once a second. The oldest files are
             removed.
         leave_out: columns that are not recorded.
+        metrics_address: host and port of /metrics, such as 127.0.0.1:9000. Empty: those of the rest.
         largest_body: of a request, in bytes.
         patience_seconds: how long a client may take to send a request, or to read an answer.
     """
@@ -72,6 +73,7 @@ class Settings:
     keep_days: int = 30
     record_bytes: int = 1_000_000_000
     leave_out: tuple[str, ...] = ()
+    metrics_address: str = ""
     largest_body: int = 1_000_000
     patience_seconds: float = 10
 
@@ -149,6 +151,9 @@ def create_app(predictor: Predictor) -> Starlette:
     worker = ThreadPoolExecutor(1)
 
     async def metrics(request: Request) -> Response:
+        own_port = settings.metrics_address.rpartition(":")[2]
+        if own_port and request.scope["server"][1] != int(own_port):
+            raise HTTPException(404, "the metrics are at another address")
         return Response(predictor.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def invocations(request: Request) -> Response:
@@ -240,4 +245,8 @@ def main(path: Path) -> None:
     listening.listen()
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     os.write(output, f"http://{host}:{listening.getsockname()[1]}\n".encode())
-    server.run(sockets=[listening])
+    sockets = [listening]
+    if settings.metrics_address:
+        host, _, port = settings.metrics_address.rpartition(":")
+        sockets.append(uvicorn.Config(None, host=host, port=int(port)).bind_socket())
+    server.run(sockets=sockets)

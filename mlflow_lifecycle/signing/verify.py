@@ -103,6 +103,30 @@ def verified(
         )
 
 
+def verify_release(name: str, number: str, alias: str, public_key: Path) -> Statement:
+    """Return what was signed when a version was released as an alias. Its model is not to be loaded.
+
+    Args:
+        name: the registered model.
+        number: of the version.
+        alias: the alias as which it must have been released, and no other version after it.
+        public_key: the public half of the key that signed it.
+
+    Raises:
+        NotVerifiedError: the version was not released as the alias, or is not what was signed.
+    """
+    uri = f"models:/{name}/{number}"
+    with tempfile.TemporaryDirectory(prefix="verified-") as scratch:
+        root = Path(scratch).resolve() / "version"
+        try:
+            version, _ = find_version(uri)
+            statement = _download_signed(root, version, alias, "release", public_key)
+            _refuse_older(name, alias, statement, public_key)
+        except Exception as error:  # whatever a file that somebody has changed leads to
+            raise NotVerifiedError(printable(f"Not released: {uri}. {_reason(error)}.")) from None
+    return statement
+
+
 def find_version(uri: str) -> tuple[ModelVersion, str]:
     """Return the version that an address leads to, and the alias in it, empty if there is none.
 

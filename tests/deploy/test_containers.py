@@ -101,7 +101,7 @@ def test_users_are_refused_what_the_server_alone_decides(containers):
         for call in (client.get_run, lambda number: client.log_text(number, "by ben", "notes.txt")):
             with pytest.raises((MlflowException, requests.HTTPError), match="403"):
                 call(run.run_id)
-        with pytest.raises(MlflowException, match="only an admin may choose an artifact_location"):
+        with pytest.raises(MlflowException, match="Only an admin may choose an artifact_location"):
             client.create_experiment("ben's", "file:///artifacts/1")
     assert containers.ask("ben", "GET", "api/2.0/mlflow/users/list").status_code == 403
     # and who has no password, or a wrong one, gets nothing

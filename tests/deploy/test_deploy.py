@@ -57,7 +57,7 @@ def test_example_of_the_settings_names_them_all_and_holds_no_value():
     lines = [line for line in (DEPLOY / ".env.example").read_text().splitlines() if line and line[0] != "#"]
     assert all(line.endswith("=") for line in lines)
     of_compose = set(re.findall(r"\$\{(\w+)", COMPOSE)) | {secret["environment"] for secret in secrets_of_compose()}
-    assert {line[:-1] for line in lines} == of_compose
+    assert {line[:-1] for line in lines} == of_compose | {"COMPOSE_PROFILES"}  # Compose's own
 
 
 def secrets_of_compose() -> list[dict]:
@@ -88,14 +88,20 @@ def test_settings_and_backups_are_kept_out_of_git_and_of_the_images():
     assert [name for name in let_in() for path in secret if path.startswith(name)] == []
 
 
-def test_only_server_and_model_are_published_and_only_to_this_machine():
+def test_what_is_published_is_published_to_this_machine_only():
     published = {name: service["ports"] for name, service in services().items() if "ports" in service}
-    assert published == {"server": ["127.0.0.1:5000:5000"], "model": ["127.0.0.1:5001:5001"]}
+    assert published == {
+        "server": ["127.0.0.1:5000:5000"],
+        "prometheus": ["127.0.0.1:9090:9090"],
+        "model": ["127.0.0.1:5001:5001"],
+    }
 
 
-def test_only_the_server_shares_a_network_with_the_database():
-    assert [name for name, service in services().items() if "inside" in service["networks"]] == ["database", "server"]
-    assert yaml.safe_load(COMPOSE)["networks"]["inside"] == {"internal": True}
+def test_only_the_server_shares_a_network_with_the_database_and_the_store():
+    inside = [name for name, service in services().items() if "inside" in service["networks"]]
+    assert inside == ["database", "server", "store"]
+    networks = yaml.safe_load(COMPOSE)["networks"]
+    assert networks["inside"] == networks["metrics"] == {"internal": True}
 
 
 def test_database_image_is_of_the_version_that_the_tests_run(lacking):
@@ -234,12 +240,12 @@ def test_one_command_makes_the_settings_for_the_owner_alone(tmp_path, reason_aga
     (line,) = [line for line in readme_commands("Start") if "make_env" in line]
     # when the README's command is run twice, for a user whose files all may read
     first, second = (finished(["bash", "-c", f"umask 0; {line}"], tmp_path, dict(os.environ), limit=30) for _ in "12")
-    # then the file is there, with three secrets that differ and that the server starts with
+    # then the file is there, with secrets that differ and that the server starts with
     assert first.returncode == 0, first.stderr
     settings = (tmp_path / ".env").read_text()
     values = dict(re.findall(r"^(\w+)=(.*)$", settings, flags=re.MULTILINE))
-    made = [values.pop(name) for name in SECRETS]
-    assert len(set(made)) == 3
+    made = [values.pop(name) for name in [*SECRETS, "AWS_SECRET_ACCESS_KEY"]]
+    assert len(set(made)) == 4
     assert [secret for secret in made if reason_against(secret) or secret in first.stdout] == []
     assert set(values.values()) == {""}
     # and only its owner can read it, and the second one changed nothing
@@ -297,7 +303,12 @@ def test_health_check_is_one_program(name):
 def test_health_check_of_the_container_passes(team):
     check = services()["server"]["healthcheck"]["test"]
     assert check[0] == "CMD"
-    assert finished([team.native(part) for part in check[1:]], team.folder, team.variables, limit=30).returncode == 0
+    assert (
+        finished(
+            [sys.executable, *(team.native(part) for part in check[2:])], team.folder, team.variables, limit=30
+        ).returncode
+        == 0
+    )
     check = services()["database"]["healthcheck"]["test"]
     team.database.run(check[1:], stdout=subprocess.DEVNULL)
 
@@ -661,7 +672,7 @@ def test_a_restore_leaves_nothing_of_what_was_there_and_keeps_a_copy_of_it(team,
     # and these are in the copy of what was replaced
     (copy,) = (tmp_path / "backup").glob("replaced_*.tar")
     with tarfile.open(copy) as archive:
-        assert f"./{number}/{run.run_id}/artifacts/secret.txt" in archive.getnames()
+        assert f"{number}/{run.run_id}/artifacts/secret.txt" in archive.getnames()
 
 
 def test_a_backup_taken_while_eight_clients_write_is_consistent(team, moved, tmp_path):

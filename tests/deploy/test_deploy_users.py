@@ -64,7 +64,7 @@ def test_user_may_not_choose_where_an_experiments_files_go(encoded, route, locat
     answer = sent(team, "ben", "POST", route, data=encoded(body), headers=headers)
     # then
     assert answer.status_code == 403
-    assert "only an admin may choose an artifact_location; leave it out" in answer.text
+    assert "Only an admin may choose an artifact_location. Leave it out" in answer.text
     with team.client("admin") as client:
         assert client.get_experiment_by_name("chosen") is None
 

@@ -88,17 +88,20 @@ class Deployment:
         variables: the environment variables of the server's container.
     """
 
-    def __init__(self, folder: Path, database: PostgreSQL):
-        """Prepare the database and the folder for the artifacts; start nothing."""
-        self.folder, self.database = folder, database
-        self.port = free_port()
+    def __init__(self, folder: Path, database: PostgreSQL, settings: dict[str, str] | None = None):
+        """Prepare the database and the folders of the volumes; start nothing."""
+        self.folder, self.database, self.settings = folder, database, SETTINGS | (settings or {})
+        self.port, self.metrics_port = free_port(), free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.artifacts = folder / "artifacts"
         self.artifacts.mkdir()
+        self.public_keys = folder / "public keys"
+        self.public_keys.mkdir()
         (folder / "secrets").mkdir(mode=0o700)
-        for name, secret in SECRETS.items():
-            (folder / "secrets" / name).write_text(secret)
-        container = services()["server"]["environment"]
+        service = services(self.settings)["server"]
+        for name in service["secrets"]:
+            (folder / "secrets" / name).write_text(self.settings.get(name, ""))
+        container = service["environment"]
         variables = {name: self.native(value) for name, value in container.items()} | database.variables
         self.variables = environment(folder, **variables, PYTHONWARNINGS="ignore")
         self.variables.pop("PYTEST_CURRENT_TEST", None)  # MLflow looks at it
@@ -113,10 +116,11 @@ class Deployment:
     def native(self, argument: str) -> str:
         """Return an argument of a command in the server's container as it is on this machine."""
         places = {
-            r"^python$": sys.executable,
-            r"^mlflow$": str(Path(sys.executable).with_name("mlflow")),
-            r"^(start|move_store)\.py$": rf"{DEPLOY}/\1.py",
+            r"^(start|move_store|artifacts)\.py$": rf"{DEPLOY}/\1.py",
             r"^/server\b": str(DEPLOY),
+            r"^/public_keys\b": str(self.public_keys),
+            r"^server-metrics:9000$": f"127.0.0.1:{self.metrics_port}",
+            r"/tmp/metrics\b": str(self.folder / "metrics"),
             r"^/run/secrets\b": str(self.folder / "secrets"),
             r"(?<![\w.])/artifacts\b": str(self.artifacts),
             r"(?<=^--host=)0\.0\.0\.0$": "127.0.0.1",
@@ -129,7 +133,8 @@ class Deployment:
 
     def command(self, arguments: list[str]) -> list[str]:
         """Return what the server's container runs for ``arguments``, as it is on this machine."""
-        return [self.native(argument) for argument in [*entrypoint(), *arguments]]
+        programs = {"python": sys.executable, "mlflow": str(Path(sys.executable).with_name("mlflow"))}
+        return [programs.get(argument) or self.native(argument) for argument in [*entrypoint(), *arguments]]
 
     def run(self, arguments: list[str], **variables: str) -> subprocess.CompletedProcess:
         """Run a command as `docker compose run --rm -T server` does."""
@@ -138,7 +143,7 @@ class Deployment:
     def start(self) -> psutil.Popen:
         """Start the server, wait until it answers, and give its process."""
         log = self.folder / f"server{len(list(self.folder.glob('server*.log')))}.log"
-        command = self.command(services(SETTINGS)["server"]["command"])
+        command = self.command(services(self.settings)["server"]["command"])
         server = running(command, f"{self.address}/health", log, cwd=self.folder, env=self.variables)
         return self.life.enter_context(server)
 
@@ -193,10 +198,10 @@ def secrets_in(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def deployed(folder: Path) -> Iterator[Deployment]:
+def deployed(folder: Path, settings: dict[str, str] | None = None) -> Iterator[Deployment]:
     """Run database and server in ``folder`` until the end of the block, with the users ana, ben and cleo."""
     with postgresql(SECRETS["POSTGRES_PASSWORD"]) as database:
-        deployment = Deployment(folder, database)
+        deployment = Deployment(folder, database, settings)
         with contextlib.ExitStack() as stack:
             stack.callback(deployment.kill)
             deployment.start()
