@@ -6,6 +6,8 @@ The commands of the extra ``sign`` are those of `test_road.py`.
 import json
 import shutil
 import subprocess
+import tomllib
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import mlflow
 import optuna
 import pandas as pd
 import pytest
-from execution import environment, free_port, running
+from execution import ROOT, environment, free_port, running
 from postgresql import postgresql
 from releases import ROWS_TEST
 from wheels import build_wheel, install
@@ -50,6 +52,13 @@ def lifecycle(wheel, folder, tmp_path):
         return run
 
     return installed
+
+
+def test_wheel_carries_the_version_of_the_project(wheel):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        assert f"\nVersion: {project['version']}\n" in archive.read(metadata).decode()
 
 
 def test_wheel_without_an_extra_names_the_extra_of_a_command(lifecycle):

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import tomllib
 import venv
 import zipfile
 
@@ -47,7 +48,8 @@ def small_lock(project, *names: str) -> set[str]:
         shutil.copy(ROOT / name, project)
     shutil.copytree(ROOT / "mlflow_lifecycle", project / "mlflow_lifecycle")
     installed = {block.split()[0].replace("==", "-") + ".dist-info" for block in blocks}
-    return installed | {"mlflow_quickstart_lifecycle-1.dist-info"}
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    return installed | {f"mlflow_quickstart_lifecycle-{version}.dist-info"}
 
 
 def installed(project) -> set[str]:

@@ -22,6 +22,7 @@ LOCKS = [MODEL, BASIC, SERVER, DEVELOPMENT, SCALE]
 GUIDE = [f"guides/07_pins/{name}.txt" for name in ("last_year", "pandas_3", "lock")]
 CHANGED = ["guides/07_pins/last_year.in", "guides/07_pins/pandas_3.in"]
 UV = [sys.executable, "-m", "uv"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def requirements(lock: str) -> list[Requirement]:
@@ -192,7 +193,7 @@ def test_installed_environment_is_the_lock():
     # given all that is installed, with the larger locks on top or without
     installed = {canonicalize_name(found.name): found.version for found in distributions()}
     # then every package of the lock is there at its version, and nothing that no lock names but the project itself
-    assert installed.pop("mlflow-quickstart-lifecycle") == "1"
+    assert installed.pop("mlflow-quickstart-lifecycle") == PROJECT["version"]
     assert versions(BASIC, here=True).items() <= installed.items()
     assert installed.items() <= versions(SCALE, here=True).items()
 
@@ -255,8 +256,7 @@ def test_what_has_to_be_built_is_built_by_the_setuptools_of_the_lock(changed, tm
 
 def test_the_same_python_versions_are_supported_everywhere():
     # given the versions that pyproject.toml accepts
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    first, end = map(int, re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups())
+    first, end = map(int, re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups())
     listed = ", ".join(f'"3.{minor}"' for minor in range(first, end))
     # then the Makefile accepts the same, and CI and `make reproduce` use all of them
     assert f"(3, {first}) <= v < (3, {end})" in (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -265,7 +265,8 @@ def test_the_same_python_versions_are_supported_everywhere():
 
 
 def test_actions_of_ci_are_named_by_their_commits():
-    workflows = [path.read_text(encoding="utf-8") for path in (ROOT / ".github/workflows").glob("*.yml")]
+    files = [*(ROOT / ".github/workflows").glob("*.yml"), *(ROOT / ".github/actions").glob("*/action.yml")]
+    workflows = [path.read_text(encoding="utf-8") for path in files]
     actions = [line for text in workflows for line in re.findall(r"uses: (.*)", text)]
     assert actions
     assert [action for action in actions if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action)] == []
