@@ -119,11 +119,12 @@ notebooks: $(INSTALLED) ## regenerate the outputs of the committed notebooks in 
 	$(BIN)/python tools/notebooks.py $(if $(NOTEBOOKS),$$NOTEBOOKS,$(filter-out $(OUT_OF_REACH),$(COMMITTED)))
 	@$(if $(NOTEBOOKS),,$(if $(OUT_OF_REACH),echo "Left out: $(OUT_OF_REACH). $(TO_REACH_IT)"))
 
-lint: $(DEVELOPMENT) ## check code and notebooks with ruff, and the direction of the imports
+lint: $(DEVELOPMENT) ## check code and notebooks with ruff, the direction of the imports, and the workflows with zizmor
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/ruff format --check --line-length 88 project.ipynb guides/*.ipynb
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/zizmor --offline --quiet .github
 
 test-all: $(INSTALLED) ## run all tests but those of `make test-nightly`, and skip those whose dependencies are missing
 	$(PYTEST) $(TESTS)
