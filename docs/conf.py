@@ -92,9 +92,12 @@ def complete(app: Sphinx, page: str, text: list[str]) -> None:
             "Library <docs/api>",
             "Commands <docs/commands>",
             "Team server <deploy/README>",
+            "Release by a GitHub action <docs/release_action>",
             "When something fails <docs/troubleshooting>",
             *results,
             "CONTRIBUTING",
+            "CHANGELOG",
+            "SECURITY",
         )
     elif page == "guides/README":
         text[0] += contents("0*")
