@@ -68,7 +68,9 @@ NIGHTLY_5 = tests/lifecycle/test_wheel.py tests/lifecycle/test_batch.py tests/no
 NIGHTLY_6 = tests/notebooks/test_monitor.py tests/notebooks/test_release.py tests/notebooks/test_search.py
 NIGHTLY_7 = tests/notebooks/test_compare_models.py tests/notebooks/test_heart_disease.py \
 	tests/notebooks/test_guides_interface.py tests/notebooks/test_interface.py tests/tools/test_site.py
-NIGHTLY = $(NIGHTLY_1) $(NIGHTLY_2) $(NIGHTLY_3) $(NIGHTLY_4) $(NIGHTLY_5) $(NIGHTLY_6) $(NIGHTLY_7)
+NIGHTLY_8 = tests/deploy/test_deploy_s3.py tests/deploy/test_deploy_aliases.py tests/deploy/test_deploy_limits.py \
+	tests/deploy/test_deploy_metrics.py tests/deploy/test_upgrades.py tests/tools/test_release_action.py
+NIGHTLY = $(NIGHTLY_1) $(NIGHTLY_2) $(NIGHTLY_3) $(NIGHTLY_4) $(NIGHTLY_5) $(NIGHTLY_6) $(NIGHTLY_7) $(NIGHTLY_8)
 TESTS = project.ipynb $(filter-out $(NIGHTLY),$(foreach folder,notebooks lifecycle tools,$(wildcard tests/$(folder)/test_*.py)))
 
 ##@ Use the project
@@ -130,7 +132,7 @@ test-all: $(INSTALLED) ## run all tests but those of `make test-nightly`, and sk
 	$(PYTEST) $(TESTS)
 
 test-nightly: $(INSTALLED) ## run the longest tests: containers, guides on the shared server, wheels (TURN=1 for one part)
-	$(PYTEST) $(if $(TURN),$(NIGHTLY_$(shell expr $(TURN) % 7 + 1)),$(NIGHTLY))
+	$(PYTEST) $(if $(TURN),$(NIGHTLY_$(shell expr $(TURN) % 8 + 1)),$(NIGHTLY))
 
 coverage: $(INSTALLED) ## measure the branch coverage of the library by its own tests
 	rm -f .coverage*

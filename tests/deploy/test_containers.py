@@ -25,6 +25,8 @@ from sklearn.datasets import load_iris
 # The guides take several minutes in the container, so they run there only if asked for: CONTAINER_GUIDES=on. Guides 03
 # and 04 go on with what the guides before them have left; test_deploy_guides.py compares these two.
 GUIDES = sorted(f"guides/{path.name}" for path in ROOT.glob("guides/0[125]*.ipynb"))
+# The files are in a bucket. CONTAINER_FILES=folder has them in a volume, as test_deploy.py has without containers.
+PROFILES = ["metrics"] if os.environ.get("CONTAINER_FILES") == "folder" else ["metrics", "s3"]
 COMPARED = ["project.ipynb", *(GUIDES if os.environ.get("CONTAINER_GUIDES") else [])]
 
 
@@ -33,22 +35,20 @@ def containers(tmp_path_factory):
     """Give the team's server, running in containers."""
     if reason := why_no_engine():
         pytest.skip(f"no containers: {reason}")  # also where CI is set: not every machine can have an engine
-    with in_containers(tmp_path_factory.mktemp("containers")) as running:
+    with in_containers(tmp_path_factory.mktemp("containers"), PROFILES) as running:
         yield running
 
 
-def test_all_services_start_healthy_and_only_the_server_is_published(containers):
+def test_all_services_start_healthy_and_only_two_are_published(containers):
     listed = containers.run("docker compose ps --format json").stdout
     services = {service["Service"]: service for service in map(json.loads, listed.splitlines())}
-    assert {name: service["Health"] for name, service in services.items()} == {
-        "database": "healthy",
-        "server": "healthy",
-    }
+    expected = ["database", "prometheus", "server", *(["store"] if "s3" in PROFILES else [])]
+    assert {name: service["Health"] for name, service in services.items()} == dict.fromkeys(expected, "healthy")
     published = {
         name: [port["URL"] for port in service["Publishers"] or [] if port["PublishedPort"]]
         for name, service in services.items()
     }
-    assert published == {"database": [], "server": ["127.0.0.1"]}
+    assert published == {name: ["127.0.0.1"] if name in ("prometheus", "server") else [] for name in expected}
 
 
 def test_no_process_runs_as_root(containers):
@@ -59,13 +59,14 @@ def test_no_process_runs_as_root(containers):
     assert containers.run("docker compose run --rm -T experiment id --user").stdout == "10001\n"
 
 
-def test_database_can_be_reached_from_the_server_alone(containers):
+def test_database_store_and_figures_cannot_be_reached_from_another_container(containers):
     connect = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)"
     reach = f"docker compose run --rm -T experiment .venv/bin/python -c '{connect}'"
     assert containers.run(f"{reach} server 5000").returncode == 0
-    answer = containers.run(f"{reach} database 5432", check=False)
-    assert answer.returncode == 1
-    assert re.search("gaierror|timed out|refused|unreachable", answer.stderr)
+    for place in ("database 5432", "store 8333", "server 9000"):
+        answer = containers.run(f"{reach} {place}", check=False)
+        assert answer.returncode == 1, place
+        assert re.search("gaierror|timed out|refused|unreachable", answer.stderr)
 
 
 def test_no_secret_is_in_what_the_engine_shows_or_in_an_image(containers):
@@ -180,6 +181,20 @@ def wait_until(condition, limit=120):
         time.sleep(0.1)
 
 
+def test_prometheus_reads_the_server_and_knows_the_alerts(containers):
+    address = f"http://127.0.0.1:{containers.settings['PROMETHEUS_PORT']}/api/v1"
+
+    def healths() -> dict[str, str]:
+        targets = requests.get(f"{address}/targets", timeout=30).json()["data"]["activeTargets"]
+        return {target["labels"]["job"]: target["health"] for target in targets}
+
+    wait_until(lambda: healths()["server"] == "up")
+    assert healths() == {"server": "up", "model": "down"}  # no model is served
+    (group,) = requests.get(f"{address}/rules", timeout=30).json()["data"]["groups"]
+    assert len(group["rules"]) == 5
+    assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
+
+
 @pytest.mark.parametrize("service", ["server", "database"])
 def test_a_killed_container_loses_nothing_that_was_acknowledged(service, containers, tmp_path):
     with writing(containers, tmp_path) as acknowledged:
@@ -231,16 +246,20 @@ with mlflow.start_run():
     pins = {"pip_requirements": "model_requirements.txt", "input_example": train.drop(columns="species").head(3)}
     mlflow.sklearn.save_model(model, "/tmp/model", signature=signature, **pins)
     key, lock = own_key(), Path("requirements.txt")
-    register_candidate(Path("/tmp/model"), "served", key=key, lock=lock, training_rows=train)
+    version = register_candidate(Path("/tmp/model"), "served", key=key, lock=lock, training_rows=train)
 settings = GateSettings({"accuracy_score": 0.8}, rebuild=False)
-release("models:/served/1", test, "species", settings, key=key, intended_use="a test", limits="all else")
+release(f"models:/served/{version.version}", test, "species", settings, key=key, intended_use="a test", limits="all else")
 """
 
 
 def test_a_released_version_is_served_from_a_container_that_reaches_no_database_and_no_private_key(containers):
-    # given a release of ana's, which ben may read, and her public key
+    # given a release of ana's, which ben may read, once the server has her public key
     (containers.folder / "release.py").write_text(RELEASE)
     run = f"docker compose run --rm -T --volume {containers.folder}/release.py:/release.py:ro experiment"
+    refused = containers.run(f"{run} .venv/bin/python /release.py", check=False)
+    assert "The server has no public key to verify it with" in refused.stderr
+    save_key, serve = readme_commands("Serve a model")
+    containers.run(f"{save_key} && cp signing_key.pub public_keys")
     containers.run(f"{run} .venv/bin/python /release.py")
     with containers.client("ana") as client:
         experiment = client.get_experiment_by_name("served").experiment_id
@@ -248,7 +267,7 @@ def test_a_released_version_is_served_from_a_container_that_reaches_no_database_
         granted = {"username": "ben", "resource_type": kind, "resource_id": name, "permission": "READ"}
         containers.ask("ana", "POST", "api/3.0/mlflow/users/permissions/grant", json=granted).raise_for_status()
     # when it is served as the README says
-    containers.follow("Serve a model")
+    containers.run(serve)
     # then it answers
     address = f"http://127.0.0.1:{containers.settings['MODEL_PORT']}"
     rows = {"dataframe_split": {"columns": list(load_iris(as_frame=True).data), "data": [[5.1, 3.5, 1.4, 0.2]]}}
@@ -281,7 +300,7 @@ def test_backup_and_restore_by_the_readme_bring_back_what_was_wiped(containers):
     backup = containers.folder / "deploy/backup"
     assert [path.name for path in [backup, *backup.iterdir()] if path.stat().st_mode & 0o077] == []
     # when all volumes are removed, and the backup is restored
-    containers.run("docker compose --profile serve down --volumes")
+    containers.run("docker compose --profile '*' down --volumes")
     containers.follow("Restore")
     containers.run(bring_back)
     # then users, runs, files and the key are back
@@ -313,4 +332,6 @@ def test_what_was_deleted_is_removed_as_the_readme_says(containers):
     # then run and file are gone
     with containers.client("ana") as client, pytest.raises(MlflowException, match=r"not found|403"):
         client.get_run(run.run_id)
-    assert containers.run(f"docker compose exec -T server find /artifacts -path '*{run.run_id}*' -type f").stdout == ""
+    listed = containers.run("docker compose run --rm -T server python artifacts.py save | tar --list").stdout
+    assert listed.count("/") > 0
+    assert run.run_id not in listed

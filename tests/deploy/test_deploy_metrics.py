@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 import requests
 import yaml
@@ -72,15 +73,13 @@ def test_figures_are_not_where_users_are(user, path, team):
 
 def test_figures_stay_when_a_process_of_the_server_is_killed(team):
     # given the process that offers them
-    (process,) = subprocess.run(
-        ["ss", "--listening", "--tcp", "--numeric", "--processes", f"sport = :{team.metrics_port}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()[1:]
-    number = re.search(r"pid=(\d+)", process)[1]
+    listening = [
+        connection.pid
+        for connection in psutil.net_connections("tcp4")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == team.metrics_port
+    ]
     # when it is killed
-    subprocess.run(["kill", "-9", number], check=True)
+    psutil.Process(listening[0]).kill()
     # then another takes its place
     with requests.Session() as session:
         session.mount("http://", requests.adapters.HTTPAdapter(max_retries=RETRIES))

@@ -39,7 +39,7 @@ class Containers:
         address: where the server is.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, profiles: list[str]):
         """Copy what git knows and make the settings; start nothing."""
         self.folder, self.port = folder, free_port()
         self.address = f"http://127.0.0.1:{self.port}"
@@ -52,7 +52,10 @@ class Containers:
         env = folder / "deploy/.env"
         values = {"MLFLOW_PORT": str(self.port), "EXPERIMENT_USERNAME": "ana", "EXPERIMENT_PASSWORD": USERS["ana"]}
         values |= {"MODEL_PORT": str(free_port()), "MODEL_USERNAME": "ben", "MODEL_PASSWORD": USERS["ben"]}
-        values["MODEL_URI"] = "models:/served@production"
+        values |= {"MODEL_URI": "models:/served@production", "PROTECTED_ALIASES": "production"}
+        values |= {"COMPOSE_PROFILES": ",".join(profiles), "PROMETHEUS_PORT": str(free_port())}
+        if "s3" in profiles:
+            values["ARTIFACTS_DESTINATION"] = "s3://mlflow"
         env.write_text(re.sub(r"^(\w+)=$", lambda line: line[0] + values.get(line[1], ""), env.read_text(), flags=re.M))
         self.settings = dict(re.findall(r"^(\w+)=(.+)$", env.read_text(), flags=re.MULTILINE))
         self.secrets = [value for name, value in self.settings.items() if re.search("PASSWORD|SECRET", name)]
@@ -116,9 +119,9 @@ class Containers:
 
 
 @contextlib.contextmanager
-def in_containers(folder: Path) -> Iterator[Containers]:
+def in_containers(folder: Path, profiles: list[str]) -> Iterator[Containers]:
     """Build, start and fill the containers; at the end nothing of them is left but the engine's cache of layers."""
-    containers = Containers(folder)
+    containers = Containers(folder, profiles)
     try:
         containers.run("docker compose --profile '*' build && " + containers.up, limit=1500)
         containers.add_users()

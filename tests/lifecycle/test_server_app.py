@@ -34,7 +34,7 @@ from asking import (
     predictor_of,
     split,
 )
-from execution import ROOT
+from execution import ROOT, free_port
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow.models import infer_signature
@@ -584,3 +584,13 @@ def test_server_imports_only_what_is_in_the_environment_of_each_model():
     missing = [name for name in modules if not {package.replace("_", "-") for package in installed[name]} & pinned]
     assert missing == []
     assert {"starlette", "uvicorn", "mlflow"} <= modules
+
+
+@pytest.mark.extended  # it starts a server
+def test_metrics_are_at_their_own_address_alone(iris):
+    address = f"127.0.0.1:{free_port()}"
+    with serve_verified(as_verified(iris), python=Path(sys.executable), metrics_address=address) as server:
+        assert ask(server.address, path="/metrics")[0] == 404
+        status, text = ask(f"http://{address}", path="/metrics")
+    assert status == 200
+    assert read_metrics(text)["model_rows_total"] == 0
