@@ -59,7 +59,7 @@ class Settings:
         record_bytes: the size limit of the record, checked once a second. The oldest files are
             removed.
         leave_out: columns that are not recorded.
-        metrics_address: host and port of /metrics, such as 127.0.0.1:9000. Empty: those of the rest.
+        metrics_address: host and port of /metrics, such as 127.0.0.1:9000. Empty: as for the rest.
         largest_body: of a request, in bytes.
         patience_seconds: how long a client may take to send a request, or to read an answer.
     """

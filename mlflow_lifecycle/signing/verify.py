@@ -104,7 +104,7 @@ def verified(
 
 
 def verify_release(name: str, number: str, alias: str, public_key: Path) -> Statement:
-    """Return what was signed when a version was released as an alias. Its model is not to be loaded.
+    """Return what was signed when a version was released as an alias. Nothing of it is loaded.
 
     Args:
         name: the registered model.

@@ -54,7 +54,7 @@ def test_all_services_start_healthy_and_only_two_are_published(containers):
 def test_no_process_runs_as_root(containers):
     for service, number in containers.ids().items():
         users = containers.run(f"docker top {number} -eo pid,uid,comm").stdout.splitlines()[1:]
-        assert len(users) > 1
+        assert len(users) > 0
         assert [line for line in users if line.split()[1] == "0"] == [], service
     assert containers.run("docker compose run --rm -T experiment id --user").stdout == "10001\n"
 
@@ -248,7 +248,8 @@ with mlflow.start_run():
     key, lock = own_key(), Path("requirements.txt")
     version = register_candidate(Path("/tmp/model"), "served", key=key, lock=lock, training_rows=train)
 settings = GateSettings({"accuracy_score": 0.8}, rebuild=False)
-release(f"models:/served/{version.version}", test, "species", settings, key=key, intended_use="a test", limits="all else")
+sentences = {"intended_use": "a test", "limits": "all else"}
+release(f"models:/served/{version.version}", test, "species", settings, key=key, **sentences)
 """
 
 
