@@ -5,6 +5,7 @@ Usage: python move_store.py STORE ARTIFACTS
 STORE is the folder with mlflow.db and mlruns; nothing in it is changed. ARTIFACTS is the folder that the server's
 --artifacts-destination names. The database is the one that PostgreSQL's variables (PGHOST, PGUSER, PGPASSWORD) lead to:
 unless PGDATABASE says otherwise, that is the one with the user's name.
+All ids stay, except the number of an experiment that is too large for PostgreSQL, as MLflow's file store makes them.
 Files are copied first, then all rows in one transaction: what fails leaves the server empty, and can be repeated.
 
 The store may come from somebody else, so nothing in it is believed: it may hold no links, an id must look like one, and
@@ -55,6 +56,7 @@ AS_MADE = {"workspaces": 1}  # rows that every new database has, and that stay
 SERVED = "mlflow-artifacts:"
 RUN, MODEL = re.compile("[0-9a-f]{32}"), re.compile("m-[0-9a-f]{32}")
 IN_USE = "the store is in use; stop what logs to it, and try again"
+LARGEST = 2**31 - 1  # what PostgreSQL has room for in an experiment's number
 BATCH = 1000
 PAUSE = 1  # seconds in which those who waited for the lock go on, and are noticed
 
@@ -104,7 +106,22 @@ def files_in(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def new_locations(source: Connection) -> dict[str, str]:
+def new_numbers(source: Connection) -> dict[int, int]:
+    """Return a new number for each experiment whose number is too large for PostgreSQL, by the old one.
+
+    Raises:
+        ValueError: a number is not one that MLflow makes.
+    """
+    numbers = source.scalars(select(SqlExperiment.experiment_id).order_by(SqlExperiment.experiment_id)).all()
+    for number in numbers:
+        if not isinstance(number, int):
+            raise ValueError(f"the experiment {number!r} has no number that MLflow makes")
+    large = [number for number in numbers if number > LARGEST]
+    first = max(set(numbers).difference(large), default=0) + 1
+    return dict(zip(large, range(first, first + len(large)), strict=True))
+
+
+def new_locations(source: Connection, numbers: dict[int, int]) -> dict[str, str]:
     """Return the place of each run's and each model's files, where the server would have put them, by its old one.
 
     Their addresses by id, `runs:/...` and `models:/...`, stay as they are.
@@ -127,7 +144,7 @@ def new_locations(source: Connection) -> dict[str, str]:
         rest = str(old).rpartition("/mlruns/")[2]
         if rest == old or not f"/{rest}".endswith(f"/{folder}{number}/artifacts") or not has_no_way_out(rest):
             raise ValueError(f"the files of {number} are said to be in {old!r}, which is not its place below mlruns")
-        locations[old] = f"{SERVED}/{experiment}/{folder}{number}/artifacts"
+        locations[old] = f"{SERVED}/{numbers.get(experiment, experiment)}/{folder}{number}/artifacts"
         uri = f"{'models' if folder else 'runs'}:/{number}"
         locations[uri] = uri  # names the files wherever they are
     return locations
@@ -159,12 +176,14 @@ def new_place(old: str, locations: dict[str, str]) -> str | None:
     return None
 
 
-def moved(table: str, row: dict, locations: dict[str, str]) -> dict:
-    """Return ``row`` with the new places of files in place of the old ones.
+def moved(table: str, row: dict, locations: dict[str, str], numbers: dict[int, int]) -> dict:
+    """Return ``row`` with the new places of files and the new numbers of experiments in place of the old ones.
 
     Raises:
         ValueError: a file's place is neither that of a run nor of a model.
     """
+    if "experiment_id" in row:
+        row = row | {"experiment_id": numbers.get(row["experiment_id"], row["experiment_id"])}
     if table == SqlExperiment.__tablename__:
         return row | {"artifact_location": f"{SERVED}/{row['experiment_id']}"}
     places = {
@@ -218,13 +237,14 @@ def move(store: Path, artifacts: Path) -> None:
         raise ValueError(f"there must be the folders {store / 'mlruns'} and {artifacts}")
     with create_engine(DATABASE, poolclass=NullPool).begin() as target, locked(store) as source:
         check(source, target)
-        locations = new_locations(source)
+        numbers = new_numbers(source)
+        locations = new_locations(source, numbers)
         copy_files(locations, store, artifacts)
         target.execute(delete(SqlExperiment))  # the one that every new database has
         for name in TABLES:
             table, count = Base.metadata.tables[name], 0
             for rows in source.execute(select(table)).mappings().partitions(BATCH):
-                target.execute(table.insert(), [moved(name, dict(row), locations) for row in rows])
+                target.execute(table.insert(), [moved(name, dict(row), locations, numbers) for row in rows])
                 count += len(rows)
             print(f"{name}: {count}")
         target.execute(
