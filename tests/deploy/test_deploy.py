@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import secrets
-import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -22,7 +21,7 @@ import mlflow
 import pytest
 import requests
 import yaml
-from deployment import DEPLOY, PASSWORDS, SECRETS, logged, readme_commands, secrets_in, services
+from deployment import DEPLOY, PASSWORDS, SECRETS, follow, logged, readme_commands, secrets_in, services
 from execution import MODEL, ROOT, copy_project, finished, git
 from kernels import execute_in
 from postgresql import programs
@@ -260,37 +259,6 @@ def test_start_is_refused_where_two_secrets_are_the_same(started):
     assert process.returncode == 1
     assert "POSTGRES_PASSWORD, MLFLOW_ADMIN_PASSWORD, MLFLOW_SECRET_KEY are the same" in process.stderr
     assert secrets_in(process.stderr) == []
-
-
-def follow(section: str, team, folder: Path) -> list[str]:
-    """Run the commands of a section of the README in ``folder``, without containers.
-
-    Return those that are Compose's own. Of these, the ones that stop or start the server do so.
-    """
-    of_compose, settings = [], ""
-    for line in readme_commands(section):
-        if re.match(r"umask |\w+=", line):  # for the lines below
-            settings += f"{line}\n"
-            continue
-        _, database, inside = line.rpartition("docker compose exec -T database ")
-        run = re.fullmatch(r'docker compose run --rm(?: -T)?( --volume "[^"]+")? server (.*?)( [<>] \S+)?', line)
-        if run:
-            arguments = [argument.replace("/store", str(folder)) for argument in shlex.split(run[2])]
-            line = shlex.join(team.command(arguments)) + (run[3] or "")
-        elif database:
-            line = inside
-        elif line.startswith("docker"):
-            of_compose.append(line)
-            if line == "docker compose stop server":
-                team.kill()
-            elif line == "docker compose up --detach --wait":
-                team.start()
-            continue
-        variables = team.variables | {"PATH": f"{programs()}{os.pathsep}{os.environ['PATH']}"}
-        process = finished(["bash", "-c", settings + line], folder, variables, limit=120)
-        assert process.returncode == 0, f"{line}\n{process.stdout}{process.stderr}"
-        assert secrets_in(process.stdout + process.stderr) == []
-    return of_compose
 
 
 @pytest.mark.parametrize("name", ["server", "model"])

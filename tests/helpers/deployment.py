@@ -6,7 +6,9 @@ deployed cannot drift apart. Only what names a container's inside is replaced: f
 
 import contextlib
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ import requests
 import yaml
 from execution import ROOT, environment, finished, free_port, running
 from mlflow.entities import ViewType
-from postgresql import PostgreSQL, postgresql
+from postgresql import PostgreSQL, postgresql, programs
 
 DEPLOY = ROOT / "deploy"
 SECRETS = {
@@ -189,6 +191,37 @@ class Deployment:
             for variable, value in self.as_user(name).items():
                 patch.setenv(variable, value)
             yield mlflow.MlflowClient(self.address)
+
+
+def follow(section: str, team: Deployment, folder: Path) -> list[str]:
+    """Run the commands of a section of the README in ``folder``, without containers.
+
+    Return those that are Compose's own. Of these, the ones that stop or start the server do so.
+    """
+    of_compose, settings = [], ""
+    for line in readme_commands(section):
+        if re.match(r"umask |\w+=", line):  # for the lines below
+            settings += f"{line}\n"
+            continue
+        _, database, inside = line.rpartition("docker compose exec -T database ")
+        run = re.fullmatch(r'docker compose run --rm(?: -T)?( --volume "[^"]+")? server (.*?)( [<>] \S+)?', line)
+        if run:
+            arguments = [argument.replace("/store", str(folder)) for argument in shlex.split(run[2])]
+            line = shlex.join(team.command(arguments)) + (run[3] or "")
+        elif database:
+            line = inside
+        elif line.startswith("docker"):
+            of_compose.append(line)
+            if line == "docker compose stop server":
+                team.kill()
+            elif line == "docker compose up --detach --wait":
+                team.start()
+            continue
+        variables = team.variables | {"PATH": f"{programs()}{os.pathsep}{os.environ['PATH']}"}
+        process = finished(["bash", "-c", settings + line], folder, variables, limit=120)
+        assert process.returncode == 0, f"{line}\n{process.stdout}{process.stderr}"
+        assert secrets_in(process.stdout + process.stderr) == []
+    return of_compose
 
 
 def secrets_in(text: str) -> list[str]:
