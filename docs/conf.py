@@ -29,6 +29,7 @@ exclude_patterns = [".*", "build", "mlruns", "reports"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "gfm"
+myst_heading_anchors = 2  # links to sections, written as for GitHub
 default_role = "code"
 highlight_language = "none"  # for code blocks without a language, which hold commands
 
