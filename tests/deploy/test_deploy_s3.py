@@ -11,13 +11,12 @@ from pathlib import Path
 import mlflow
 import pytest
 import requests
-from deployment import DEPLOY, PASSWORDS, deployed, logged
+from deployment import DEPLOY, PASSWORDS, deployed, follow, logged
 from execution import MODEL, copy_project, differing_outputs
 from kernels import execute_in, running_kernel
 from object_store import BUCKET, object_store, program
 from postgresql import programs
 from sklearn.datasets import load_iris
-from test_deploy import follow
 
 pytestmark = [
     pytest.mark.extended,
