@@ -4,10 +4,11 @@ Usage: python benchmarks/server.py [--clients 50] [--seconds 120]
 
 Each client is a user who logs run after run, as MLflow's own client does: start a run, five parameters, twenty metrics
 one by one, a batch of ten, a file, end. It waits for each answer, and sends the next request at once. A request counts
-as an error where its answer is not 200. The two servers are measured one after the other on this machine, which runs
-the clients, too:
+as an error where its answer is not 200. The servers are measured one after the other on this machine, which runs the
+clients, too:
 
 - team: as deploy/compose.yaml starts it, with authentication and PostgreSQL, two processes. Without containers.
+- team s3: the same, with its files in the S3 store of deploy/compose.yaml.
 - sqlite: `mlflow server` on SQLite, two processes, without authentication.
 
 Afterwards, what each server acknowledged is counted in its store: runs, and the steps of each run's metric.
@@ -146,14 +147,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     options = parser.parse_args()
     from deployment import PASSWORDS, deployed
+    from object_store import object_store, program
     from postgresql import programs
 
-    if programs() is None:
-        print("Left out: benchmarks/server.py. It needs PostgreSQL: make postgresql")
+    if programs() is None or program() is None:
+        print("Left out: benchmarks/server.py. It needs PostgreSQL and SeaweedFS: make postgresql")
         return
     print(f"{options.clients} clients for {options.seconds:.0f} s on {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder, deployed(Path(folder)) as team:
         measure("team", options.clients, options.seconds, team.address, ("admin", PASSWORDS["admin"]))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        object_store(Path(folder) / "store") as store,
+        deployed(Path(folder), store.settings) as team,
+    ):
+        measure("team s3", options.clients, options.seconds, team.address, ("admin", PASSWORDS["admin"]))
     with tempfile.TemporaryDirectory() as folder, sqlite(Path(folder)) as address:
         measure("sqlite", options.clients, options.seconds, address, None)
 
