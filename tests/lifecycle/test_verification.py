@@ -27,7 +27,7 @@ from mlflow_lifecycle.signing.keys import new_key, own_key, own_public_key
 from mlflow_lifecycle.signing.statement import Statement, register_candidate, sign
 from mlflow_lifecycle.signing.verify import _is_in_active_store as is_in_active_store
 from mlflow_lifecycle.signing.verify import _refuse_older as refuse_older
-from mlflow_lifecycle.signing.verify import release_tag, released_now, verified
+from mlflow_lifecycle.signing.verify import release_tag, released_now, verified, verify_release
 
 INVISIBLE = ["a\u00a0b", "a\u200bb", "a\tb"]
 FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
@@ -600,3 +600,23 @@ def test_version_on_a_tracking_server_is_verified(tmp_path, monkeypatch):
         release("models:/iris/1", tmp_path)
         assert accepted(tmp_path, "models:/iris@production", purpose="release").purpose == "release"
         mlflow.set_tracking_uri(None)
+
+
+def test_newest_release_as_an_alias_is_verified_without_its_contents(folder):
+    public = own_public_key()
+    assert verify_release("iris", "2", "production", public).version == "2"
+    refusals = {
+        ("iris", "1", "production"): "Version 2 was released as production after it",
+        ("iris", "2", "staging"): "There is no release as staging of this version",
+        ("iris", "9", "production"): "not found",
+    }
+    for arguments, reason in refusals.items():
+        with pytest.raises(NotVerifiedError, match=reason):
+            verify_release(*arguments, public)
+
+
+def test_release_whose_file_was_changed_is_not_verified(folder):
+    with (files_of(2) / "MLmodel").open("a") as file:
+        file.write(" ")
+    with pytest.raises(NotVerifiedError, match="It is not what was signed"):
+        verify_release("iris", "2", "production", own_public_key())
