@@ -66,6 +66,7 @@ def memory(team) -> int:
 
 @pytest.mark.parametrize("who", HEADERS)
 def test_much_from_who_has_no_password_takes_no_memory(who, team):
+    """Attack 31."""
     # given
     before = memory(team)
     with connect(team) as connection:
@@ -96,6 +97,7 @@ def test_stranger_may_send_a_small_body(team):
     "part", ["nothing", "half a head", "half a body", "half a second head"], ids=lambda part: part.replace(" ", "-")
 )
 def test_who_sends_no_whole_request_is_soon_cut_off_and_shuts_nobody_out(part, team, many):
+    """Attack 31."""
     # given 50 connections that send a part and then nothing more
     parts = {
         "nothing": b"",
