@@ -23,7 +23,7 @@ from mlflow_lifecycle.cli import main  # noqa: E402
 
 project = html_title = "MLflow quickstart"
 root_doc = "README"
-include_patterns = ["*.md", "project.ipynb", "guides/README.md", "guides/0*.ipynb", "docs/*.md", "deploy/README.md"]
+include_patterns = ["*.md", "project.ipynb", "guides/README.md", "guides/0*.ipynb", "docs/*.md", "deploy/*.md"]
 include_patterns += ["benchmarks/RESULTS.md"]
 exclude_patterns = [".*", "build", "mlruns", "reports"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -102,6 +102,8 @@ def complete(app: Sphinx, page: str, text: list[str]) -> None:
         )
     elif page == "guides/README":
         text[0] += contents("0*")
+    elif page == "deploy/README":
+        text[0] += contents("On Kubernetes <kubernetes>")
     elif page == "docs/api":
         text[0] += modules()
     elif page == "docs/commands":
