@@ -69,7 +69,7 @@ NIGHTLY_6 = tests/notebooks/test_monitor.py tests/notebooks/test_release.py test
 NIGHTLY_7 = tests/notebooks/test_compare_models.py tests/notebooks/test_heart_disease.py \
 	tests/notebooks/test_guides_interface.py tests/notebooks/test_interface.py tests/tools/test_site.py
 NIGHTLY_8 = tests/deploy/test_deploy_s3.py tests/deploy/test_deploy_aliases.py tests/deploy/test_deploy_limits.py \
-	tests/deploy/test_deploy_metrics.py tests/deploy/test_upgrades.py tests/tools/test_release_action.py
+	tests/deploy/test_deploy_metrics.py tests/deploy/test_upgrades.py tests/deploy/test_kubernetes.py tests/tools/test_release_action.py
 NIGHTLY = $(NIGHTLY_1) $(NIGHTLY_2) $(NIGHTLY_3) $(NIGHTLY_4) $(NIGHTLY_5) $(NIGHTLY_6) $(NIGHTLY_7) $(NIGHTLY_8)
 TESTS = project.ipynb $(filter-out $(NIGHTLY),$(foreach folder,notebooks lifecycle tools,$(wildcard tests/$(folder)/test_*.py)))
 
