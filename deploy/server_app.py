@@ -26,7 +26,8 @@ from flask import Response, jsonify, request
 from limits import TooLargeError, closing, limit_heads, read_body, repeat, serve_stranger, serve_user
 from mlflow.protos.service_pb2 import CreateExperiment
 from mlflow.server import app, auth
-from starlette.responses import PlainTextResponse
+from mlflow.server.handlers import build_server_info_payload
+from starlette.responses import JSONResponse, PlainTextResponse
 from werkzeug.datastructures import Authorization
 from werkzeug.security import check_password_hash, generate_password_hash
 
@@ -42,6 +43,7 @@ IN_TURN = (
     "/mlflow/registered-models/set-tag",
     "/mlflow/runs/log-inputs",
 )
+DIRECT = ("/mlflow-artifacts/presigned/", "/mlflow-artifacts/mpu/", "/artifacts/presigned-")  # ways around the server
 # Bytes of a body. What is larger is an upload, and handed on as it comes. A body that has a turn waits for it whole,
 # however large: MLflow, too, reads it whole.
 SMALL = 100_000
@@ -114,6 +116,33 @@ class Turns:
 
         await self.served(dict(scope), receive, answer)
         return forbidden
+
+
+class ThroughTheServer:
+    """Let files of a bucket go through the server alone.
+
+    MLflow offers its clients addresses in the bucket that are signed for a while. They are of no use to a client that
+    cannot reach the bucket, which then fails, and no rule of the server holds there.
+    """
+
+    def __init__(self, served):
+        """Wrap an ASGI app."""
+        self.served = served
+
+    async def __call__(self, scope, receive, send):
+        """Answer a request, or hand it on."""
+        answer = self.served
+        path = scope.get("path", "")
+        if path.endswith("/mlflow/server-info"):
+            payload = await asyncio.to_thread(build_server_info_payload)
+            answer = JSONResponse(payload | {"multipart_uploads_enabled": False, "multipart_downloads_enabled": False})
+        elif any(direct in path for direct in DIRECT):
+            # MLflow's client looks at how the message begins, and sends the file to the server.
+            message = (
+                "Multipart upload is not supported for the current artifact repository: files go through the server."
+            )
+            answer = JSONResponse({"error_code": "NOT_IMPLEMENTED", "message": message}, 501)
+        await answer(scope, receive, send)
 
 
 class PasswordGuard:
@@ -204,4 +233,4 @@ def create_app() -> PasswordGuard:
         store = Store(os.environ["MLFLOW_BACKEND_STORE_URI"])
         serve_figures()
     app.before_request(lambda: refuse(store))
-    return PasswordGuard(ProtectedAliases(Turns(served), store))
+    return PasswordGuard(ProtectedAliases(Turns(ThroughTheServer(served)), store))

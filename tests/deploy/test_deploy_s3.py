@@ -102,6 +102,46 @@ def test_large_file_goes_to_the_bucket_in_parts_and_comes_back(run, team, store,
     assert Path(back).read_bytes() == large.read_bytes()
 
 
+@pytest.mark.parametrize("forced", [False, True], ids=["by default", "asked for by the client"])
+def test_client_that_cannot_reach_the_bucket_sends_and_gets_large_files(
+    forced, run, team, store, tmp_path, monkeypatch
+):
+    # given a client for which every other address than the server's is closed
+    run_id, _ = run
+    if forced:
+        monkeypatch.setenv("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "true")
+        monkeypatch.setenv("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "true")
+    monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE", "1000000")
+    asked = []
+    request = requests.Session.request
+
+    def at_the_server(session, method, url, **options):
+        asked.append(url)
+        assert url.startswith(team.address), url
+        return request(session, method, url, **options)
+
+    monkeypatch.setattr(requests.Session, "request", at_the_server)
+    large = tmp_path / "forced.bin"
+    large.write_bytes(os.urandom(6_000_000))
+    # when it sends a large file, and gets it back
+    with team.client("ana") as client:
+        client.log_artifact(run_id, str(large))
+        back = client.download_artifacts(run_id, "forced.bin", str(tmp_path / "back"))
+    # then it has asked the server alone
+    assert Path(back).read_bytes() == large.read_bytes()
+    assert asked != []
+
+
+@pytest.mark.parametrize("way", ["presigned/1/x/artifacts/notes.txt", "mpu/create/1/x/artifacts"])
+def test_server_signs_no_address_in_the_bucket(way, team):
+    address = f"{team.address}/api/2.0/mlflow-artifacts/{way}"
+    method = "GET" if way.startswith("presigned") else "POST"
+    body = {"path": "1/x/artifacts/notes.txt", "num_parts": 1}
+    answer = requests.request(method, address, json=body, auth=("admin", PASSWORDS["admin"]), timeout=30)
+    assert answer.status_code == 501
+    assert "Signature" not in answer.text
+
+
 def test_nobody_reaches_the_bucket_without_its_key(store):
     for path in (f"{BUCKET}/", f"{BUCKET}/1/x", ""):
         assert requests.get(f"{store.address}/{path}", timeout=30).status_code == 403
