@@ -4,8 +4,9 @@ Sphinx reads the project folder itself, so the links between README, guides and 
 of the pages, the reference of the library and the help of the commands are added when Sphinx reads a page.
 """
 
+import importlib
+import inspect
 import os
-import pkgutil
 import re
 import shutil
 import sys
@@ -64,22 +65,37 @@ def contents(*pages: str) -> str:
 
 
 def modules() -> str:
-    """Return a section with the docstrings of each module, except the modules that define commands."""
+    """Return a section for each module with public names: these, and the classes that they take, return or raise."""
     text = ""
-    for module in pkgutil.walk_packages(mlflow_lifecycle.__path__, "mlflow_lifecycle."):
-        name = module.name.partition(".")[2]
-        if module.ispkg or name == "__main__" or name.startswith(("cli", "server")):
-            continue
-        text += f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: {module.name}\n```\n"
+    for section, names in mlflow_lifecycle.MODULES.items():
+        module = importlib.import_module(f"mlflow_lifecycle.{section}")
+        text += f"\n## {section}\n\n```{{eval-rst}}\n.. automodule:: {module.__name__}\n   :no-members:\n"
+        for name, item in vars(module).items():
+            is_own_class = inspect.isclass(item) and item.__module__ == module.__name__ and name[0] != "_"
+            if is_own_class:
+                text += f"\n.. autoclass:: {module.__name__}.{name}\n"
+            elif name in names:
+                kind, option = ("autofunction", "") if callable(item) else ("autodata", "   :no-value:\n")
+                text += f"\n.. {kind}:: {module.__name__}.{name}\n{option}"
+        text += "```\n"
     return text
 
 
 def commands() -> str:
-    """Return a section with the help of each command."""
+    """Return a section with the help of each command, whose options wrap on a narrow screen."""
     text = ""
     for name, command in sorted(main.commands.items()):
-        context = click.Context(command, info_name=f"lifecycle {name}", max_content_width=80, terminal_width=80)
-        text += f"\n## {name}\n\n```text\n{command.get_help(context)}\n```\n"
+        context = click.Context(command, info_name=f"lifecycle {name}")
+        text += f"\n## {name}\n\n```text\n{command.get_usage(context)}\n```\n"
+        for paragraph in inspect.cleandoc(command.help).replace("\b\n", "").split("\n\n"):
+            before, example, after = paragraph.partition("Example: ")
+            continued = " \\\n  ".join(map(str.strip, after.splitlines()))
+            text += f"\n```text\n{continued}\n```\n" if example else f"\n{before}\n"
+        text += "\n"
+        for option in command.get_params(context):
+            declaration, help_text = option.get_help_record(context)
+            if help_text:
+                text += f"- `{declaration}`: {help_text}\n"
     return text
 
 
@@ -90,6 +106,7 @@ def complete(app: Sphinx, page: str, text: list[str]) -> None:
         text[0] += contents(
             "Quickstart <project>",
             "Guides <guides/README>",
+            "In your own project <docs/own_project>",
             "Library <docs/api>",
             "Commands <docs/commands>",
             "Team server <deploy/README>",

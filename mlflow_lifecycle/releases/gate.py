@@ -375,6 +375,7 @@ def check_fresh_environment(context: GateContext) -> CheckResult:
     return _result(ENVIRONMENT, bool(equal.all()), f"{detail}. {note}" if note else detail)
 
 
+#: The checks of the gate, in their order. Each takes a `GateContext` and returns a `CheckResult`.
 DEFAULT_CHECKS: tuple[Check, ...] = (
     check_signature,
     check_input_example,

@@ -18,6 +18,7 @@ import nbformat
 import pytest
 from execution import ROOT, environment, finished, git
 
+import mlflow_lifecycle
 from mlflow_lifecycle.cli import main
 
 pytestmark = pytest.mark.extended  # it takes long
@@ -168,22 +169,39 @@ def test_notebooks_have_their_stored_outputs(pages, notebook):
     assert len([source for source in page.sources if "_images/" in source]) == len(pictures) > 0
 
 
-def test_api_has_every_function_with_a_docstring(pages):
-    names = {
+def test_api_has_every_public_name_and_no_other_function(pages):
+    public = {f"mlflow_lifecycle.{module}.{name}" for name, module in mlflow_lifecycle.PUBLIC.items()}
+    assert set(mlflow_lifecycle.__all__) == set(mlflow_lifecycle.PUBLIC)
+    assert public - pages["docs/api.html"].places == set()
+    functions = {
         f"{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}.{node.name}"
         for path in (ROOT / "mlflow_lifecycle").rglob("[!_]*.py")
-        if path.parent.name not in ("cli", "server")  # the commands have a page of their own
         for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) and node.name[0] != "_"
+        if isinstance(node, ast.FunctionDef)
     }
-    assert len(names) > 50
-    assert names - pages["docs/api.html"].places == set()
+    assert functions & pages["docs/api.html"].places == functions & public
 
 
-def test_every_command_has_its_help(pages):
+def test_every_command_has_its_help_and_an_example(pages):
+    text = pages["docs/commands.html"].text
     assert main.commands
-    for name in main.commands:
-        assert f"Usage: lifecycle {name} [OPTIONS]" in pages["docs/commands.html"].text
+    for name, command in main.commands.items():
+        assert f"Usage: lifecycle {name} [OPTIONS]" in text
+        assert f"\nlifecycle {name} " in text
+        for option in command.params:
+            assert not getattr(option, "help", None) or option.help in text, option.name
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_code_is_at_least_13_pixels_high(page, address, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    for name in ["project.html", "guides/07_keep_pins_current.html", "docs/commands.html"]:
+        page.goto(f"{address}/{name}")
+        sizes = page.evaluate(
+            "[...document.querySelectorAll('pre')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+        )
+        assert len(sizes) > 10
+        assert min(sizes) >= 13, name
 
 
 def test_next_leads_through_all_pages_from_the_home_page(pages):
