@@ -19,13 +19,15 @@ from mlflow_lifecycle.cli.options import (
 
 @click.command(short_help="Sign a version as the store holds it now.")
 @click.argument("uri")
-@click.option("--training-data", type=FILE, help="CSV or Parquet, target included.")
+@click.option(
+    "--training-data", type=FILE, help="The training rows, CSV or Parquet, target included."
+)
 @click.option(
     "--lock",
     type=FILE,
     default="requirements.txt",
     show_default=True,
-    help="The pins with their hashes.",
+    help="The lock file with the hashes of the packages.",
 )
 @KEY
 @TYPES
@@ -66,7 +68,7 @@ def sign(
     print_result(statement, lines, as_json)
 
 
-@click.command(short_help="Check that a version is what was signed.")
+@click.command(short_help="Check that a version is unchanged since it was signed.")
 @click.argument("uri")
 @PUBLIC_KEY
 @TYPES
@@ -77,7 +79,9 @@ def verify(
     trusted_types: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Check that the version at URI is what was signed, and print as what it was signed.
+    """Check that the version at URI is unchanged since it was signed.
+
+    The output says whether it was signed as a candidate or as a release.
 
     Example: lifecycle verify models:/tracking_quick_start/1
     """
@@ -100,7 +104,7 @@ def verify(
     print_result(asdict(statement) | {"key_fingerprint": fingerprint}, lines, as_json)
 
 
-@click.command("new-key", short_help="Make a new key in place of your own.")
+@click.command("new-key", short_help="Replace your own key by a new one.")
 @click.option(
     "--sign-anew",
     "names",
@@ -110,7 +114,7 @@ def verify(
 )
 @TYPES
 def new_key(names: tuple[str, ...], trusted_types: tuple[str, ...]) -> None:
-    """Make a new key, because the old one was lost or is to be replaced.
+    """Replace your own key by a new one, for example after it was lost.
 
     Versions that the old key signed still verify with its public half.
 

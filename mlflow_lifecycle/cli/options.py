@@ -9,9 +9,11 @@ import click
 
 FILE = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-DATA = click.option("--data", type=FILE, required=True, metavar="FILE", help="CSV or Parquet.")
+DATA = click.option(
+    "--data", type=FILE, required=True, metavar="FILE", help="The rows, CSV or Parquet."
+)
 KEY = click.option("--key", type=FILE, help="The private key. Default: your own, made if needed.")
-PUBLIC_KEY = click.option("--public-key", type=FILE, help="Default: that of your own key.")
+PUBLIC_KEY = click.option("--public-key", type=FILE, help="The public key. Default: your own.")
 TYPES = click.option(
     "--trusted-type",
     "trusted_types",
@@ -20,7 +22,7 @@ TYPES = click.option(
     help="Additional type that skops may load (repeatable).",
 )
 ALIAS = click.option("--alias", default="production", show_default=True, help="The alias to move.")
-CACHE = click.option("--cache", type=FILE, metavar="FOLDER", help="Keep packages there.")
+CACHE = click.option("--cache", type=FILE, metavar="FOLDER", help="Keep downloaded packages there.")
 
 
 def combine(*options: Callable) -> Callable:

@@ -27,9 +27,9 @@ ROWS = click.option("--data", type=FILE, metavar="FILE", help="CSV or Parquet: r
 @click.command(short_help="Look for known vulnerabilities in packages.")
 @click.argument("name")
 @click.option("--all-versions", is_flag=True, help="Audit versions without an alias, too.")
-@click.option("--service", default="", metavar="URL", help="A server like OSV. Default: OSV.")
-@click.option("--database", type=FILE, metavar="ZIP", help="OSV's database, downloaded.")
-@click.option("--ignore", multiple=True, metavar="ID", help="Leave it out (repeatable).")
+@click.option("--service", default="", metavar="URL", help="A server with OSV's API. Default: OSV.")
+@click.option("--database", type=FILE, metavar="ZIP", help="A downloaded copy of OSV's database.")
+@click.option("--ignore", multiple=True, metavar="ID", help="Vulnerability to ignore (repeatable).")
 @click.option("--markdown", is_flag=True, help="Print the result as a Markdown table.")
 @PUBLIC_KEY
 @TYPES
@@ -100,10 +100,12 @@ def describe(result: "Audit") -> list[tuple[str, str]]:
     return [(result.uri, text) for text in texts]
 
 
-@click.command(short_help="Give a version new packages.")
+@click.command(short_help="Register a version again with new packages.")
 @click.argument("uri")
-@click.option("--requirements", type=FILE, required=True, metavar="FILE", help="The new pins.")
-@click.option("--lock", type=FILE, required=True, metavar="FILE", help="The pins with hashes.")
+@click.option(
+    "--requirements", type=FILE, required=True, metavar="FILE", help="The new list of pins."
+)
+@click.option("--lock", type=FILE, required=True, metavar="FILE", help="The new lock file.")
 @ROWS
 @click.option(
     "--tolerance", type=click.FloatRange(0), default=0.0, help="Allowed difference. Default: none."
@@ -123,7 +125,7 @@ def renew(
     trusted_types: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Register the model at URI with new packages, if it still answers the same.
+    """Register the model at URI with new packages, if it predicts the same.
 
     The training rows, the rows in --data, and a row with each optional column missing are
     predicted in the old and in the new environment.

@@ -13,9 +13,19 @@ from mlflow_lifecycle.exceptions import InvalidInputError, ServingFailedError
 
 @click.command(short_help="Write a report on the runs of an experiment.")
 @click.argument("experiment")
-@click.option("--metric", default="", metavar="NAME", help="Default: the only log loss or error.")
-@click.option("--by", default="mlflow.runName", metavar="TAG", help="Default: the run name.")
-@click.option("--output", type=FILE, metavar="FOLDER", help="reports/EXPERIMENT by default.")
+@click.option(
+    "--metric",
+    default="",
+    metavar="NAME",
+    help="The metric to compare. Default: the only log loss or error.",
+)
+@click.option(
+    "--by",
+    default="mlflow.runName",
+    metavar="TAG",
+    help="The tag that groups the runs. Default: the run name.",
+)
+@click.option("--output", type=FILE, metavar="FOLDER", help="Default: reports/EXPERIMENT.")
 @JSON
 def report(experiment: str, metric: str, by: str, output: Path | None, as_json: bool) -> None:
     """Write the report of EXPERIMENT: which group of runs wins, and which are tied with it.
@@ -78,9 +88,11 @@ def fix_store() -> None:
 
 
 @click.command(short_help="Start MLflow's interface.")
-@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+@click.option(
+    "--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="The port."
+)
 def ui(port: int) -> None:
-    """Start MLflow's interface on the store of this folder, and print links to what is newest.
+    """Start MLflow's interface on the store of this folder, and print links to the newest runs.
 
     If the store is a tracking server, only the links are printed.
 

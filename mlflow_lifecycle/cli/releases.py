@@ -35,7 +35,9 @@ GATE = combine(
         metavar="FILE",
         help="CSV or Parquet: the test set, which no model has learned from.",
     ),
-    click.option("--target", required=True, metavar="COLUMN", help="The true values."),
+    click.option(
+        "--target", required=True, metavar="COLUMN", help="The column with the true values."
+    ),
     click.option(
         "--threshold",
         "thresholds",
@@ -231,7 +233,9 @@ def release(
 
 @click.command(short_help="Move an alias back to an earlier release.")
 @click.argument("name")
-@click.option("--to", default="", metavar="VERSION", help="Default: the release before.")
+@click.option(
+    "--to", default="", metavar="VERSION", help="The version. Default: the release before."
+)
 @ALIAS
 @KEY
 @TYPES

@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 65535),
     default=5001,
     show_default=True,
-    help="0 takes a free port.",
+    help="The port; 0 takes a free one.",
 )
-@click.option("--record", type=FILE, metavar="FOLDER", help="Keep requests and answers there.")
+@click.option("--record", type=FILE, metavar="FOLDER", help="Record requests and answers there.")
 @click.option(
     "--keep-days",
     type=click.IntRange(1),
     default=30,
     show_default=True,
-    help="Remove older records.",
+    help="Remove records that are older.",
 )
 @click.option(
     "--record-limit",
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     help="Size limit of the record. The oldest files are removed.",
 )
 @click.option(
-    "--leave-out", multiple=True, metavar="COLUMN", help="Not recorded, such as personal data."
+    "--leave-out", multiple=True, metavar="COLUMN", help="Column not to record (repeatable)."
 )
 @click.option(
     "--limits",
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     "--metrics-address",
     default="",
     metavar="HOST:PORT",
-    help="Answer GET /metrics at this address alone.",
+    help="Answer GET /metrics only at this address.",
 )
 @CACHE
 @click.option("--offline", is_flag=True, help="Take all packages from the cache.")
@@ -155,10 +155,13 @@ class ErrorIsOne(click.Command):
     "--error", default=0.2, show_default=True, help="Limit of the relative increase of the error."
 )
 @click.option(
-    "--accept-change", default="", metavar="REASON", help="Record why the change is a true one."
+    "--accept-change",
+    default="",
+    metavar="REASON",
+    help="Accept the change, and record the reason.",
 )
 @click.option(
-    "--experiment", default="monitoring", show_default=True, help="Where the run is logged."
+    "--experiment", default="monitoring", show_default=True, help="The experiment of the run."
 )
 @JSON
 def watch(
@@ -237,7 +240,7 @@ def _rename_target(table: "pd.DataFrame", target: str, known: str) -> "pd.DataFr
 @click.option("--master", default="local[*]", show_default=True, help="Spark's address.")
 @PUBLIC_KEY
 @TYPES
-@click.option("--this-environment", is_flag=True, help="Build no environment.")
+@click.option("--this-environment", is_flag=True, help="Predict in this environment; build none.")
 @JSON
 def score(
     uri: str,
