@@ -1,10 +1,13 @@
-"""The road of a model, by the commands as the README prints them, in a project that has only the wheel."""
+"""The road of a model, by the commands as the README and the page about your own project print them."""
 
+import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from wheels import build_wheel, install
 pytestmark = pytest.mark.extended  # it builds environments
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROAD = README.partition("## Release your own model")[2].partition("\n## ")[0]
+PAGE = (ROOT / "docs/own_project.md").read_text(encoding="utf-8")
 CANCER = {
     "parameters": """
 experiment_name = model_name = "cancer"
@@ -62,14 +66,17 @@ def installed(tmp_path_factory):
 
 
 def write_requirements(folder: Path, uv: Path, *more: str) -> None:
-    """Write the requirements of the project, and compile them as the README says."""
+    """Write the requirements of the project, and compile them as the page about your own project says."""
     pins = (ROOT / "model_requirements.txt").read_text(encoding="utf-8")
     direct = "mlflow-skinny|scikit-learn|pandas|numpy|skops|pip|setuptools|wheel"
     lines = re.findall(rf"(?m)^(?:{direct})==.*$", pins)
     (folder / "model_requirements.txt").unlink()
-    (folder / "requirements.in").write_text("\n".join([*lines, *more]) + "\n", encoding="utf-8")
-    for command in re.findall(r"(?m)^uv pip compile .*$", ROAD):
-        subprocess.run([uv, *shlex.split(command)[1:], "--quiet"], cwd=folder, check=True)
+    (folder / "model.in").write_text("\n".join([*lines, *more]) + "\n", encoding="utf-8")
+    (folder / "requirements.in").write_text("-r model.in\n", encoding="utf-8")
+    commands = re.findall(r"(?m)^\.venv/bin/uv (pip compile .*)$", PAGE)
+    assert len(commands) == 2
+    for command in commands:
+        subprocess.run([uv, *shlex.split(command)], cwd=folder, check=True)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -146,3 +153,53 @@ def test_model_goes_the_whole_road_by_the_commands_of_the_readme(project):
     # watch and go back
     assert run("lifecycle watch").startswith("quiet: ")
     assert "rollback of" in run("lifecycle rollback")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the commands of the page are for a POSIX shell")
+def test_page_about_your_own_project_prints_what_its_commands_print(tmp_path):
+    # given an empty folder with the wheel, and the versions of the lock, except of what the page raises
+    folder = tmp_path / "my_project"
+    (folder / "wheels").mkdir(parents=True)
+    shutil.move(build_wheel(tmp_path), folder / "wheels")
+    lock = re.sub(r" *\\\n    --hash=\S+", "", (ROOT / "requirements-scale.txt").read_text(encoding="utf-8"))
+    old, new = re.search(r"here `(\S+)` to `(\S+)`", PAGE).groups()
+    raised = re.match(r"\w+", old)[0]
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text(re.sub(rf"(?m)^{raised}==.*\n", "", lock), encoding="utf-8")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables = environment(tmp_path, PATH=path, UV_CONSTRAINT=str(constraints))
+    port = str(free_port())
+
+    def run(command: str) -> str:
+        process = subprocess.run(command, shell=True, cwd=folder, env=variables, capture_output=True, text=True)
+        # whether packages have vulnerabilities, and whether OSV can be reached, is not known here
+        statuses = (0, 1, 2) if " audit " in command else (0,)
+        assert process.returncode in statuses, process.stdout + process.stderr
+        return process.stdout
+
+    printed = ""
+    installing = []
+    with contextlib.ExitStack() as stack:
+        blocks = re.findall(r"(?:([^\n]*)\n)?\n```(\w*)\n(.*?)```\n", PAGE, flags=re.DOTALL)
+        for before, language, text in blocks[1:]:  # the first one builds the wheel
+            file = re.match(r"`(\w+\.\w+)` ", before)
+            commands = text.replace("5001", port).splitlines()
+            if file:
+                (folder / file[1]).write_text(text, encoding="utf-8")
+            elif language == "text":
+                # then each command has printed what is below it
+                pattern = re.escape(text).replace(re.escape("..."), ".*")
+                assert re.fullmatch(pattern, printed, flags=re.DOTALL), printed
+            elif " serve " in text:
+                log = tmp_path / "server.log"
+                command = commands[0].split()
+                address = f"http://127.0.0.1:{port}/ping"
+                stack.enter_context(running(command, address, log, cwd=folder, env=variables))
+            else:
+                # when
+                if " renew " in text:
+                    needed = (folder / "model.in").read_text(encoding="utf-8")
+                    (folder / "model.in").write_text(needed.replace(old, new), encoding="utf-8")
+                    commands = installing[-3:] + commands
+                printed = "".join(run(command).rstrip("\n") + "\n" for command in commands).lstrip("\n")
+                installing = installing or commands
