@@ -449,7 +449,7 @@ def _refuse_unfit(candidate: Verified, rows: pd.DataFrame, target: str) -> None:
     if target not in needed:
         columns = ", ".join(needed)
         raise InvalidInputError(
-            f"The version learned from no column {target!r}. The columns are: {columns}"
+            f"The training data has no column {target!r}. The columns are: {columns}"
         )
     check_columns(rows, needed)
     gaps = int(rows[target].isna().sum())

@@ -362,7 +362,7 @@ def test_rows_without_a_column_are_refused(good):
 
 
 def test_target_that_the_version_did_not_learn_from_is_refused_with_the_columns(good):
-    refusal = r"learned from no column 'Y'\. The columns are: sepal length \(cm\), .*, species"
+    refusal = r"training data has no column 'Y'\. The columns are: sepal length \(cm\), .*, species"
     for rows in (ROWS_TEST, ROWS_TEST.assign(Y=0)):
         with pytest.raises(ValueError, match=refusal):
             context_of(good, rows=rows, target="Y")

@@ -100,7 +100,7 @@ def test_card_needs_its_two_sentences(folder, name):
 
 REFUSED = {
     "a missing column": ({"rows": ROWS_TEST.iloc[:, 1:]}, "These columns are missing: sepal length"),
-    "no target": ({"target": "variety"}, "The version learned from no column 'variety'"),
+    "no target": ({"target": "variety"}, "The training data has no column 'variety'"),
 }
 
 
