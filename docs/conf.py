@@ -32,6 +32,7 @@ nb_execution_mode = "off"
 nb_render_markdown_format = "gfm"
 myst_heading_anchors = 2  # links to sections, written as for GitHub
 default_role = "code"
+smartquotes = False  # the help of a command has options such as --data
 highlight_language = "none"  # for code blocks without a language, which hold commands
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
