@@ -69,10 +69,11 @@ class Bucket:
     def list(self) -> Iterator[tuple[str, int]]:
         """Give the name and the size in bytes of each file."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.prefix)
-        for page in pages:
-            for item in page.get("Contents", []):
-                if not item["Key"].endswith("/"):
-                    yield item["Key"].removeprefix(self.prefix), item["Size"]
+        with contextlib.suppress(self.client.exceptions.NoSuchBucket):  # the store makes it with the first file
+            for page in pages:
+                for item in page.get("Contents", []):
+                    if not item["Key"].endswith("/"):
+                        yield item["Key"].removeprefix(self.prefix), item["Size"]
 
     def open(self, name: str) -> IO[bytes]:
         """Return the content of a file."""

@@ -272,6 +272,10 @@ def test_files_move_from_a_folder_to_a_bucket(team, store, tmp_path):
     assert printed == "2 files, 9,000,005 bytes\n"
 
 
+def test_bucket_that_was_not_made_yet_is_empty(team):
+    assert artifacts(team, "size", "s3://not-made-yet", text=True).stdout == "0 files, 0 bytes\n"
+
+
 def test_archive_that_leads_out_of_the_store_is_refused(tmp_path, monkeypatch):
     import io
     import tarfile
