@@ -63,11 +63,15 @@ NIGHTLY_1 = tests/deploy/test_containers.py
 NIGHTLY_2 = tests/deploy/test_deploy_guides.py
 NIGHTLY_3 = tests/deploy/test_deploy.py tests/deploy/test_deploy_failures.py tests/deploy/test_deploy_notebooks.py \
 	tests/deploy/test_deploy_users.py
-NIGHTLY_4 = tests/lifecycle/test_road.py tests/notebooks/test_keep_pins.py tests/lifecycle/test_renew.py
-NIGHTLY_5 = tests/lifecycle/test_wheel.py tests/lifecycle/test_batch.py tests/notebooks/test_scale.py
-NIGHTLY_6 = tests/notebooks/test_monitor.py tests/notebooks/test_release.py tests/notebooks/test_search.py
-NIGHTLY_7 = tests/notebooks/test_compare_models.py tests/notebooks/test_heart_disease.py \
-	tests/notebooks/test_guides_interface.py tests/notebooks/test_interface.py tests/tools/test_site.py
+NIGHTLY_4 = tests/lifecycle/test_road.py tests/notebooks/test_keep_pins.py tests/lifecycle/test_renew.py \
+	tests/tools/test_lab.py tests/tools/test_upgrades.py
+NIGHTLY_5 = tests/lifecycle/test_wheel.py tests/lifecycle/test_batch.py tests/notebooks/test_scale.py \
+	tests/lifecycle/test_drift_rates.py tests/lifecycle/test_server_load.py tests/tools/test_benchmarks.py
+NIGHTLY_6 = tests/notebooks/test_own_data.py tests/notebooks/test_monitor.py tests/notebooks/test_release.py \
+	tests/notebooks/test_refusals.py tests/notebooks/test_champion.py
+NIGHTLY_7 = tests/notebooks/test_compare_models.py tests/notebooks/test_heart_disease.py tests/notebooks/test_search.py \
+	tests/notebooks/test_guides_interface.py tests/notebooks/test_interface.py tests/tools/test_entry_points.py \
+	tests/tools/test_page.py tests/tools/test_site.py
 NIGHTLY_8 = tests/deploy/test_deploy_s3.py tests/deploy/test_deploy_aliases.py tests/deploy/test_deploy_limits.py \
 	tests/deploy/test_deploy_metrics.py tests/deploy/test_upgrades.py tests/deploy/test_kubernetes.py tests/tools/test_release_action.py
 NIGHTLY = $(NIGHTLY_1) $(NIGHTLY_2) $(NIGHTLY_3) $(NIGHTLY_4) $(NIGHTLY_5) $(NIGHTLY_6) $(NIGHTLY_7) $(NIGHTLY_8)

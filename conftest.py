@@ -50,13 +50,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give the tests of a file to one process, and those that look at the one execution of guides 01 to 03, too."""
+    """Give the tests of a file to one process, and those of several files that share what takes long to make."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "guides 01 to 03" if file.rpartition("/")[2] in SHARED else file
+            return SHARED.get(file.rpartition("/")[2], file)
 
     return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
@@ -83,13 +83,31 @@ collect_ignore = ["guides/06_scale_out.ipynb"]  # tests/deploy/test_deploy_guide
 STORE = pytest.StashKey[str]()
 # What needs a browser, PostgreSQL, Docker or Spark, or takes long, by the fixtures that give it.
 EXTENDED = {"page", "team", "containers", "spark", "guides"}
-SHARED = {"test_compare_models.py", "test_guides_interface.py", "test_heart_disease.py", "test_search.py"}
+SHARED = {  # what takes long to make, by the files whose tests share it
+    "project.ipynb": "the execution of the quickstart",
+    "test_logged.py": "the execution of the quickstart",
+    "test_compare_models.py": "the execution of guides 01 to 03",
+    "test_guides_interface.py": "the execution of guides 01 to 03",
+    "test_heart_disease.py": "the execution of guides 01 to 03",
+    "test_search.py": "the execution of guides 01 to 03",
+    "test_promotion.py": "the store with releases",
+    "test_release_commands.py": "the store with releases",
+    "test_releases.py": "the store with releases",
+    "test_sbom.py": "the store with releases",
+}
 
 
 def skip_without_heart_disease_data():
     """Skip the test where guide 02 cannot get its data. Also where `CI` is set: nobody can install the internet."""
     if heart_disease_data() is None:
         pytest.skip(f"{NAME} cannot be downloaded; if you have a copy: export {VARIABLE}=<its path>")
+
+
+@pytest.fixture(scope="session")
+def compared(pytestconfig):
+    """Give the folder of the store in which nbval has executed the quickstart in this process, or None."""
+    folder = Path(pytestconfig.stash[STORE]) / "project"
+    return folder if (folder / "mlflow.db").exists() else None
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A store with released versions to test with."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,20 @@ SENTENCES = {"intended_use": "To learn with.", "limits": "Three species only."}
 SETTINGS = GateSettings({"accuracy_score": 0.5}, rebuild=False)
 
 
-def make_store(folder: Path, *numbers: int) -> Path:
-    """Make a store with a cautious version, a good one, and another cautious one; release these numbers in turn."""
+def make_store(folder: Path) -> list[Path]:
+    """Make a store with a cautious version, a good one, and another cautious one, and release the first two in turn.
+
+    Return copies of the folder: one made after the first release, and one made after the second.
+    """
     folder.mkdir()
+    copies = []
     with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
         for strength in (0.01, 1.0, 0.01):
             register(folder, LogisticRegression(C=strength, max_iter=1000), ROWS_TRAIN)
-        for number in numbers:
+        for number in (1, 2):
             released(f"models:/iris/{number}")
-    return folder
+            copies.append(shutil.copytree(folder, folder.with_name(f"after release {number}")))
+    return copies
 
 
 def released(uri: str = "models:/iris/2", rows=ROWS_TEST, target="species", settings=SETTINGS, **options) -> Release:

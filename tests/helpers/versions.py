@@ -72,12 +72,8 @@ def store_in(folder: Path, monkeypatch) -> Iterator[mlflow.MlflowClient]:
     mlflow.set_tracking_uri(None)
 
 
-@contextlib.contextmanager
-def restored(folder: Path) -> Iterator[None]:
-    """Put the store in ``folder`` and the keys beside it back, at the end of the block, to what they were."""
-    copy = Path(f"{folder} before")
-    shutil.copytree(folder, copy)
-    yield
+def put_back(folder: Path, copy: Path) -> None:
+    """Make the store in ``folder`` and the keys beside it what they were when ``copy`` was made of the folder."""
     for name in ("mlruns", "keys"):
         shutil.rmtree(folder / name)
         shutil.copytree(copy / name, folder / name)
@@ -85,4 +81,13 @@ def restored(folder: Path) -> Iterator[None]:
     databases[0].backup(databases[1])  # MLflow keeps the file open
     for database in databases:
         database.close()
-    shutil.rmtree(copy)
+
+
+@contextlib.contextmanager
+def restored(folder: Path) -> Iterator[None]:
+    """Put the store in ``folder`` and the keys beside it back, at the end of the block, to what they were."""
+    copy = Path(f"{folder} before")
+    if not copy.exists():
+        shutil.copytree(folder, copy)
+    yield
+    put_back(folder, copy)

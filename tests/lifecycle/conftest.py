@@ -1,6 +1,7 @@
 """Stores with released versions, and one with a version that learned from half of Iris, which several tests share."""
 
 import base64
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from releases import make_store
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from versions import NAME, iris_rows, register, restored, save, store_in
+from versions import NAME, iris_rows, put_back, register, save, store_in
 
 from mlflow_lifecycle.monitoring.judge import load_reference
 from mlflow_lifecycle.serving import serve_verified
@@ -21,8 +22,8 @@ from mlflow_lifecycle.signing.verify import verified
 DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABAQAAAAA3bvkkAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
 
-@pytest.fixture(scope="module")
-def no_pictures():
+@contextlib.contextmanager
+def without_pictures():
     """Let MLflow log a single dot in place of the four pictures that it draws of each evaluation, most of its time.
 
     One test in `test_gate.py`, in a kernel of its own, evaluates with them.
@@ -33,29 +34,36 @@ def no_pictures():
 
 
 @pytest.fixture(scope="module")
-def made_once(tmp_path_factory, no_pictures):
-    """Give a folder with a store in which version 1 is in production."""
-    return make_store(tmp_path_factory.mktemp("once") / "project", 1)
+def no_pictures():
+    """Let a module's tests evaluate without pictures."""
+    with without_pictures():
+        yield
 
 
-@pytest.fixture(scope="module")
-def made_twice(tmp_path_factory, no_pictures):
-    """Give a folder with a store in which version 2 is in production, and version 1 was."""
-    return make_store(tmp_path_factory.mktemp("twice") / "project", 1, 2)
-
-
-@pytest.fixture
-def folder(made_once, monkeypatch):
-    """Give the folder with the store in which version 1 is in production. After the test it is as it was."""
-    with restored(made_once), store_in(made_once, monkeypatch):
-        yield made_once
+@pytest.fixture(scope="session")
+def releases(tmp_path_factory):
+    """Give a folder with a store of released versions, and its copies after the first and after the second release."""
+    folder = tmp_path_factory.mktemp("releases") / "project"
+    with without_pictures():
+        return folder, make_store(folder)
 
 
 @pytest.fixture
-def twice(made_twice, monkeypatch):
-    """Give the folder with the store in which version 2 replaced version 1. After the test it is as it was."""
-    with restored(made_twice), store_in(made_twice, monkeypatch):
-        yield made_twice
+def folder(releases, no_pictures, monkeypatch):
+    """Give the folder with the store, in which version 1 is in production."""
+    folder, (once, _) = releases
+    put_back(folder, once)
+    with store_in(folder, monkeypatch):
+        yield folder
+
+
+@pytest.fixture
+def twice(releases, no_pictures, monkeypatch):
+    """Give the folder with the store, in which version 2 is in production, and version 1 was."""
+    folder, (_, twice) = releases
+    put_back(folder, twice)
+    with store_in(folder, monkeypatch):
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -20,23 +20,6 @@ TOO_HIGH = replace(SETTINGS, thresholds={"accuracy_score": 0.999})
 
 
 @pytest.mark.extended  # it takes long
-def test_promotion_to_another_file_leaves_nothing_if_the_gate_refuses(folder, tmp_path):
-    # given another store, with nothing in it
-    here, to = mlflow.get_tracking_uri(), f"sqlite:///{tmp_path.as_posix()}/other.db"
-    there = mlflow.MlflowClient(to)
-    options = SENTENCES | {"key": own_key()}
-    # when a version is promoted that the gate there refuses, then it is deleted again
-    with pytest.raises(GateClosedError, match="thresholds failed"):
-        promote("models:/iris@production", to, ROWS_TEST, "species", TOO_HIGH, **options)
-    assert there.search_registered_models() == []
-    assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
-    # and once it passes, it is in production there, and this process still works with the first store
-    promote("models:/iris@production", to, ROWS_TEST, "species", SETTINGS, **options)
-    assert there.get_model_version_by_alias("iris", "production").tags["promoted_from"] == here
-    assert mlflow.get_tracking_uri() == here
-
-
-@pytest.mark.extended  # it takes long
 def test_promotion_that_fails_deletes_no_version_that_somebody_else_registered_meanwhile(folder, tmp_path, monkeypatch):
     # given another store, in which somebody registers a version during the promotion
     to = f"sqlite:///{tmp_path.as_posix()}/other.db"

@@ -15,7 +15,6 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 from asking import (
     FEATURES,
@@ -552,17 +551,6 @@ def check_crowd(found: list, record: Path, model) -> None:
 
 def test_fifty_clients_at_once_lose_nothing(server, record, model):
     check_crowd(crowd(server, 50, lambda count: count < 10), record, model)
-
-
-@pytest.mark.extended  # it takes a minute
-def test_fifty_clients_for_a_minute_lose_nothing_and_memory_stays_flat(iris, model, tmp_path):
-    with serve_verified(as_verified(iris), python=Path(sys.executable), record=tmp_path / "record") as server:
-        memory = psutil.Process(server.process.pid).memory_info
-        crowd(server, 50, lambda count: count < 20)
-        before, end = memory().rss, time.monotonic() + MINUTE
-        found = crowd(server, 50, lambda _: time.monotonic() < end, pause=0.5)
-        assert memory().rss < before + 10_000_000
-    check_crowd(found, tmp_path / "record", model)
 
 
 # --- What it needs

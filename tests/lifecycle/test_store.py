@@ -419,6 +419,7 @@ def mounted(tmp_path_factory, empty_store, lacking):
 
 
 @pytest.mark.parametrize("name", MOUNTED)
+@pytest.mark.extended  # it takes long
 def test_read_only_folder_and_full_disk_are_refused_and_nothing_is_left(mounted, name):
     _, content, reason = MOUNTED[name]
     message, *left = mounted[name]

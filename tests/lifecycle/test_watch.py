@@ -1,14 +1,11 @@
 """The command `lifecycle watch`, as cron calls it: what it prints, what it leaves, and its exit status."""
 
 import json
-import os
-import sys
 
 import mlflow
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from execution import environment, finished
 from versions import NAME, iris_rows
 
 from mlflow_lifecycle.cli import main
@@ -51,12 +48,6 @@ def test_accepted_change_ends_with_0_and_is_recorded(watched, usual):
     assert (status, printed.splitlines()[0]) == (0, "accepted change: 75 rows")
     (run,) = mlflow.search_runs(experiment_names=["accepted"], output_format="list")
     assert run.data.tags["accepted_change"] == "another garden"
-
-
-def test_swapped_labels_end_with_2(watched, usual):
-    status, printed = watched(usual.replace({TARGET: {"versicolor": "virginica", "virginica": "versicolor"}}))
-    assert status == 2
-    assert printed.startswith("performance alarm: 75 rows\naccuracy 0.")
 
 
 def test_judgement_as_json(watched, usual):
@@ -130,22 +121,3 @@ def test_alias_that_was_moved_without_a_release_is_not_watched(watched, usual):
     status, printed = watched(usual, uri=f"models:/{NAME}@champion")
     assert status == 1
     assert "no release as champion" in printed
-
-
-@pytest.mark.extended  # it takes long
-def test_as_a_process_in_the_folder_of_the_store(store, usual, tmp_path):
-    usual.to_csv(tmp_path / "Monday.csv", index=False)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow_lifecycle",
-        "watch",
-        f"models:/{NAME}/1",
-        "--data",
-        str(tmp_path / "Monday.csv"),
-    ]
-    variables = environment(tmp_path, LIFECYCLE_KEYS=os.environ["LIFECYCLE_KEYS"])
-    process = finished(command, store, variables, limit=120)
-    assert process.returncode == 0, process.stderr
-    assert process.stderr == ""
-    assert process.stdout.startswith("quiet: 75 rows\n")

@@ -99,7 +99,7 @@ def uv_cache() -> str:
 def rebuilt(tmp_path_factory):
     """Give a folder where the whole notebook was executed, the step included that builds an environment.
 
-    It was executed in ``my clone, here``, a git repository, with a Python environment under a path with a space, no
+    It was executed in ``Zoë's clone, here``, a git repository, with a Python environment under a path with a space, no
     Python of its version on PATH, a temporary folder with a space, and the home folder ``home``, which has one file.
     """
     if sys.platform == "win32":
@@ -109,9 +109,9 @@ def rebuilt(tmp_path_factory):
         (folder / name).mkdir()
     (folder / "home/notes.txt").write_text("mine")
     (folder / "my python/venv").symlink_to(sys.prefix)
-    notebook = copy_project(folder / "my clone, here")
-    shutil.copy(ROOT / ".gitignore", folder / "my clone, here")
-    commit_all(folder / "my clone, here")
+    notebook = copy_project(folder / "Zoë's clone, here")
+    shutil.copy(ROOT / ".gitignore", folder / "Zoë's clone, here")
+    commit_all(folder / "Zoë's clone, here")
     before = installed()
     process = execute(
         notebook,
@@ -138,7 +138,7 @@ def test_environment_is_built_where_the_paths_have_spaces_and_a_comma(rebuilt):
 def test_packages_git_tree_and_home_stay_as_they_were(rebuilt):
     # then nothing of it has changed, and no temporary file is left
     folder, before = rebuilt
-    assert git(folder / "my clone, here", "status", "--porcelain") == ""
+    assert git(folder / "Zoë's clone, here", "status", "--porcelain") == ""
     assert snapshot(folder / "home") == {"notes.txt": b"mine"}
     assert installed() == before
     assert list((folder / "my tmp").iterdir()) == []

@@ -12,47 +12,6 @@ import mlflow
 import nbformat
 import pytest
 from execution import ROOT
-from matplotlib.testing.compare import compare_images
-
-# A figure in the README, by the words of its row, and its name in the picture of the results.
-FIGURES = {
-    "the packages": "set-up, nothing cached",
-    "the environment of a model": "a model's environment, MB",
-    "a run": "a run logged, SQLite",
-    "an answer": "an answer, eight clients",
-}
-RESULTS = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def plots(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import plots
-
-    return plots
-
-
-def test_every_ratio_of_the_picture_was_measured(plots):
-    assert [name for name in plots.ROWS if plots.ratio(RESULTS, name) is None] == []
-
-
-def test_picture_is_that_of_the_results(plots, tmp_path):
-    plots.draw(RESULTS, tmp_path / "results.png")
-    assert compare_images(plots.PICTURE, tmp_path / "results.png", tol=1) is None
-
-
-def test_figures_in_the_readme_are_the_measured_ones(plots):
-    # given the rows of the README's table, with a ratio in the last column
-    rows = re.findall(r"(?m)^\| (.+?) \|.*\| ([\d.]+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"))
-    shown = {next(name for name in FIGURES if what.startswith(name)): ratio for what, ratio in rows}
-    # then they are those of the results
-    assert shown == {what: f"{plots.ratio(RESULTS, name).median:.2f}" for what, name in FIGURES.items()}
-
-
-def test_one_process_was_faster_than_spark_on_one_machine_as_guide_06_says():
-    speeds = re.findall(r"(?m)^\w+, ([\d,]+) rows, Spark local 2: .*?, ([\d.]+) times", RESULTS)
-    assert max(int(rows.replace(",", "")) for rows, _ in speeds) == 1_000_000
-    assert all(float(speed) < 1 for _, speed in speeds)
 
 
 def mlflow_calls(source: str) -> Counter[str]:

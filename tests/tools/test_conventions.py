@@ -10,11 +10,9 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
-import mlflow
 import pytest
 import yaml
-from containers import why_no_engine
-from execution import MODEL, ROOT, environment, finished, git
+from execution import ROOT, finished, git
 from nbformat import writes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -65,6 +63,31 @@ def test_workflow_on_the_page_of_the_action_follows_its_schema_and_states_what_t
     assert required <= stated.keys() <= action["inputs"].keys()
 
 
+def test_each_file_of_tests_is_in_exactly_one_tier(tmp_path, lacking):
+    if shutil.which("make") is None:
+        lacking("make", "apt-get install make (on Debian)")
+    # given the lists of `make test-all` and of the parts of `make test-nightly`
+    parts = [*(f"NIGHTLY_{number}" for number in range(1, 9)), "TESTS"]
+    (tmp_path / "print.mk").write_text("print:\n" + "".join(f"\t@echo $({name})\n" for name in parts))
+    command = [
+        "make",
+        "-C",
+        str(ROOT),
+        "--no-print-directory",
+        "-f",
+        "Makefile",
+        "-f",
+        str(tmp_path / "print.mk"),
+        "print",
+    ]
+    process = finished(command, tmp_path, dict(os.environ), limit=30)
+    listed = process.stdout.split()
+    # then each file is in one of them
+    assert process.returncode == 0, process.stderr
+    files = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/*/test_*.py")]
+    assert sorted(listed) == sorted(["project.ipynb", *files])
+
+
 def test_dependabot_renews_actions_alone_and_all_of_them():
     (entry,) = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text(encoding="utf-8"))["updates"]
     assert entry["package-ecosystem"] == "github-actions"
@@ -111,36 +134,6 @@ def project(tmp_path):
             shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv").symlink_to(sys.prefix)
     return tmp_path
-
-
-@pytest.mark.extended  # it takes long
-def test_command_of_the_development_container_installs_what_development_needs_in_a_clean_container(tmp_path):
-    if reason := why_no_engine():
-        pytest.skip(f"no containers: {reason}")  # also where CI is set: not every machine can have an engine
-    # given the base image of the shared server, with what the development container adds: make, git and a user
-    image = re.search(r"(?m)^FROM (python:\S+)", (ROOT / "deploy/Dockerfile").read_text(encoding="utf-8"))[1]
-    settings = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
-    prepare = (
-        "apt-get update && apt-get install --yes --no-install-recommends make git && useradd --create-home someone"
-    )
-    install = (
-        f"cd && tar x && {settings['postCreateCommand']} && .venv/bin/ruff --version && .venv/bin/lifecycle --help"
-    )
-    # when its command is run in the committed files
-    with (tmp_path / "project.tar").open("wb") as archive:
-        subprocess.run(["git", "-C", ROOT, "archive", "HEAD"], stdout=archive, check=True)
-    command = ["docker", "run", "--rm", "--interactive", image, "bash", "-e", "-c"]
-    with (tmp_path / "project.tar").open("rb") as archive:
-        process = subprocess.run(
-            [*command, f"({prepare}) >&2 </dev/null && su someone -c '{install}'"],
-            stdin=archive,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-    # then the environment is complete
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "Release, verify, serve and monitor MLflow models." in process.stdout
 
 
 def run_hook(hook: dict, project: Path, names: list[str]) -> subprocess.CompletedProcess:
@@ -204,21 +197,3 @@ def check_paths(cell, folder: Path) -> subprocess.CompletedProcess:
     """Look for paths in a notebook with one cell."""
     (folder / "notes.ipynb").write_text(writes(new_notebook(cells=[cell])), encoding="utf-8")
     return finished([sys.executable, str(ROOT / "tools/notebook_paths.py"), "notes.ipynb"], folder, {}, limit=30)
-
-
-@pytest.mark.extended  # it takes long
-@pytest.mark.skipif(sys.platform == "win32", reason="the command is for a POSIX shell")
-def test_mlflow_run_executes_the_quickstart(project):
-    # given the programs of this environment first on the path
-    (project / ".venv").unlink()
-    uri = f"sqlite:///{project}/mlflow.db"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = environment(project, MLFLOW_TRACKING_URI=uri, PATH=path)
-    # when
-    process = finished(["mlflow", "run", ".", "--env-manager", "local"], project, variables, limit=300)
-    # then
-    assert process.returncode == 0, process.stderr
-    assert "NOT CHECKED" in (project / "build/project.html").read_text(encoding="utf-8")
-    client = mlflow.MlflowClient(uri)
-    versions = client.search_model_versions(f"name = '{MODEL}'")
-    assert len({version.run_id for version in versions}) == 2

@@ -162,18 +162,16 @@ def silent_server():
 
 
 @pytest.mark.extended  # it takes long
-@pytest.mark.parametrize(("server", "message"), [("dead", "Connection refused"), ("silent", "Read timed out")])
-def test_server_that_does_not_answer_is_reported_within_a_minute(tmp_path, server, message, silent_server):
-    # given a port on which nothing listens, or a server that does not answer
-    address = "http://127.0.0.1:9" if server == "dead" else silent_server
+def test_server_that_does_not_answer_is_reported_within_a_minute(tmp_path, silent_server):
+    # given a server that does not answer
     write(tmp_path / "small.ipynb", Title="import mlflow\n\nmlflow.set_experiment('an experiment')")
     # when
     start = time.monotonic()
-    process = run("small.ipynb", folder=tmp_path, MLFLOW_TRACKING_URI=address)
+    process = run("small.ipynb", folder=tmp_path, MLFLOW_TRACKING_URI=silent_server)
     # then the error names the server; MLflow by itself would retry for minutes
     assert process.returncode == 1
-    assert message in process.stderr
-    assert address.removeprefix("http://127.0.0.1:") in process.stderr
+    assert "Read timed out" in process.stderr
+    assert silent_server.removeprefix("http://127.0.0.1:") in process.stderr
     assert time.monotonic() - start < 60
 
 
@@ -409,86 +407,6 @@ def test_run_tags_of_the_user_win(tool, tmp_path, monkeypatch):
 def test_run_tags_that_are_none_stay_for_mlflow_to_report(text, tool, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_CONTEXT", text)
     assert tool.kernel_environment(tmp_path / "small.ipynb")["MLFLOW_RUN_CONTEXT"] == text
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """Give the address of the quickstart as a page, with its stored outputs and a message on stderr."""
-    path = tmp_path_factory.mktemp("page") / "page.html"
-    notebook = nbformat.read(ROOT / "project.ipynb", as_version=4)
-    code = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    code.outputs = [new_output("stream", name="stderr", text="a message " * 50)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "tools")
-        import run
-
-        path.write_text(run.page(notebook, "quickstart"), encoding="utf-8")
-    return path.as_uri()
-
-
-def test_page_reads_well_at_any_width(page, quickstart):
-    page.goto(quickstart)
-    for width in (800, 1280, 1920):
-        # given a window of that width, then the page does not scroll sideways, and no line is too long to read
-        page.set_viewport_size({"width": width, "height": 1000})
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        texts = page.locator("main p, main li")
-        assert texts.count() > 10
-        assert max(text.bounding_box()["width"] for text in texts.all()) <= 720
-        # and the contents stand beside the text where there is room, else above it
-        contents, heading = page.locator("nav").bounding_box(), page.locator("h1").bounding_box()
-        beside = contents["x"] + contents["width"] <= heading["x"]
-        above = contents["y"] + contents["height"] <= heading["y"]
-        assert (beside, above) == ((True, False) if width > 1200 else (False, True))
-
-
-def test_contents_lead_to_every_section(page, quickstart):
-    # given the page
-    page.goto(quickstart)
-    titles = [title.removesuffix("¶") for title in page.locator("main h2").all_text_contents()]
-    # when each entry of the contents is followed
-    links = page.locator("nav a")
-    assert links.all_text_contents() == titles
-    for link, heading in zip(links.all(), page.locator("main h2").all(), strict=True):
-        link.click()
-        # then its heading is in sight
-        assert 0 <= heading.bounding_box()["y"] < 800
-
-
-def test_page_needs_no_network(page, quickstart):
-    # given a browser that notes what it asks for
-    asked = []
-    page.on("request", lambda request: asked.append(request.url))
-    # when the page is opened
-    page.goto(quickstart, wait_until="networkidle")
-    # then that is nothing but the page itself, and what is in it
-    assert quickstart in asked
-    assert [address for address in asked if not address.startswith(("file:", "data:"))] == []
-
-
-def test_messages_are_grey_and_tracebacks_red(page, tool, tmp_path):
-    # given a page with a message on stderr, and a traceback
-    error = new_output("error", ename="ValueError", evalue="no", traceback=["Traceback", "ValueError: no"])
-    message = new_output("stream", name="stderr", text="INFO: all is well")
-    notebook = new_notebook(cells=[new_code_cell("1", outputs=[message, error], id="failed")])
-    failure = tool.NotebookFailedError("ValueError: no", "<Data>", "failed")
-    (tmp_path / "page.html").write_text(tool.page(notebook, "small", failure), encoding="utf-8")
-    # when it is opened
-    page.goto((tmp_path / "page.html").as_uri())
-
-    def ground(locator) -> list[int]:
-        colour = locator.evaluate("element => getComputedStyle(element).backgroundColor")
-        return [int(part) for part in re.findall(r"\d+", colour)]
-
-    # then the message has a grey ground, the traceback a red one
-    red, green, blue = ground(page.locator(".jp-OutputArea-output", has_text="all is well"))
-    assert red == green == blue
-    red, green, blue = ground(page.locator(".jp-OutputArea-output", has_text="ValueError"))
-    assert red > green + 20
-    # and the reason stands at the top, with a link to the cell
-    assert page.get_by_role("alert").inner_text().startswith('small failed in section "<Data>": ValueError: no')
-    page.get_by_role("link", name="Go to the cell").click()
-    assert page.locator(":target .jp-OutputArea-output").count() == 2
 
 
 @pytest.mark.extended  # it takes long
