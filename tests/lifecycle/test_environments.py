@@ -171,19 +171,19 @@ def foreign_six(folder: Path) -> str:
     return f"six @ {path.as_uri()}#sha256={sha256(path.read_bytes()).hexdigest()}"
 
 
-@pytest.mark.parametrize("place", ["working directory", "folder above", "user"])
-def test_settings_file_of_uv_does_not_change_what_is_built(small, monkeypatch, place):
+def test_settings_file_of_uv_does_not_change_what_is_built(small, monkeypatch):
     """Attack 25."""
-    # given a settings file that sends packages elsewhere, and names a foreign archive with its own hash
+    # given settings files of the user, in the working directory and above it, that send packages elsewhere, and name a
+    # foreign archive with its own hash
     work = small / "above" / "work"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(small / "settings"))
-    folders = {"working directory": work, "folder above": work.parent, "user": small / "settings/uv"}
-    folders[place].mkdir(parents=True, exist_ok=True)
     elsewhere = json.dumps(str(small / "elsewhere"))
     foreign = json.dumps(foreign_six(small))
-    (folders[place] / "uv.toml").write_text(f"constraint-dependencies = [{foreign}]\n[pip]\ntarget = {elsewhere}\n")
+    for folder in (work, work.parent, small / "settings/uv"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "uv.toml").write_text(f"constraint-dependencies = [{foreign}]\n[pip]\ntarget = {elsewhere}\n")
     # when the environment is built, then it holds the archive in the lock
     assert "def with_metaclass" in installed_six(build_small(small))
 

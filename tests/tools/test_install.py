@@ -87,26 +87,22 @@ def foreign_requirement(folder, name: str, version: str) -> str:
     return f"{name} @ {wheel.as_uri()}#sha256={hashlib.sha256(wheel.read_bytes()).hexdigest()}"
 
 
-@pytest.mark.parametrize("place", ["variables", "the user's settings", "the folder"])
 @pytest.mark.extended  # it takes long
-def test_no_setting_changes_what_is_installed(place, tmp_path, project):
+def test_no_setting_changes_what_is_installed(tmp_path, project):
     # given wheels that pip and uv install if a setting tells them to
     wanted = small_lock(project, "packaging", "setuptools", "uv")
     version = re.search("^packaging==([0-9.]+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)[1]
     (tmp_path / "for pip.txt").write_text(foreign_requirement(tmp_path, "foreign", "1"))
     (tmp_path / "for uv.txt").write_text(foreign_requirement(tmp_path, "packaging", version))
-    # and such a setting, or one with which uv installs elsewhere
+    # and such settings, and some with which uv installs elsewhere, in variables, in the user's files and in the folder
     elsewhere = '[pip]\ntarget = "elsewhere"\n'
     for name in ("pip", "uv"):
         (tmp_path / "settings" / name).mkdir(parents=True)
     variables = environment(tmp_path, XDG_CONFIG_HOME=str(tmp_path / "settings"))
-    if place == "variables":
-        variables |= {"PIP_REQUIREMENT": str(tmp_path / "for pip.txt"), "UV_CONSTRAINT": str(tmp_path / "for uv.txt")}
-    elif place == "the user's settings":
-        (tmp_path / "settings/pip/pip.conf").write_text(f"[install]\nrequirement = {tmp_path / 'for pip.txt'}\n")
-        (tmp_path / "settings/uv/uv.toml").write_text(elsewhere)
-    else:
-        (project / "uv.toml").write_text(elsewhere)
+    variables |= {"PIP_REQUIREMENT": str(tmp_path / "for pip.txt"), "UV_CONSTRAINT": str(tmp_path / "for uv.txt")}
+    (tmp_path / "settings/pip/pip.conf").write_text(f"[install]\nrequirement = {tmp_path / 'for pip.txt'}\n")
+    (tmp_path / "settings/uv/uv.toml").write_text(elsewhere)
+    (project / "uv.toml").write_text(elsewhere)
     # when
     process = finished(["make", ".venv/installed.txt"], project, variables, limit=120)
     # then

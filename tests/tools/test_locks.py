@@ -137,9 +137,8 @@ def test_locks_are_what_pyproject_compiles_to(tmp_path, make_lock):
     assert differing == [], "stale: make lock"
 
 
-@pytest.mark.parametrize("place", ["the user's settings", "a workspace above", "a variable"])
 @pytest.mark.extended  # it takes long
-def test_settings_from_elsewhere_do_not_change_a_lock(place, tmp_path, make_lock):
+def test_settings_from_elsewhere_do_not_change_a_lock(tmp_path, make_lock):
     # given a project with one dependency
     project = tmp_path / "project"
     for folder in ("deploy", "guides/07_pins", "mlflow_lifecycle"):
@@ -148,21 +147,18 @@ def test_settings_from_elsewhere_do_not_change_a_lock(place, tmp_path, make_lock
     for name in CHANGED:
         (project / name).write_text("six==1.17.0\n")
     lines = ["[project]", 'name = "below"', 'version = "1"', "[dependency-groups]"]
-    lines += [f'{group} = ["six==1.17.0"]' for group in ("scale", "development", "server", "test", "model")]
+    lines += [f'{group} = ["six==1.17.0"]' for group in ("scale", "development", "server", "store", "test", "model")]
     (project / "pyproject.toml").write_text("\n".join(lines))
-    # and settings from elsewhere that name another version or source of it
+    # and the user's settings, a workspace above, and a variable that name another version or source of it
     settings = tmp_path / "settings"
     (settings / "uv").mkdir(parents=True)
     variables = {"XDG_CONFIG_HOME": str(settings)}
-    if place == "the user's settings":
-        (settings / "uv/uv.toml").write_text('override-dependencies = ["six==1.16.0"]')
-    elif place == "a workspace above":
-        lines = ["[project]", 'name = "above"', 'version = "1"', "[tool.uv.workspace]", 'members = ["project"]']
-        lines += ["[tool.uv.sources]", 'six = { path = "other.whl" }']
-        (tmp_path / "pyproject.toml").write_text("\n".join(lines))
-    else:
-        (settings / "overrides.txt").write_text("six==1.16.0")
-        variables["UV_OVERRIDE"] = str(settings / "overrides.txt")
+    (settings / "uv/uv.toml").write_text('override-dependencies = ["six==1.16.0"]')
+    lines = ["[project]", 'name = "above"', 'version = "1"', "[tool.uv.workspace]", 'members = ["project"]']
+    lines += ["[tool.uv.sources]", 'six = { path = "other.whl" }']
+    (tmp_path / "pyproject.toml").write_text("\n".join(lines))
+    (settings / "overrides.txt").write_text("six==1.16.0")
+    variables["UV_OVERRIDE"] = str(settings / "overrides.txt")
     # when
     make_lock(project, **variables)
     # then
