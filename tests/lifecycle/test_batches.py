@@ -161,6 +161,12 @@ def test_picture_shows_sizes_in_multiples_of_what_counts(known, usual):
     assert len(red) == 1
 
 
+def test_picture_has_its_title_and_says_what_it_measures(known, usual):
+    axes = Figure().subplots()
+    plot_differences(judge(known, usual), axes, title="Monday")
+    assert (axes.get_title(), axes.get_xlabel()) == ("Monday", "size as a multiple of its limit")
+
+
 def test_picture_shows_names_of_columns_as_they_are(known, usual):
     # given columns with names that matplotlib would read as formulas
     names = ["price in $, cost in $", "a_$_b_$"]
