@@ -128,6 +128,7 @@ def test_detectable_difference_of_folds_is_shown_in_four_of_five_tests():
     assert 0.74 < shown / 2000 < 0.86
 
 
+@pytest.mark.extended  # it takes long
 def test_recipe_that_was_chosen_on_the_same_folds_seems_better_than_it_is():
     # given thirty recipes that guess, on the same five folds of 120 rows
     generator = np.random.default_rng(0)
@@ -156,6 +157,7 @@ def test_threshold_on_thirty_rows_passes_a_model_that_is_ten_points_worse():
     assert np.mean([proportion_interval(count, 30)[0] >= 0.8 for count in right]) < 0.01
 
 
+@pytest.mark.extended  # it takes long
 def test_proportion_interval_covers_the_true_proportion():
     generator = np.random.default_rng(0)
     covered = 0
@@ -166,6 +168,7 @@ def test_proportion_interval_covers_the_true_proportion():
 
 
 @pytest.mark.parametrize("count", [30, 120])
+@pytest.mark.extended  # it takes long
 def test_margin_passes_a_model_that_is_worse_by_more_in_few_tests(count):
     # given a model that is worse by 4.8 points: right in 91.2 % of all rows, the baseline in 96 %
     generator = np.random.default_rng(0)
@@ -279,6 +282,7 @@ def test_threshold_from_the_costs_is_the_cheapest_if_the_probabilities_are_calib
     assert cost(events, probabilities, 1 / 6) < 0.6 * cost(events, probabilities, 0.5)
 
 
+@pytest.mark.extended  # it takes long
 def test_tuning_on_few_rows_gains_nothing_beyond_the_derived_threshold():
     # given 200 times 240 rows to tune on, and as many again to pay for
     generator = np.random.default_rng(0)

@@ -203,6 +203,7 @@ def test_model_without_a_task_is_refused(tmp_path):
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 @pytest.mark.parametrize("name", ["xgboost", "lightgbm"])
+@pytest.mark.extended  # it takes long
 def test_model_saved_by_the_real_library_is_accepted_and_loaded(name, task, tmp_path, packages):
     # given a model that the library itself has trained, and MLflow has saved
     library = pytest.importorskip(name, reason=f"{name} is not installed. Install it: {INSTALL}")

@@ -429,6 +429,7 @@ def test_skewed_errors_raise_no_false_alarms(expected_length, kind):
 
 
 @pytest.mark.parametrize("name", ["xgboost", "lightgbm"])
+@pytest.mark.extended  # it takes long
 def test_native_flavor_is_cross_validated_with_the_parameters_of_its_run(tmp_path, name):
     # given a model with few shallow trees; XGBoost's format does not hold these parameters
     library = pytest.importorskip(name)

@@ -549,6 +549,7 @@ def check_crowd(found: list, record: Path, model) -> None:
     assert (both[PETAL] == FEATURES[PETAL].to_numpy()[both["flower"]]).all()
 
 
+@pytest.mark.extended  # it takes long
 def test_fifty_clients_at_once_lose_nothing(server, record, model):
     check_crowd(crowd(server, 50, lambda count: count < 10), record, model)
 
