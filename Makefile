@@ -64,7 +64,7 @@ NIGHTLY_2 = tests/deploy/test_deploy_guides.py
 NIGHTLY_3 = tests/deploy/test_deploy.py tests/deploy/test_deploy_failures.py tests/deploy/test_deploy_notebooks.py \
 	tests/deploy/test_deploy_users.py
 NIGHTLY_4 = tests/lifecycle/test_road.py tests/notebooks/test_keep_pins.py tests/lifecycle/test_renew.py \
-	tests/notebooks/test_places.py tests/tools/test_lab.py tests/tools/test_upgrades.py
+	tests/notebooks/test_places.py tests/tools/test_lab.py tests/tools/test_raised_pins.py
 NIGHTLY_5 = tests/lifecycle/test_wheel.py tests/lifecycle/test_batch.py tests/notebooks/test_scale.py \
 	tests/lifecycle/test_drift_rates.py tests/lifecycle/test_server_load.py tests/tools/test_benchmarks.py
 NIGHTLY_6 = tests/notebooks/test_own_data.py tests/notebooks/test_monitor.py tests/notebooks/test_release.py \
