@@ -20,7 +20,12 @@ VERSIONS = {
     "3.16.1": [],
 }
 SHARED = ("scikit-learn==", "pandas==", "numpy==", "skops==", "psycopg2-binary==", "flask-wtf==")
-UNKNOWN = ("--app-name=", "--allowed-hosts=", "--cors-allowed-origins=")  # options that 2.22 does not have
+UNKNOWN = (
+    "--app-name=",
+    "--allowed-hosts=",
+    "--cors-allowed-origins=",
+    "--expose-prometheus",
+)  # options that 2.22 does not have
 
 USERS = f"""
 import sys
@@ -89,9 +94,9 @@ class OldMlflow:
         """
         options = [option for option in services()["server"]["command"][1:] if not option.startswith(UNKNOWN)]
         command = [str(self.python.with_name("mlflow")), *options]
-        variables = self._variables(
-            team.folder, **team.database.variables, SECRETS_FOLDER=team.variables["SECRETS_FOLDER"]
-        )
+        names = ("SECRETS_FOLDER", "MLFLOW_BACKEND_STORE_URI")
+        settings = team.database.variables | {name: team.variables[name] for name in names}
+        variables = self._variables(team.folder, **settings)
         variables["PATH"] = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
         log = team.folder / "old server.log"
         with running(team.command(command), f"{team.address}/health", log, cwd=team.folder, env=variables):
