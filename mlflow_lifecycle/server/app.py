@@ -18,6 +18,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -148,11 +149,11 @@ def create_app(predictor: Predictor) -> Starlette:
     The model predicts in a thread of its own, so that other requests are answered meanwhile.
     """
     settings = predictor.settings
+    own_address = split_address(settings.metrics_address)
     worker = ThreadPoolExecutor(1)
 
     async def metrics(request: Request) -> Response:
-        own_port = settings.metrics_address.rpartition(":")[2]
-        if own_port and request.scope["server"][1] != int(own_port):
+        if own_address and request.scope["server"][1] != own_address[1]:
             raise HTTPException(404, "the metrics are at another address")
         return Response(predictor.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -187,6 +188,20 @@ def create_app(predictor: Predictor) -> Starlette:
     return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
 
 
+def split_address(text: str) -> tuple[str, int] | None:
+    """Return host and port of an address, or None if it is empty.
+
+    Raises:
+        ValueError: it is not HOST:PORT.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"(.+):(\d{1,5})", text)
+    if match is None:
+        raise ValueError(f"metrics_address must be HOST:PORT, got {text!r}")
+    return match[1], int(match[2])
+
+
 def respond(status: int, content: dict) -> Response:
     """Return an answer in JSON."""
     return Response(json.dumps(content), status, media_type="application/json")
@@ -218,6 +233,7 @@ def main(path: Path) -> None:
     os.umask(0o077)  # only this user can read the record
     settings = Settings(**json.loads(path.read_text(encoding="utf-8")))
     try:
+        metrics_address = split_address(settings.metrics_address)
         predictor = Predictor(settings)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
@@ -243,10 +259,10 @@ def main(path: Path) -> None:
     listening = config.bind_socket()
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
     listening.listen()
+    sockets = [listening]
+    if metrics_address:
+        host, port = metrics_address
+        sockets.append(uvicorn.Config(None, host=host, port=port).bind_socket())
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     os.write(output, f"http://{host}:{listening.getsockname()[1]}\n".encode())
-    sockets = [listening]
-    if settings.metrics_address:
-        host, _, port = settings.metrics_address.rpartition(":")
-        sockets.append(uvicorn.Config(None, host=host, port=int(port)).bind_socket())
     server.run(sockets=sockets)

@@ -50,6 +50,7 @@ from sklearn.preprocessing import OneHotEncoder
 from sklearn.svm import SVC
 from versions import iris_rows, save
 
+from mlflow_lifecycle.exceptions import ServingFailedError
 from mlflow_lifecycle.pins import read_pins
 from mlflow_lifecycle.serving import read_record, serve_verified
 
@@ -583,3 +584,10 @@ def test_metrics_are_at_their_own_address_alone(iris):
         status, text = ask(f"http://{address}", path="/metrics")
     assert status == 200
     assert read_metrics(text)["model_rows_total"] == 0
+
+
+@pytest.mark.parametrize("address", ["9000", ":9000", "localhost", "localhost:http"])
+def test_metrics_address_without_host_or_port_is_refused(address, iris):
+    server = serve_verified(as_verified(iris), python=Path(sys.executable), metrics_address=address)
+    with pytest.raises(ServingFailedError, match="metrics_address must be HOST:PORT"), server:
+        pass
