@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import posixpath
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import sqlalchemy
 from flask import request
 from google.protobuf.json_format import ParseError
 from google.protobuf.message import Message
-from limits import read_body, repeat
+from limits import CREDENTIALS, FILES, read_body, repeat
 from mlflow.protos.model_registry_pb2 import (
     DeleteModelVersion,
     DeleteRegisteredModel,
@@ -41,7 +42,6 @@ from werkzeug.datastructures import Authorization
 HERE = Path(__file__).parent
 PROTECTED = [alias.strip() for alias in os.environ.get("PROTECTED_ALIASES", "").split(",") if alias.strip()]
 VERIFICATION_SECONDS = 120
-FILES = "/mlflow-artifacts/artifacts/"  # the route that writes and deletes files
 HELD = sqlalchemy.text("""
     SELECT a.name, a.alias, a.version, v.source, v.run_id, r.artifact_uri, m.model_id, m.artifact_location,
         r.experiment_id AS run_experiment, m.experiment_id AS model_experiment
@@ -198,16 +198,21 @@ def reason_against_file(store: Store, method: str, path: str) -> str | None:
 
 
 class ProtectedAliases:
-    """Hand on no request that moves a protected alias to what was not released, or changes its files."""
+    """Hand on no request that moves a protected alias to what was not released, or changes its files.
+
+    Requests without a password are for MLflow to refuse: verifying a release costs seconds.
+    """
 
     def __init__(self, served, store: Store):
         """Wrap an ASGI app."""
         self.served, self.store = served, store
+        self.turn = asyncio.Lock()  # each verification is a process of some 300 MB
 
     async def __call__(self, scope, receive, send):
         """Refuse a request, or hand it on."""
         reason = None
-        if PROTECTED and scope["type"] == "http" and scope["method"] in ("POST", "PUT", "DELETE"):
+        is_change = scope["type"] == "http" and scope["method"] in ("POST", "PUT", "DELETE")
+        if PROTECTED and is_change and any(name in CREDENTIALS for name, _ in scope["headers"]):
             path = scope["path"]
             if scope["method"] == "POST" and path.endswith("/mlflow/registered-models/alias"):
                 body = await read_body(receive)
@@ -233,31 +238,38 @@ class ProtectedAliases:
             return None
         variables = {name: os.environ[name] for name in ("HOME", "PATH", "PUBLIC_KEYS", "TMPDIR") if name in os.environ}
         variables["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{scope['server'][1]}"
-        # As whoever asks, so it reads what he may read.
+        # As whoever asks, so it reads what they may read.
         for name, value in scope["headers"]:
-            if name in (b"authorization", b"x-mlflow-authorization"):
+            if name in CREDENTIALS:
                 credentials = Authorization.from_header(value.decode("latin-1"))
                 variables["MLFLOW_TRACKING_USERNAME"] = credentials.username
                 variables["MLFLOW_TRACKING_PASSWORD"] = credentials.password
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            HERE / "verify_release.py",
-            move.name,
-            move.version,
-            move.alias,
-            env=variables,
-            stdin=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            _, printed = await asyncio.wait_for(process.communicate(), VERIFICATION_SECONDS)
-        except BaseException:  # also where the client is gone
-            process.kill()
-            raise
-        if process.returncode == 0:
+        command = [sys.executable, HERE / "verify_release.py", move.name, move.version, move.alias]
+        async with self.turn:
+            reason = await asyncio.to_thread(reason_of, command, variables)
+        if reason is None:
             return None
-        lines = printed.decode(errors="replace").strip().splitlines() or ["It could not be verified."]
-        return f"{move.alias} is a protected alias, and moves only to a version that was released as it. {lines[-1]}"
+        return f"{move.alias} is a protected alias, and moves only to a version that was released as it. {reason}"
+
+
+def reason_of(command: list, variables: dict[str, str]) -> str | None:
+    """Run a command, and return the last line of its errors, or None if it succeeds."""
+    try:
+        subprocess.run(
+            command,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=VERIFICATION_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"It was not verified within {VERIFICATION_SECONDS} seconds. Try again."
+    except subprocess.CalledProcessError as error:
+        return error.stderr.strip().rpartition("\n")[2]
+    return None
 
 
 def refusal(reason: str) -> JSONResponse:

@@ -9,6 +9,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 STRANGERS_BYTES = 64 * 1024  # of the body of a request without a password
 STRANGERS_SECONDS = 10  # to send that body; and for everybody to send the head of a request
 REQUEST_BYTES = 64 * 1024**2  # of a user's request, which MLflow reads into memory
+FILES = "/mlflow-artifacts/artifacts/"  # in the path of a file that is read, written or deleted
+CREDENTIALS = (b"authorization", b"x-mlflow-authorization")  # the headers that MLflow reads
 FILE_BYTES = int(os.environ.get("LARGEST_FILE_BYTES") or 10 * 1024**3)  # of a file, which goes to the disk as it comes
 
 
@@ -58,7 +60,7 @@ async def serve_stranger(served, scope, receive, send) -> None:
 
 async def serve_user(served, scope, receive, send) -> None:
     """Let an ASGI app answer a request of a user, as long as its body is within the limit."""
-    is_file = scope["method"] == "PUT" and "/mlflow-artifacts/artifacts/" in scope["path"]
+    is_file = scope["method"] == "PUT" and FILES in scope["path"]
     limit = FILE_BYTES if is_file else REQUEST_BYTES
     if int(dict(scope["headers"]).get(b"content-length", 0)) > limit:
         raise TooLargeError
@@ -95,7 +97,7 @@ def limit_heads() -> None:
     made, received = H11Protocol.connection_made, H11Protocol.data_received
 
     def wait(connection: H11Protocol) -> None:
-        """Wait for a head if none is complete: then h11 has no event that the client has begun to send a body."""
+        """Start the timer if no request is being answered, and stop it if one is."""
         timer = getattr(connection, "head_timer", None)
         is_waiting = connection.cycle is None or connection.cycle.response_complete
         if not is_waiting and timer:

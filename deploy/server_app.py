@@ -23,7 +23,7 @@ from aliases import ProtectedAliases, Store, asked, reason_against_change
 from cachetools import TTLCache
 from figures import FAILED_LOGINS, RESPONSES, serve_figures
 from flask import Response, jsonify, request
-from limits import TooLargeError, closing, limit_heads, read_body, repeat, serve_stranger, serve_user
+from limits import CREDENTIALS, TooLargeError, closing, limit_heads, read_body, repeat, serve_stranger, serve_user
 from mlflow.protos.service_pb2 import CreateExperiment
 from mlflow.server import app, auth
 from mlflow.server.handlers import build_server_info_payload
@@ -33,7 +33,6 @@ from werkzeug.security import check_password_hash, generate_password_hash
 
 WRONG_PASSWORDS = 5  # for one name, in each process of the server, before it waits
 WAIT = 60  # seconds
-HEADERS = (b"authorization", b"x-mlflow-authorization")  # both are read by MLflow
 # One at a time, over all processes: what is made together with its maker's right to it, and what MLflow adds after it
 # has looked that it is not there.
 IN_TURN = (
@@ -180,7 +179,7 @@ class PasswordGuard:
             return
         serve = serve_stranger
         for name, value in scope["headers"]:
-            if name in HEADERS:
+            if name in CREDENTIALS:
                 serve = serve_user
                 if refusal := await self.refusal(value):
                     FAILED_LOGINS.inc()

@@ -280,6 +280,25 @@ def test_a_released_version_is_served_from_a_container_that_reaches_no_database_
     containers.run("docker compose --profile serve rm --stop --force model")
 
 
+def test_moves_of_an_alias_are_shown_as_the_readme_says(containers):
+    with containers.client("ana") as client:
+        client.create_registered_model("moved")
+        run = client.create_run(client.create_experiment("moved")).info
+        client.create_model_version("moved", run.artifact_uri, run.run_id)
+        client.set_registered_model_alias("moved", "champion", 1)
+    (command,) = readme_commands("Aliases that hold")
+    assert re.search(r"\| ana +\| moved +\| champion \| +\| +1\n", containers.run(command).stdout)
+
+
+@pytest.mark.skipif("s3" not in PROFILES, reason="the files are in the volume: CONTAINER_FILES=folder")
+def test_files_of_the_volume_are_copied_to_the_bucket_as_the_readme_says(containers):
+    write = "mkdir -p /artifacts/from_the_volume && echo by ana > /artifacts/from_the_volume/notes.txt"
+    containers.run(f"docker compose run --rm -T server sh -c '{write}'")
+    containers.follow("Files in a bucket")
+    listed = containers.run("docker compose run --rm -T server python artifacts.py save | tar --list").stdout
+    assert "from_the_volume/notes.txt" in listed.splitlines()
+
+
 def models(containers) -> list[tuple[str, str]]:
     """Return each version of ana's, and the run that made it."""
     with containers.client("ana") as client:

@@ -1,11 +1,15 @@
 """Protected aliases of the team's server move to releases alone and keep what they point to; every move is logged."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import mlflow
+import psutil
 import pytest
 import requests
 from deployment import PASSWORDS, deployed
@@ -126,6 +130,29 @@ def test_release_with_a_key_that_the_server_does_not_have_moves_nothing(team, an
 def test_other_user_without_rights_is_refused(team):
     body = {"name": NAME, "alias": "production", "version": "1"}
     assert ask(team, "ben", "POST", ALIAS, json=body).status_code == 403
+
+
+def test_stranger_starts_no_verification(team):
+    body = {"name": NAME, "alias": "production", "version": "3"}
+    assert requests.post(f"{team.address}/{ALIAS}", json=body, timeout=30).status_code == 401
+
+
+def test_many_moves_at_once_are_verified_one_after_the_other(team):
+    # given six programs that move a protected alias at the same moment
+    body = {"name": NAME, "alias": "production", "version": "3"}
+    most = 0
+    with ThreadPoolExecutor(6) as executor:
+        answers = [executor.submit(ask, team, "ana", "POST", ALIAS, json=body) for _ in range(6)]
+        while not all(answer.done() for answer in answers):
+            running = 0
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    running += any(part.endswith("verify_release.py") for part in process.cmdline())
+            most = max(most, running)
+            time.sleep(0.05)
+    # then each of the server's two processes verifies one of them at a time
+    assert 1 <= most <= 2
+    assert {answer.result().status_code for answer in answers} == {403}
 
 
 def test_other_aliases_move_freely_and_are_logged_with_who_moved_them(team, ana):
