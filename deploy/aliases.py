@@ -249,7 +249,9 @@ class ProtectedAliases:
             reason = await asyncio.to_thread(reason_of, command, variables)
         if reason is None:
             return None
-        return f"{move.alias} is a protected alias, and moves only to a version that was released as it. {reason}"
+        return (
+            f"{move.alias} is a protected alias. It moves only to a version that was released as {move.alias}. {reason}"
+        )
 
 
 def reason_of(command: list, variables: dict[str, str]) -> str | None:

@@ -16,7 +16,7 @@ from mlflow_lifecycle.signing.verify import verify_release
 def main(name: str, version: str, alias: str) -> str | None:
     """Return why the version may not take the alias, or None."""
     keys = sorted(Path(os.environ["PUBLIC_KEYS"]).glob("*.pub"))
-    reason = "The server has no public key to verify it with."
+    reason = "The server has no public key to verify it with. Ask an admin to add yours to the folder public_keys."
     for key in keys:
         try:
             verify_release(name, version, alias, key)

@@ -287,7 +287,8 @@ def test_moves_of_an_alias_are_shown_as_the_readme_says(containers):
         client.create_model_version("moved", run.artifact_uri, run.run_id)
         client.set_registered_model_alias("moved", "champion", 1)
     (command,) = readme_commands("Aliases that hold")
-    assert re.search(r"\| ana +\| moved +\| champion \| +\| +1\n", containers.run(command).stdout)
+    newest = containers.run(command).stdout.splitlines()[2]
+    assert [value.strip() for value in newest.split("|")][1:] == ["ana", "moved", "champion", "", "1"]
 
 
 @pytest.mark.skipif("s3" not in PROFILES, reason="the files are in the volume: CONTAINER_FILES=folder")

@@ -110,7 +110,9 @@ def test_protected_alias_does_not_move_by_hand_to_what_was_not_released(user, mo
 
 
 def test_client_is_told_why_a_protected_alias_does_not_move(team, ana):
-    with pytest.raises(MlflowException, match=r"moves only to a version that was released as it\..*lifecycle release"):
+    with pytest.raises(
+        MlflowException, match=r"moves only to a version that was released as production\..*lifecycle release"
+    ):
         ana.set_registered_model_alias(NAME, "production", 3)
 
 
