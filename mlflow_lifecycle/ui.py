@@ -88,13 +88,21 @@ def running_interface(port: int) -> Iterator[subprocess.Popen]:
         "PYTHONSAFEPATH": "1",
         "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",
     }
-    for name in ("SIGTERM", "SIGHUP"):
+    signals = []
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.default_int_handler)
+            signals.append(number)
+    received = []
+    for number in signals:  # an error raised within Popen would leave the server
+        signal.signal(number, lambda number, frame: received.append(number))
     # In a session of its own, the server does not receive Ctrl+C.
     server = subprocess.Popen(command, env=os.environ | variables, start_new_session=True)
     try:
+        for number in signals:
+            signal.signal(number, signal.default_int_handler)
+        if received:
+            raise KeyboardInterrupt
         while server.poll() is None and not is_in_use(port):
             time.sleep(0.1)
         yield server

@@ -174,6 +174,31 @@ def test_it_ends_as_well_while_it_starts(folder, tmp_path, number):
     assert "KeyboardInterrupt" not in log.read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_while_the_server_is_being_made_leaves_nothing(monkeypatch, number):
+    # given a signal that comes after the process exists, and before Popen has returned
+    made = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(psutil.Process(self.pid))
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    kept = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # when
+    try:
+        with pytest.raises(KeyboardInterrupt), running_interface(free_port()):
+            pass
+    finally:
+        for name, handler in kept.items():
+            signal.signal(name, handler)
+    # then
+    assert len(made) == 1
+    assert still_there(made) == []
+
+
 @pytest.mark.extended
 def test_death_of_the_server_is_reported_and_leaves_nothing(folder, tmp_path):
     # given
