@@ -44,6 +44,11 @@ PARTS = {  # title, arguments, and those of a quick run
     ),
     "verification": ("Verifying a signature, beside the bare SHA-256", [], ["--rounds", "1", "--megabytes", "1"]),
     "gate": ("The gate, beside MLflow's own calls", [], ["--rounds", "1"]),
+    "packages": (
+        "Renewing, comparing and auditing, beside the calls of MLflow and of uv",
+        ["--rounds", "3"],
+        ["--rounds", "1"],
+    ),
     "serving": (
         "Serving beside `mlflow models serve`",
         ["--start", "--rounds", "3"],
