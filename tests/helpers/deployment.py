@@ -77,8 +77,9 @@ def readme_commands(section: str) -> list[str]:
     """Return the command lines of a section of deploy/README.md, without comments."""
     readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
     text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", readme, flags=re.MULTILINE | re.DOTALL)[1]
-    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    return [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    commands = [block for language, block in blocks if not language]  # ```text is a file
+    return [re.sub(r"\s+# .*", "", line) for block in commands for line in block.splitlines()]
 
 
 class Deployment:
