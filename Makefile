@@ -212,7 +212,7 @@ SYNC = $(UV) pip sync --no-config --quiet --link-mode copy --python $(BIN)/pytho
 	--build-constraints requirements.txt
 
 # $(INSTALLED) is missing while packages are installed. After an interruption, the next make therefore starts with an
-# empty environment, since the interrupted one may lack a working pip.
+# empty environment, since pip may be missing in the interrupted one.
 BEGIN = rm -f $(INSTALLED)
 
 # pip installs uv and verifies its hash. uv then installs the other packages the same way, but faster. The pip of

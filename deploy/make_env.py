@@ -1,4 +1,4 @@
-"""Make .env beside this file: the settings of .env.example, with secrets made anew, readable by you alone.
+"""Make .env beside this file: the settings of .env.example, with new secrets, readable by you alone.
 
 Usage: python3 make_env.py
 

@@ -1,9 +1,9 @@
-"""MLflow's server with authentication, and what it lacks in version 3.17: refusals, limits and some patience.
+"""MLflow's server with authentication, and what is missing in version 3.17: refusals, limits and retries.
 
 `basic-auth` lets every user choose where an experiment's files go, which may be another user's folder; it lets every
 user list all users; and it verifies as many wrong passwords as somebody sends, faster for a name that does not exist.
-Whoever makes an experiment or a registered model gets the right to it a moment after it is there, and in that moment it
-forbids the user's other programs to use it. Of two that log the same data set, or set the same new alias or tag of a
+A user who makes an experiment or a registered model gets the permission for it a moment later. In that moment MLflow
+refuses the user's other programs. If two programs log the same dataset, or set the same new alias or tag of a
 registered model, at the same moment, one fails. The limits are in limits.py, protected aliases in aliases.py, and what
 Prometheus reads in figures.py.
 `mlflow server --app-name=team` starts this app; the name is known to MLflow by `server_app-1.dist-info`, beside this
@@ -69,7 +69,7 @@ def refuse(store: Store) -> Response | None:
 class Turns:
     """Let requests that must not meet be answered one at a time, and ask again where MLflow forbids something.
 
-    By then, whoever makes something has the right to it.
+    By then, the user who made something has the permission for it.
     """
 
     def __init__(self, served):
@@ -145,7 +145,7 @@ class ThroughTheServer:
 
 
 class PasswordGuard:
-    """Read no more than a little of a request before its password was verified, and slow down who guesses.
+    """Read no more than a little of a request before its password was verified, and slow down guesses.
 
     Requests without credentials are for MLflow to answer: it has pages that need none.
 

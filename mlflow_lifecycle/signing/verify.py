@@ -211,7 +211,7 @@ def _download_signed(
         verifier.use_elliptic_key_verifier(public_key=public_key).verify(root, signature)
     except Exception as error:  # model_signing raises those of its parts, too
         raise InvalidInputError(
-            f"{_reason(error)}. It is not what was signed. Register the model anew"
+            f"{_reason(error)}. It is not what was signed. Register the model again"
         ) from None
     statement = Statement(**json.loads((root / "statement.json").read_text(encoding="utf-8")))
     expected = replace(
@@ -223,7 +223,7 @@ def _download_signed(
     if statement != expected or evidence_place(statement) != place:
         raise InvalidInputError(
             f"What was signed is the {statement.purpose} of version {statement.version} of "
-            f"{statement.registered_model}. Register the model anew"
+            f"{statement.registered_model}. Register the model again"
         )
     return statement
 
@@ -241,7 +241,7 @@ def _open_location(location: str, experiment_id: str) -> ArtifactRepository:
     is_inside = location.startswith(f"{experiment}/") and ".." not in unquote(location).split("/")
     if not is_inside or not _is_in_active_store(location):
         raise InvalidInputError(
-            f"Its files are outside the active store: {location}. Register the model anew"
+            f"Its files are outside the active store: {location}. Register the model again"
         )
     return get_artifact_repository(location)
 

@@ -134,7 +134,7 @@ def test_one_flipped_bit_in_any_file_is_refused(folder):
     for name in FILES:
         path = files_of(2) / name
         flip_a_bit(path)
-        assert f"Hash mismatch for model/{name}. It is not what was signed. Register the model anew" in refused(folder)
+        assert f"Hash mismatch for model/{name}. It is not what was signed. Register the model again" in refused(folder)
         flip_a_bit(path)
     assert accepted(folder).version == "2"
 
@@ -365,7 +365,7 @@ def test_other_version_with_its_signature_in_this_ones_place_is_refused(folder):
     replace_files(files_of(2), files_of(1))
     for there, other in zip(evidence_of(2), evidence_of(1), strict=True):
         replace_files(there, other)
-    assert "What was signed is the release of version 1 of iris. Register the model anew" in refused(folder)
+    assert "What was signed is the release of version 1 of iris. Register the model again" in refused(folder)
 
 
 def test_version_of_another_model_in_this_ones_place_is_refused(folder):
