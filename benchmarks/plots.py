@@ -19,9 +19,9 @@ QUICKSTART = r"benchmarks/quickstart\.py.*?\n{} bytecode.*?\n +project{} / offic
 # What is drawn: what stands before the ratio in the results, and the most that it should be, if that was decided.
 ROWS = {
     "quickstart, compiled": (QUICKSTART.format("warm", ""), 0.70),
-    "quickstart with its environment, compiled": (QUICKSTART.format("warm", ", environment rebuilt"), 0.98),
+    "quickstart with its environment, compiled": (QUICKSTART.format("warm", ", environment rebuilt"), 0.95),
     "quickstart, not compiled": (QUICKSTART.format("cold", ""), 0.70),
-    "quickstart with its environment, not compiled": (QUICKSTART.format("cold", ", environment rebuilt"), 0.98),
+    "quickstart with its environment, not compiled": (QUICKSTART.format("cold", ", environment rebuilt"), 0.95),
     "set-up, nothing cached": (r"benchmarks/installation\.py.*?\ncold +[\d.]+ +[\d.]+ +", 0.15),
     "set-up, all cached": (r"benchmarks/installation\.py.*?\nwarm +[\d.]+ +[\d.]+ +", None),
     "a model's environment, MB": (r"benchmarks/environment\.py.*?\ninstalled size \(MB\) +\d+ +\d+ +", 0.55),
@@ -32,6 +32,8 @@ ROWS = {
     "search tracked, 300 trials": (r"benchmarks/search\.py.*?\ntracked / untracked, 300 trials: ", 1.6),
     "search tracked, 1,000 trials": (r"benchmarks/search\.py.*?\ntracked / untracked, 1000 trials: ", 1.6),
     "verification of 1 GB": (r"benchmarks/verification\.py.*?\n +1000 +[\d.]+ +[\d.]+ +", 1.5),
+    "a version renewed": (r"benchmarks/packages\.py.*?\nrenew +[\d.]+ +[\d.]+ +", None),
+    "two versions compared": (r"benchmarks/packages\.py.*?\ncompare +[\d.]+ +[\d.]+ +", None),
     "the gate's scores": (r"benchmarks/gate\.py.*?\nscored +[\d.]+ +[\d.]+ +", None),
     "an answer, one client": (r"benchmarks/serving\.py.*?\n +1 +1  kept +lifecycle  +\S+ +\S+ +\S+ +", 0.65),
     "an answer, eight clients": (r"benchmarks/serving\.py.*?\n +1 +8  kept +lifecycle  +\S+ +\S+ +\S+ +", 0.80),
@@ -64,7 +66,7 @@ def sections(page: str) -> dict[str, float]:
 def draw(page: str, picture: Path) -> None:
     """Draw the ratios, each with its range and the most that it should be, and below them the seconds by section."""
     ratios = {name: one for name in ROWS if (one := ratio(page, name))}
-    figure, (above, below) = plt.subplots(2, figsize=(9, 10), height_ratios=(17, 9), layout="constrained")
+    figure, (above, below) = plt.subplots(2, figsize=(9, 11), height_ratios=(19, 9), layout="constrained")
     for row, (name, one) in enumerate(ratios.items()):
         above.plot([one.low, one.high], [row, row], color="C0", linewidth=2)
         above.plot(one.median, row, "o", color="C0", label=None if row else "measured: median and range of the rounds")

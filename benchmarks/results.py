@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from plots import PICTURE, draw
+from plots import PICTURE, ROWS, draw, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/RESULTS.md"
@@ -122,6 +122,25 @@ def parts_of(page: str) -> dict[str, str]:
     return {name: found[title] for name, (title, *_) in PARTS.items() if title in found}
 
 
+def table_of_bounds(page: str) -> str:
+    """Return a table of the ratios in a page that have a bound, with those that miss it."""
+    lines = ["| seconds or megabytes, this project / its peer | ratio | bound | |", "|---|---|---|---|"]
+    for name, (_, bound) in ROWS.items():
+        found = ratio(page, name)
+        if found and bound:
+            verdict = "met" if found.median <= bound else "**missed**"
+            lines.append(f"| {name} | {found.median:.2f} | {bound:.2f} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(parts: dict[str, str]) -> None:
+    """Write the page and its picture from its parts."""
+    measurements = [parts[name] for name in PARTS if name in parts]
+    page = "\n".join([HEAD, table_of_bounds("\n".join(measurements)), *measurements])
+    RESULTS.write_text(page, encoding="utf-8")
+    draw(page, PICTURE)
+
+
 def main() -> None:
     """Measure, and write the page after each part."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -136,9 +155,7 @@ def main() -> None:
             continue
         _, arguments, quick = PARTS[name]
         parts[name] = measured(name, arguments + quick if settings.quick else arguments, version)
-        page = "\n".join([HEAD, *(parts[name] for name in PARTS if name in parts)])
-        RESULTS.write_text(page, encoding="utf-8")
-        draw(page, PICTURE)
+        write(parts)
 
 
 if __name__ == "__main__":
