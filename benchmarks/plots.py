@@ -19,9 +19,9 @@ QUICKSTART = r"benchmarks/quickstart\.py.*?\n{} bytecode.*?\n +project{} / offic
 # What is drawn: what stands before the ratio in the results, and the most that it should be, if that was decided.
 ROWS = {
     "quickstart, compiled": (QUICKSTART.format("warm", ""), 0.70),
-    "quickstart with its environment, compiled": (QUICKSTART.format("warm", ", environment rebuilt"), 0.95),
+    "quickstart with its environment, compiled": (QUICKSTART.format("warm", ", environment rebuilt"), 0.98),
     "quickstart, not compiled": (QUICKSTART.format("cold", ""), 0.70),
-    "quickstart with its environment, not compiled": (QUICKSTART.format("cold", ", environment rebuilt"), 0.95),
+    "quickstart with its environment, not compiled": (QUICKSTART.format("cold", ", environment rebuilt"), 0.98),
     "set-up, nothing cached": (r"benchmarks/installation\.py.*?\ncold +[\d.]+ +[\d.]+ +", 0.15),
     "set-up, all cached": (r"benchmarks/installation\.py.*?\nwarm +[\d.]+ +[\d.]+ +", None),
     "a model's environment, MB": (r"benchmarks/environment\.py.*?\ninstalled size \(MB\) +\d+ +\d+ +", 0.55),
