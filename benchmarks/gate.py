@@ -28,12 +28,15 @@ os.environ |= {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_LOGGING_
 
 import matplotlib.pyplot as plt
 import mlflow
+import pytest
 from mlflow.models import MetricThreshold
+from sklearn.linear_model import LogisticRegression
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests/helpers"))
 
-from releases import ROWS_TEST, make_store  # noqa: E402
+from releases import ROWS_TEST, ROWS_TRAIN  # noqa: E402
+from versions import register, store_in  # noqa: E402
 
 from mlflow_lifecycle.releases.gate import GateSettings, gate, gate_context  # noqa: E402
 from mlflow_lifecycle.signing.keys import own_public_key  # noqa: E402
@@ -83,11 +86,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     settings = parser.parse_args()
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
-        folder = make_store(Path(place) / "project", 1)
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder.as_posix()}/mlflow.db"
-        mlflow.set_tracking_uri(None)
-        mlflow.set_experiment("versions")
+    with (
+        tempfile.TemporaryDirectory() as name,
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.ExitStack() as stack,
+        store_in(Path(name), patch),
+    ):
+        for strength in (0.01, 1.0):  # the baseline, and a better one
+            register(Path(name), LogisticRegression(C=strength, max_iter=1000), ROWS_TRAIN)
         baseline, candidate = (
             stack.enter_context(verified(f"models:/iris/{number}", own_public_key())) for number in (1, 2)
         )

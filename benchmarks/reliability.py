@@ -49,14 +49,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests/helpers"))
 
 from releases import make_store  # noqa: E402
-from versions import iris_rows  # noqa: E402
+from versions import iris_rows, put_back  # noqa: E402
 
 from mlflow_lifecycle.exceptions import NotVerifiedError  # noqa: E402
 from mlflow_lifecycle.signing.keys import own_public_key  # noqa: E402
 from mlflow_lifecycle.signing.verify import verified  # noqa: E402
 
 LOST = 3  # exit status
-RELEASE = "import sys; from pathlib import Path; from releases import released; released(Path(sys.argv[1]))"
+RELEASE = "from releases import released; released()"
 OPEN = {
     "ours": "import sys; from mlflow_lifecycle.experiments import make_sqlite_store as make; make(sys.argv[1])",
     "mlflow": "import sys, mlflow; mlflow.MlflowClient(f'sqlite:///{sys.argv[1]}').search_experiments()",
@@ -79,10 +79,25 @@ print(json.dumps(found))
 """
 
 
+def make_release(folder: Path) -> None:
+    """Make a store of three versions in ``folder``, of which the first is released."""
+    copies = make_store(folder)
+    put_back(folder, copies[0])
+    for copy in copies:
+        shutil.rmtree(copy)
+
+
+def use(folder: Path) -> None:
+    """Make the store in ``folder`` and the keys beside it those of this process."""
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    os.environ["LIFECYCLE_KEYS"] = str(folder / "keys")
+    mlflow.set_tracking_uri(None)
+
+
 def program(name: str, folder: Path) -> list[str]:
     """Return the command of a program that is to be killed; it works on the store in ``folder``."""
     if name == "release":
-        return [sys.executable, "-c", RELEASE, str(folder)]
+        return [sys.executable, "-c", RELEASE]
     notebook = {"quickstart": "project.ipynb", "search": "guides/03_search_and_evaluate.ipynb"}[name]
     for file in (notebook, "model_requirements.txt", "requirements.txt"):
         (folder / file).parent.mkdir(exist_ok=True)
@@ -94,6 +109,7 @@ def program(name: str, folder: Path) -> list[str]:
 def variables_for(folder: Path, **others: str) -> dict[str, str]:
     """Return the environment variables of a program that works on the store in ``folder``, or on another one."""
     variables = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "REBUILD_ENVIRONMENT": "off"}
+    variables |= {"LIFECYCLE_KEYS": str(folder / "keys")}
     return variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])} | others
 
 
@@ -114,7 +130,7 @@ def kill(name: str, moments: int, scratch: Path) -> Counter:
     """Kill a program at random moments, each time in the same store, and count what became of it."""
     chance, outcomes, folder = random.Random(0), Counter(), scratch / name
     if name == "release":
-        make_store(folder, 1)
+        make_release(folder)
     else:
         folder.mkdir()
         finish(name, folder)
@@ -285,9 +301,10 @@ def crowd_on_server(executions: int, scratch: Path) -> Counter:
 
 def change_bytes(changes: int, scratch: Path) -> tuple[Counter, Counter]:
     """Change a random byte of a signed version's files, and count what loading it says, verified and plainly."""
-    folder, chance = make_store(scratch / "bytes", 1), random.Random(0)
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    mlflow.set_tracking_uri(None)
+    folder = scratch / "bytes"
+    make_release(folder)
+    use(folder)
+    chance = random.Random(0)
     version = mlflow.MlflowClient().get_model_version("iris", 1)
     place = mlflow.get_logged_model(version.source.rpartition("/")[2]).artifact_location.removeprefix("file://")
     files = sorted(path for path in Path(place).iterdir() if path.name != "registered_model_meta")
@@ -315,8 +332,7 @@ def change_bytes(changes: int, scratch: Path) -> tuple[Counter, Counter]:
 
 def predictions(folder: Path, *, verify: bool) -> list | None:
     """Return what the version in production predicts, or nothing where the change was noticed."""
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    mlflow.set_tracking_uri(None)
+    use(folder)
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
         uri = "models:/iris@production"
         if verify:
@@ -330,7 +346,9 @@ def change_database(changes: int, scratch: Path) -> dict[bool, Counter]:
 
     Each time in a process that opens the database for the first time.
     """
-    folder, chance = make_store(scratch / "database", 1), random.Random(0)
+    folder = scratch / "database"
+    make_release(folder)
+    chance = random.Random(0)
     database, outcomes = folder / "mlflow.db", {True: Counter(), False: Counter()}
     original = database.read_bytes()
     context = get_context("forkserver")

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import runpy
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import mlflow
 import nbformat
 import pytest
-from execution import ROOT
+from execution import ROOT, environment
 
 
 def mlflow_calls(source: str) -> Counter[str]:
@@ -84,3 +85,23 @@ def test_servers_that_are_measured_give_the_same_answers(tmp_path):
     # and the answers are the same
     assert answers[0] == answers[1]
     assert set(answers[0]) == {"setosa", "versicolor", "virginica"}
+
+
+@pytest.mark.extended  # it takes long
+@pytest.mark.parametrize(
+    "command",
+    [
+        "gate.py --rounds 1",
+        "reliability.py --moments 1 --changes 1 --only kill-release bytes",
+        "verification.py --rounds 1 --megabytes 1",
+    ],
+)
+def test_benchmark_that_uses_the_helpers_of_the_tests_still_runs(tmp_path, command):
+    program, *options = command.split()
+    process = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / program, *options],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
