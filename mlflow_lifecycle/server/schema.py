@@ -168,7 +168,8 @@ def read_table(body: bytearray) -> Table | list[dict]:
             for row in rows:
                 if not isinstance(row, list) or len(row) != len(names):
                     raise HTTPException(400, FORMS)
-            return [make_object(zip(map(str, names), row, strict=True)) for row in rows]
+            columns = map(list, zip(*rows, strict=True)) if rows else [[] for _ in names]
+            return make_object(zip(map(str, names), columns, strict=True))
         case "dataframe_records" | "inputs" | "instances", list(rows):
             if all(isinstance(row, dict) for row in rows):
                 return rows
