@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/RESULTS.md"
 PICTURE = ROOT / "benchmarks/results.png"
 QUICKSTART = r"benchmarks/quickstart\.py.*?\n{} bytecode.*?\n +project{} / official: "
+SERVING = r"benchmarks/serving\.py.*?\n +{} +{}  kept +lifecycle  +\S+ +\S+ +\S+ +"
 # What is drawn: what stands before the ratio in the results, and the most that it should be, if that was decided.
 ROWS = {
     "quickstart, compiled": (QUICKSTART.format("warm", ""), 0.70),
@@ -37,6 +38,11 @@ ROWS = {
     "the gate's scores": (r"benchmarks/gate\.py.*?\nscored +[\d.]+ +[\d.]+ +", None),
     "an answer, one client": (r"benchmarks/serving\.py.*?\n +1 +1  kept +lifecycle  +\S+ +\S+ +\S+ +", 0.65),
     "an answer, eight clients": (r"benchmarks/serving\.py.*?\n +1 +8  kept +lifecycle  +\S+ +\S+ +\S+ +", 0.80),
+    "1,000 rows answered, one client": (
+        r"benchmarks/serving\.py.*?\n +1000 +1  kept +lifecycle  +\S+ +\S+ +\S+ +",
+        0.65,
+    ),
+    "1,000 rows answered, eight": (r"benchmarks/serving\.py.*?\n +1000 +8  kept +lifecycle  +\S+ +\S+ +\S+ +", 0.80),
 }
 
 
@@ -66,7 +72,7 @@ def sections(page: str) -> dict[str, float]:
 def draw(page: str, picture: Path) -> None:
     """Draw the ratios, each with its range and the most that it should be, and below them the seconds by section."""
     ratios = {name: one for name in ROWS if (one := ratio(page, name))}
-    figure, (above, below) = plt.subplots(2, figsize=(9, 11), height_ratios=(19, 9), layout="constrained")
+    figure, (above, below) = plt.subplots(2, figsize=(9, 12), height_ratios=(21, 9), layout="constrained")
     for row, (name, one) in enumerate(ratios.items()):
         above.plot([one.low, one.high], [row, row], color="C0", linewidth=2)
         above.plot(one.median, row, "o", color="C0", label=None if row else "measured: median and range of the rounds")
