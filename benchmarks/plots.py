@@ -36,13 +36,10 @@ ROWS = {
     "a version renewed": (r"benchmarks/packages\.py.*?\nrenew +[\d.]+ +[\d.]+ +", None),
     "two versions compared": (r"benchmarks/packages\.py.*?\ncompare +[\d.]+ +[\d.]+ +", None),
     "the gate's scores": (r"benchmarks/gate\.py.*?\nscored +[\d.]+ +[\d.]+ +", None),
-    "an answer, one client": (r"benchmarks/serving\.py.*?\n +1 +1  kept +lifecycle  +\S+ +\S+ +\S+ +", 0.65),
-    "an answer, eight clients": (r"benchmarks/serving\.py.*?\n +1 +8  kept +lifecycle  +\S+ +\S+ +\S+ +", 0.80),
-    "1,000 rows answered, one client": (
-        r"benchmarks/serving\.py.*?\n +1000 +1  kept +lifecycle  +\S+ +\S+ +\S+ +",
-        0.65,
-    ),
-    "1,000 rows answered, eight": (r"benchmarks/serving\.py.*?\n +1000 +8  kept +lifecycle  +\S+ +\S+ +\S+ +", 0.80),
+    "an answer, one client": (SERVING.format(1, 1), 0.65),
+    "an answer, eight clients": (SERVING.format(1, 8), 0.80),
+    "1,000 rows, one client": (SERVING.format(1000, 1), 0.65),
+    "1,000 rows, eight clients": (SERVING.format(1000, 8), 0.80),
 }
 
 
