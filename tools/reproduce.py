@@ -64,8 +64,12 @@ ELSEWHERE = Situation(
     network=False,
 )
 
-# Their gate downloads every archive anew, so these are executed with the network everywhere.
-WITH_NETWORK = ("guides/04_release_and_report.ipynb", "guides/05_serve_and_monitor.ipynb")
+# These download every archive of an environment again, so they are executed with the network everywhere.
+WITH_NETWORK = (
+    "guides/04_release_and_report.ipynb",
+    "guides/05_serve_and_monitor.ipynb",
+    "guides/07_keep_pins_current.ipynb",
+)
 
 
 def executable(version: str) -> str | None:
@@ -336,7 +340,7 @@ def compare(notebooks: list[str], work: Path) -> bool:
     """Execute the notebooks in each situation, print the table, and return whether all are equal."""
     others = list(situations())
     if with_network := [notebook for notebook in notebooks if notebook in WITH_NETWORK]:
-        print(f"With the network everywhere, since their gate downloads anew: {', '.join(with_network)}")
+        print(f"With the network everywhere, since they download packages again: {', '.join(with_network)}")
     for situation in (FIRST, *others):
         print(f"Set up: {situation.varied(FIRST) or asdict(FIRST)}", flush=True)
         cloned(situation, work)

@@ -199,7 +199,7 @@ BAD = {
     "UTF-16": (split(THREE).encode("utf-16"), 400, "UTF-8"),
     "a byte order mark": (split(THREE).encode("utf-8-sig"), 400, "JSON"),
     "900 deep": ('{"inputs":' + "[" * 900 + "]" * 900 + "}", 400, "name"),
-    "deep nesting": ("[" * 100_000 + "]" * 100_000, 400, "recursion"),
+    "deep nesting": ("[" * 100_000 + "]" * 100_000, 400, "deeply nested"),
     "8 MB": (split(THREE.assign(colour="x" * 2_700_000)), 413, "1000000 bytes"),
 }
 
