@@ -22,6 +22,8 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ |= {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_LOGGING_LEVEL": "ERROR"}
@@ -72,12 +74,25 @@ def peer(candidate: Verified, baseline: Verified, *, rebuild: bool) -> None:
             mlflow.models.predict(str(candidate.folder), rows, env_manager="uv", output_path=f"{place}/answer.json")
 
 
-def seconds(function, *arguments, **options) -> float:
+def seconds(function: Callable[[], object]) -> float:
     """Return how long a call takes, with what it prints kept from the screen."""
     begin = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        function(*arguments, **options)
+        function()
     return time.perf_counter() - begin
+
+
+def measure(title: str, ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> None:
+    """Run both in turn, and print the line of a table: seconds, and their ratio within a round."""
+    taken = []
+    for number in range(rounds + 1):
+        pair = (seconds(ours), seconds(peer))
+        if number:  # the first round imports and fills caches
+            taken.append(pair)
+    ratios = [own / other for own, other in taken]
+    own, other = (statistics.median(times) for times in zip(*taken, strict=True))
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"{title:24}{own:14.2f}{other:14.2f}   {spread}", flush=True)
 
 
 def main() -> None:
@@ -99,15 +114,12 @@ def main() -> None:
         )
         print(f"{'':24}{'the gate (s)':>14}{'MLflow (s)':>14}   the gate / MLflow")
         for title, rebuild in (("scored", False), ("with the environment", True)):
-            taken = []
-            for number in range(settings.rounds + 1):
-                pair = [seconds(way, candidate, baseline, rebuild=rebuild) for way in (ours, peer)]
-                if number:  # the first round imports and fills caches
-                    taken.append(pair)
-            ratios = [one / other for one, other in taken]
-            medians = [statistics.median(times) for times in zip(*taken, strict=True)]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"{title:24}{medians[0]:14.2f}{medians[1]:14.2f}   {spread}", flush=True)
+            measure(
+                title,
+                partial(ours, candidate, baseline, rebuild=rebuild),
+                partial(peer, candidate, baseline, rebuild=rebuild),
+                settings.rounds,
+            )
 
 
 if __name__ == "__main__":

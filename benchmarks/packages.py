@@ -23,13 +23,11 @@ import json
 import logging
 import os
 import shutil
-import statistics
 import sys
 import sysconfig
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ |= {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_LOGGING_LEVEL": "ERROR"}
@@ -37,7 +35,7 @@ os.environ |= {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_LOGGING_
 import mlflow
 import pandas as pd
 import pytest
-from gate import ROOT, seconds
+from gate import ROOT, measure
 
 sys.path.append(str(ROOT / "tests/helpers"))
 
@@ -91,19 +89,6 @@ def renew_by_mlflow(first: Path, second: Path, place: Path) -> None:
         )
 
 
-def measure(title: str, ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> None:
-    """Run both in turn, and print the line of a table."""
-    taken = []
-    for number in range(rounds + 1):
-        pair = (seconds(ours), seconds(peer))
-        if number:  # the first round imports and fills caches
-            taken.append(pair)
-    ratios = [own / other for own, other in taken]
-    own, other = (statistics.median(times) for times in zip(*taken, strict=True))
-    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"{title:16}{own:10.2f}{other:10.2f}   {spread}", flush=True)
-
-
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -142,7 +127,7 @@ def main() -> None:
             assert found.packages == len(pins)
             assert not found.failure
 
-        print(f"{'':16}{'ours (s)':>10}{'peer (s)':>10}   ours / peer")
+        print(f"{'':24}{'ours (s)':>14}{'peer (s)':>14}   ours / peer")
         measure(
             "renew",
             lambda: renew_version(FIRST, NEW, lock, key=own_key()),
