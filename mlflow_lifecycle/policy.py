@@ -166,19 +166,13 @@ def _check_pins(requirements: Path, packages: Path, flavor: Flavor) -> None:
         )
 
 
-def _check_environment_files(folder: Path, python: str) -> None:
-    """Check that conda.yaml and python_env.yaml ask for what requirements.txt does.
-
-    MLflow adds pip, setuptools and wheel as they were installed where the model was logged, without
-    a version if they were not.
-    """
-    text = (folder / "requirements.txt").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.strip()]
-    expected = {
+def environment_files(pins: list[str], python: str) -> dict[str, dict]:
+    """Return what MLflow's other environment files hold for these pins, by their names."""
+    return {
         "conda.yaml": {
             "name": "mlflow-env",
             "channels": ["conda-forge"],
-            "dependencies": [f"python={python}", {"pip": lines}],
+            "dependencies": [f"python={python}", {"pip": pins}],
         },
         "python_env.yaml": {
             "python": python,
@@ -186,6 +180,17 @@ def _check_environment_files(folder: Path, python: str) -> None:
             "dependencies": ["-r requirements.txt"],
         },
     }
+
+
+def _check_environment_files(folder: Path, python: str) -> None:
+    """Check that conda.yaml and python_env.yaml ask for what requirements.txt does.
+
+    MLflow adds pip, setuptools and wheel as they were installed where the model was logged, without
+    a version if they were not.
+    """
+    text = (folder / "requirements.txt").read_text(encoding="utf-8")
+    pins = [line for line in text.splitlines() if line.strip()]
+    expected = environment_files(pins, python)
     for name, content in expected.items():
         with _refusing(name):
             found = yaml.safe_load((folder / name).read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from mlflow_lifecycle.environments import own_environment, predict_in
 from mlflow_lifecycle.exceptions import InvalidInputError, NotRenewedError, PredictionFailedError
 from mlflow_lifecycle.experiments import create_experiment
 from mlflow_lifecycle.pins import locked, read_pins
-from mlflow_lifecycle.policy import check_contents
+from mlflow_lifecycle.policy import check_contents, environment_files
 from mlflow_lifecycle.scoring import (
     Predictions,
     differences,
@@ -147,18 +147,8 @@ def replace_packages(folder: Path, pins: list[str], new_folder: Path) -> Path:
     shutil.copytree(folder, new_folder)
     python = platform.python_version()
     (new_folder / "requirements.txt").write_text("\n".join(pins) + "\n", encoding="utf-8")
-    conda = {
-        "name": "mlflow-env",
-        "channels": ["conda-forge"],
-        "dependencies": [f"python={python}", {"pip": pins}],
-    }
-    environment = {
-        "python": python,
-        "build_dependencies": [],
-        "dependencies": ["-r requirements.txt"],
-    }
-    (new_folder / "conda.yaml").write_text(yaml.safe_dump(conda), encoding="utf-8")
-    (new_folder / "python_env.yaml").write_text(yaml.safe_dump(environment), encoding="utf-8")
+    for name, content in environment_files(pins, python).items():
+        (new_folder / name).write_text(yaml.safe_dump(content), encoding="utf-8")
     description = mlflow.models.Model.load(str(new_folder))
     description.flavors["python_function"]["python_version"] = python
     description.save(str(new_folder / "MLmodel"))
