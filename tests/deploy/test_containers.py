@@ -1,21 +1,18 @@
 """The team's server in containers: built, used, killed, backed up, restored and upgraded, by deploy/README.md."""
 
-import contextlib
 import html
 import json
 import os
 import re
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
 import requests
 from containers import in_containers, why_no_engine
-from deployment import DEPLOY, readme_commands
-from execution import ROOT, environment
+from deployment import DEPLOY, readme_commands, writing
+from execution import ROOT, wait_until
 from mlflow.exceptions import MlflowException
 from nbconvert.filters import markdown2html
 from nbval.plugin import get_sanitize_patterns
@@ -147,40 +144,6 @@ def test_notebook_shows_its_stored_outputs_in_the_experiment_container(name, pag
     assert [text for text in stored if text not in pages[Path(name).stem]] == []
 
 
-# Logs one value after the other, and prints the number of each that the server has acknowledged.
-WRITER = """
-import mlflow
-client = mlflow.MlflowClient()
-run = client.create_run("0")
-print(run.info.run_id, flush=True)
-for number in range(1_000_000):
-    client.log_metric(run.info.run_id, "number", number, step=number)
-    print(number, flush=True)
-"""
-
-
-@contextlib.contextmanager
-def writing(containers, folder: Path):
-    """Run the writer as admin until the end of the block, and give a function that returns what was acknowledged."""
-    file = folder / "acknowledged.txt"
-    variables = environment(folder, **containers.as_user("admin"), MLFLOW_HTTP_REQUEST_MAX_RETRIES="9")
-    with file.open("w") as output:
-        command = [sys.executable, "-c", WRITER]
-        writer = subprocess.Popen(command, cwd=folder, env=variables, stdout=output, stderr=subprocess.DEVNULL)
-    try:
-        yield lambda: file.read_text().rpartition("\n")[0].splitlines()
-    finally:
-        writer.kill()
-        writer.wait()
-
-
-def wait_until(condition, limit=120):
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def test_prometheus_reads_the_server_and_knows_the_alerts(containers):
     address = f"http://127.0.0.1:{containers.settings['PROMETHEUS_PORT']}/api/v1"
 
@@ -197,7 +160,7 @@ def test_prometheus_reads_the_server_and_knows_the_alerts(containers):
 
 @pytest.mark.parametrize("service", ["server", "database"])
 def test_a_killed_container_loses_nothing_that_was_acknowledged(service, containers, tmp_path):
-    with writing(containers, tmp_path) as acknowledged:
+    with writing(containers.as_user("admin"), tmp_path) as acknowledged:
         # given a writer
         wait_until(lambda: len(acknowledged()) > 20)
         # when a container is killed under it, and started again

@@ -21,7 +21,7 @@ import mlflow
 import pytest
 import requests
 import yaml
-from deployment import DEPLOY, PASSWORDS, SECRETS, follow, logged, readme_commands, secrets_in, services
+from deployment import DEPLOY, PASSWORDS, SECRETS, follow, logged, predict, readme_commands, secrets_in, services
 from execution import MODEL, ROOT, copy_project, finished, git
 from kernels import execute_in
 from postgresql import programs
@@ -168,8 +168,8 @@ REASONS = {
 
 
 @pytest.mark.parametrize(("secret", "reason"), REASONS.items())
-@pytest.mark.parametrize("name", SECRETS)
-def test_start_is_refused_with_a_bad_secret(name, secret, reason, started):
+def test_start_is_refused_with_a_bad_secret(secret, reason, started):
+    name = "MLFLOW_SECRET_KEY"
     process = started(["echo", "started"], **{name: secret})
     assert process.returncode == 1
     assert process.stdout == ""
@@ -219,11 +219,10 @@ def reason_against(monkeypatch):
     return start.reason_against
 
 
-@pytest.mark.parametrize("secret", EVERYBODYS)
-def test_what_everybody_tries_is_refused_also_where_it_is_made_long(secret, reason_against):
-    assert len(EVERYBODYS) == 29
-    for longer in (secret, secret * 3, f"{secret}-{secret.title()}-{secret}"):
-        assert reason_against(longer)
+def test_what_everybody_tries_is_refused_also_where_it_is_made_long(reason_against):
+    for secret in EVERYBODYS:
+        for longer in (secret, secret * 3, f"{secret}-{secret.title()}-{secret}"):
+            assert reason_against(longer), longer
 
 
 @pytest.mark.parametrize("made", [secrets.token_urlsafe, secrets.token_hex])
@@ -371,18 +370,6 @@ def moved(team, store):
     return store
 
 
-def predictions(team) -> list:
-    """Return what each version in the quickstart's model, loaded from the server by its address, predicts."""
-    features = load_iris(as_frame=True).data
-    with team.client("admin"):
-        mlflow.set_tracking_uri(team.address)
-        try:
-            addresses = [f"models:/{MODEL}/1", f"models:/{MODEL}/2", f"models:/{MODEL}@champion"]
-            return [mlflow.pyfunc.load_model(address).predict(features).tolist() for address in addresses]
-        finally:
-            mlflow.set_tracking_uri(None)
-
-
 def test_a_moved_store_is_complete(team, moved):
     # given all that is in the SQLite store, and what its models predict
     local = mlflow.MlflowClient(f"sqlite:///{moved / 'mlflow.db'}")
@@ -399,7 +386,7 @@ def test_a_moved_store_is_complete(team, moved):
     for kind, entries in there.items():
         assert [entry for entry in entries if entry not in here[kind]] == [], kind
     assert text == "Zoë's"
-    answers = predictions(team)
+    answers = predict(team, "admin", "12")
     assert answers[2] == pipeline.predict(load_iris(as_frame=True).data).tolist()
     assert answers[0] != answers[1]
 
@@ -602,7 +589,7 @@ def test_a_locked_store_is_not_moved(moved, moving, tmp_path):
 def test_backup_wipe_and_restore_bring_everything_back(team, moved, tmp_path):
     # given what is on the server, and a backup of it
     with team.client("admin") as client:
-        before = logged(client), predictions(team)
+        before = logged(client), predict(team, "admin", "12")
     follow("Back up", team, tmp_path)
     # when all is wiped, and restored on what is as new as after the first start
     team.kill()
@@ -615,7 +602,7 @@ def test_backup_wipe_and_restore_bring_everything_back(team, moved, tmp_path):
     assert of_compose[0] == "docker compose stop server"
     # then it is all there, the users with their passwords too, and the models predict the same
     with team.client("admin") as client:
-        assert (logged(client), predictions(team)) == before
+        assert (logged(client), predict(team, "admin", "12")) == before
     with team.client("ana") as client:
         assert client.search_experiments() == []
     # and nobody but the owner can read the backup, nor what was replaced

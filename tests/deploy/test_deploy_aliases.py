@@ -56,15 +56,8 @@ def ana(team, monkeypatch):
         yield client
 
 
-def ask(team, user: str, method: str, path: str, **options) -> requests.Response:
-    prepared = requests.Request(method, f"{team.address}/{path}", auth=(user, PASSWORDS[user]), **options).prepare()
-    prepared.url = f"{team.address}/{path}"  # as it is: `requests` alone would take away the dots
-    with requests.Session() as session:
-        return session.send(prepared, timeout=150)
-
-
 def aliases(team) -> dict[str, str]:
-    answer = ask(team, "ana", "GET", f"{API}/registered-models/get?name={NAME}").json()
+    answer = team.send("ana", "GET", f"{API}/registered-models/get?name={NAME}").json()
     return {alias["alias"]: alias["version"] for alias in answer["registered_model"].get("aliases", [])}
 
 
@@ -103,7 +96,7 @@ MOVES = {
 def test_protected_alias_does_not_move_by_hand_to_what_was_not_released(user, move, team):
     path, encoded = MOVES[move]
     body = {"name": NAME, "alias": "production", "version": "3"}
-    answer = ask(team, user, "POST", path, data=encoded(body), headers={"Content-Type": "application/json"})
+    answer = team.send(user, "POST", path, data=encoded(body), headers={"Content-Type": "application/json"})
     assert answer.status_code == 403
     assert "There is no release as production of this version" in answer.json()["message"]
     assert aliases(team)["production"] == "1"
@@ -131,7 +124,7 @@ def test_release_with_a_key_that_the_server_does_not_have_moves_nothing(team, an
 
 def test_other_user_without_rights_is_refused(team):
     body = {"name": NAME, "alias": "production", "version": "1"}
-    assert ask(team, "ben", "POST", ALIAS, json=body).status_code == 403
+    assert team.send("ben", "POST", ALIAS, json=body).status_code == 403
 
 
 def test_stranger_starts_no_verification(team):
@@ -144,7 +137,7 @@ def test_many_moves_at_once_are_verified_one_after_the_other(team):
     body = {"name": NAME, "alias": "production", "version": "3"}
     most = 0
     with ThreadPoolExecutor(6) as executor:
-        answers = [executor.submit(ask, team, "ana", "POST", ALIAS, json=body) for _ in range(6)]
+        answers = [executor.submit(team.send, "ana", "POST", ALIAS, json=body) for _ in range(6)]
         while not all(answer.done() for answer in answers):
             running = 0
             for process in psutil.Process().children(recursive=True):
@@ -264,7 +257,7 @@ def test_what_a_protected_alias_points_to_stays(change, team, held):
     model = team.artifacts / held["files"]
     before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
     # when its owner asks
-    answer = ask(team, "ana", method, path.format(**held), json=body)
+    answer = team.send("ana", method, path.format(**held), json=body)
     # then
     assert 400 <= answer.status_code < 500 or answer.status_code == 501, answer.text
     assert aliases(team)["production"] == "1"
@@ -277,7 +270,7 @@ def test_what_a_protected_alias_points_to_stays(change, team, held):
 
 def test_refusal_says_what_holds_a_version(team, held):
     body = {"name": NAME, "version": "1"}
-    answer = ask(team, "ana", "DELETE", f"{API}/model-versions/delete", json=body).json()
+    answer = team.send("ana", "DELETE", f"{API}/model-versions/delete", json=body).json()
     assert answer["error_code"] == "PERMISSION_DENIED"
     assert "version 1 of iris, which has the protected alias production" in answer["message"]
 

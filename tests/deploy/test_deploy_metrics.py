@@ -63,12 +63,11 @@ def test_answers_failed_logins_and_the_disk_are_counted_over_all_processes(team)
 
 
 @pytest.mark.parametrize("path", ["metrics", "metrics/", "%6detrics", "metrics?x=1"])
-@pytest.mark.parametrize("user", [None, "admin"])
-def test_figures_are_not_where_users_are(user, path, team):
-    credentials = (user, PASSWORDS[user]) if user else None
-    answer = requests.get(f"{team.address}/{path}", auth=credentials, timeout=30)
-    assert answer.status_code == 404
-    assert "team_" not in answer.text
+def test_figures_are_not_where_users_are(path, team):
+    for credentials in (None, ("admin", PASSWORDS["admin"])):
+        answer = requests.get(f"{team.address}/{path}", auth=credentials, timeout=30)
+        assert answer.status_code == 404
+        assert "team_" not in answer.text
 
 
 def test_figures_stay_when_a_process_of_the_server_is_killed(team):

@@ -8,15 +8,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mlflow
 import pytest
 import requests
-from deployment import DEPLOY, PASSWORDS, deployed, follow, logged
-from execution import MODEL, copy_project, differing_outputs
+from deployment import DEPLOY, PASSWORDS, deployed, follow, logged, predict
+from execution import copy_project, differing_outputs, wait_until
 from kernels import execute_in, running_kernel
 from object_store import BUCKET, object_store, program
 from postgresql import programs
-from sklearn.datasets import load_iris
 
 pytestmark = [
     pytest.mark.extended,
@@ -180,13 +178,13 @@ def test_what_was_acknowledged_survives_a_kill_of_the_store(run, team, store):
     with ThreadPoolExecutor(4) as executor:
         uploads = [executor.submit(upload, number) for number in range(4)]
         try:
-            wait_for(lambda: len(acknowledged) >= 8)
+            wait_until(lambda: len(acknowledged) >= 8)
             # when the store is killed while they do, and started again
             store.kill()
             before = len(acknowledged)
             time.sleep(2)
             store.start()
-            wait_for(lambda: len(acknowledged) >= before + 8)
+            wait_until(lambda: len(acknowledged) >= before + 8)
         finally:
             ended.append(True)
         for ended_upload in uploads:
@@ -200,25 +198,6 @@ def test_what_was_acknowledged_survives_a_kill_of_the_store(run, team, store):
             assert session.get(address, timeout=60).content == content, name
 
 
-def wait_for(condition, limit=120):
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def predictions(team) -> list:
-    """Return what the quickstart's models predict, loaded through the server."""
-    with team.client("ana"):
-        mlflow.set_tracking_uri(team.address)
-        try:
-            addresses = [f"models:/{MODEL}/1", f"models:/{MODEL}@champion"]
-            features = load_iris(as_frame=True).data
-            return [mlflow.pyfunc.load_model(address).predict(features).tolist() for address in addresses]
-        finally:
-            mlflow.set_tracking_uri(None)
-
-
 @pytest.fixture
 def quickstart(team, kernel, tmp_path, without_credentials):
     """Execute the quickstart as ana in an empty store."""
@@ -230,7 +209,7 @@ def quickstart(team, kernel, tmp_path, without_credentials):
 def test_backup_wipe_and_restore_bring_back_what_is_in_the_bucket(team, store, tmp_path, quickstart):
     # given what is on the server, and a backup by the README
     with team.client("admin") as client:
-        before = logged(client), predictions(team)
+        before = logged(client), predict(team, "ana")
     files = store.files().keys()
     follow("Back up", team, tmp_path)
     # when all is wiped and restored
@@ -243,7 +222,7 @@ def test_backup_wipe_and_restore_bring_back_what_is_in_the_bucket(team, store, t
     follow("Restore", team, tmp_path)
     # then it is all there
     with team.client("admin") as client:
-        assert (logged(client), predictions(team)) == before
+        assert (logged(client), predict(team, "ana")) == before
     assert store.files().keys() == files
 
 

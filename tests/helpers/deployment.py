@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,9 +20,10 @@ import psutil
 import pytest
 import requests
 import yaml
-from execution import ROOT, environment, finished, free_port, running
+from execution import MODEL, ROOT, environment, finished, free_port, running
 from mlflow.entities import ViewType
 from postgresql import PostgreSQL, postgresql, programs
+from sklearn.datasets import load_iris
 
 DEPLOY = ROOT / "deploy"
 SECRETS = {
@@ -177,6 +178,13 @@ class Deployment:
         address = f"{self.address}/api/{endpoint}"
         requests.post(address, json=fields, auth=(user, PASSWORDS[user]), timeout=30).raise_for_status()
 
+    def send(self, user: str, method: str, path: str, **options) -> requests.Response:
+        """Send a request as a user, with its path as it is: `requests` alone would take away the dots."""
+        prepared = requests.Request(method, self.address, auth=(user, PASSWORDS[user]), **options).prepare()
+        prepared.url = f"{self.address}/{path}"
+        with requests.Session() as session:
+            return session.send(prepared, timeout=150)
+
     def as_user(self, name: str, password: str | None = None) -> dict[str, str]:
         """Return the environment variables by which MLflow's clients come as this user."""
         return {
@@ -223,6 +231,47 @@ def follow(section: str, team: Deployment, folder: Path) -> list[str]:
         assert process.returncode == 0, f"{line}\n{process.stdout}{process.stderr}"
         assert secrets_in(process.stdout + process.stderr) == []
     return of_compose
+
+
+# Logs one value after the other, and prints the number of each that the server has acknowledged.
+WRITER = """
+import mlflow
+client = mlflow.MlflowClient()
+run = client.create_run("0")
+print(run.info.run_id, flush=True)
+for number in range(1_000_000):
+    client.log_metric(run.info.run_id, "number", number, step=number)
+    print(number, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def writing(user: dict[str, str], folder: Path) -> Iterator[Callable[[], list[str]]]:
+    """Run the writer as a user until the end of the block; what it prints to stderr is in ``folder / "errors.txt"``.
+
+    Give a function that returns the id of its run and the numbers that were acknowledged.
+    """
+    printed, errors = folder / "acknowledged.txt", folder / "errors.txt"
+    variables = environment(folder, **user, MLFLOW_HTTP_REQUEST_MAX_RETRIES="9")
+    with printed.open("w") as output, errors.open("w") as log:
+        writer = subprocess.Popen([sys.executable, "-c", WRITER], cwd=folder, env=variables, stdout=output, stderr=log)
+    try:
+        yield lambda: printed.read_text().rpartition("\n")[0].splitlines()
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def predict(team: Deployment, user: str, numbers: str = "1") -> list:
+    """Return what versions of the quickstart's model and its champion predict, loaded from the server by a user."""
+    features = load_iris(as_frame=True).data
+    addresses = [*(f"models:/{MODEL}/{number}" for number in numbers), f"models:/{MODEL}@champion"]
+    with team.client(user):
+        mlflow.set_tracking_uri(team.address)
+        try:
+            return [mlflow.pyfunc.load_model(address).predict(features).tolist() for address in addresses]
+        finally:
+            mlflow.set_tracking_uri(None)
 
 
 def secrets_in(text: str) -> list[str]:

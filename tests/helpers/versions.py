@@ -91,3 +91,9 @@ def restored(folder: Path) -> Iterator[None]:
         shutil.copytree(folder, copy)
     yield
     put_back(folder, copy)
+
+
+def logged_table(run, name: str) -> pd.DataFrame:
+    """Return the table ``name`` that ``mlflow.log_table`` put among the artifacts of ``run``."""
+    content = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{name}")
+    return pd.DataFrame(content["data"], columns=content["columns"])

@@ -62,13 +62,6 @@ def test_record_of_several_servers_and_days_is_read_by_time(tmp_path, version):
     assert read_batch(tmp_path, version).index.tolist() == ["id1", "id2", "id3"]
 
 
-def test_line_that_is_being_written_is_left_out(tmp_path, version):
-    write(tmp_path, entry(1, ROWS[:1]))
-    with (tmp_path / "requests-2026-01-31-aa.jsonl").open("a") as file:
-        file.write('{"time": "2026-01-31T13')
-    assert read_batch(tmp_path, version).index.tolist() == ["id1"]
-
-
 def test_answer_that_is_not_recorded_is_said(tmp_path, version):
     write(tmp_path, entry(1, ROWS[:1]))
     with pytest.raises(KeyError, match="id7"):
@@ -120,13 +113,6 @@ def test_rows_answers_and_judgement_are_kept(version, known, usual):
     assert names == {"batch.json", "judgement.json"}
 
 
-def test_batch_without_labels_leaves_no_accuracy(version, known, usual):
-    run_id = log_batch(version, known, usual[FEATURES], judge(known, usual[FEATURES])).info.run_id
-    run = mlflow.get_run(run_id)
-    assert run.data.metrics == {}
-    assert [used.model_id for used in run.inputs.model_inputs] == [version.model_id]
-
-
 def test_accepted_change_is_recorded_with_its_reason(version, known, usual):
     longer = usual.assign(**1.3 * usual[FEATURES])
     run = log_batch(version, known, longer, judge(known, longer, accepted="another garden"))
@@ -139,32 +125,6 @@ def test_broken_batch_is_kept_without_answers(version, known, usual):
     run_id = log_batch(version, known, broken, judge(known, broken)).info.run_id
     assert mlflow.get_run(run_id).data.tags["verdict"] == "broken input"
     assert "prediction" not in mlflow.load_table("batch.json", [run_id])
-
-
-def test_picture_shows_sizes_in_multiples_of_what_counts(known, usual):
-    judgement = judge(known, usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6}))
-    axes = Figure().subplots()
-    plot_differences(judgement, axes)
-    widths = {
-        label.get_text(): bar.get_width() for label, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
-    }
-    expected = {}
-    for found in judgement.differences:
-        expected[found.column + (", outside" if found.outside else "")] = found.size / found.limit
-    assert widths == expected
-    assert axes.lines[0].get_xdata()[0] == 1
-    red = {
-        bar.get_facecolor()
-        for bar, column in zip(axes.patches, judgement.differences[::-1], strict=True)
-        if column.alarm
-    }
-    assert len(red) == 1
-
-
-def test_picture_has_its_title_and_says_what_it_measures(known, usual):
-    axes = Figure().subplots()
-    plot_differences(judge(known, usual), axes, title="Monday")
-    assert (axes.get_title(), axes.get_xlabel()) == ("Monday", "size as a multiple of its limit")
 
 
 def test_picture_shows_names_of_columns_as_they_are(known, usual):

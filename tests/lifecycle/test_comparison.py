@@ -40,12 +40,6 @@ def test_folds_interval_is_that_of_scikit_learns_example(scores):
     assert interval.difference == pytest.approx(differences.mean())
 
 
-def test_folds_interval_is_wider_than_the_usual_one(scores):
-    usual = stats.ttest_rel(scores[1], scores[0]).confidence_interval()
-    interval = folds_interval(scores[1], scores[0], test_share=0.2)
-    assert interval.high - interval.low > 2 * (usual.high - usual.low)
-
-
 def test_folds_interval_errs_as_often_as_it_says():
     # given scores of two equal models, whose folds share a part that makes them dependent as Nadeau and Bengio assume
     generator = np.random.default_rng(0)
@@ -129,35 +123,6 @@ def test_detectable_difference_of_folds_is_shown_in_four_of_five_tests():
 
 
 @pytest.mark.extended  # it takes long
-def test_recipe_that_was_chosen_on_the_same_folds_seems_better_than_it_is():
-    # given thirty recipes that guess, on the same five folds of 120 rows
-    generator = np.random.default_rng(0)
-    same_folds = []
-    nested = []
-    for _ in range(400):
-        scores = generator.integers(2, size=(30, 5, 24)).mean(axis=2)
-        # when the best mean is chosen on these folds, or for each fold on the other four
-        best = scores[scores.mean(axis=1).argmax()]
-        others = scores.sum(axis=1, keepdims=True) - scores
-        best_of_others = scores[others.argmax(axis=0), np.arange(5)]
-        same_folds.append(folds_interval(best, scores[0], test_share=0.2))
-        nested.append(folds_interval(best_of_others, scores[0], test_share=0.2))
-    # then the choice on the same folds seems to gain much, and the nested one gains nothing
-    assert np.mean([interval.difference for interval in same_folds]) > 0.08
-    assert np.mean([interval.difference for interval in nested]) == pytest.approx(0, abs=0.01)
-    assert sum(interval.low > 0 for interval in same_folds) > 4 * sum(interval.low > 0 for interval in nested)
-
-
-@pytest.mark.extended  # it takes long
-def test_threshold_on_thirty_rows_passes_a_model_that_is_ten_points_worse():
-    # given thirty rows, and a model that is right in 70 % of all rows
-    right = np.random.default_rng(0).binomial(30, 0.7, size=2000)
-    # then it reaches the threshold 0.8 in one test of six, and the lower end of its interval hardly ever does
-    assert (right / 30 >= 0.8).mean() == pytest.approx(0.16, abs=0.02)
-    assert np.mean([proportion_interval(count, 30)[0] >= 0.8 for count in right]) < 0.01
-
-
-@pytest.mark.extended  # it takes long
 def test_proportion_interval_covers_the_true_proportion():
     generator = np.random.default_rng(0)
     covered = 0
@@ -167,15 +132,14 @@ def test_proportion_interval_covers_the_true_proportion():
     assert covered / 2000 == pytest.approx(0.95, abs=0.015)
 
 
-@pytest.mark.parametrize("count", [30, 120])
 @pytest.mark.extended  # it takes long
-def test_margin_passes_a_model_that_is_worse_by_more_in_few_tests(count):
+def test_margin_passes_a_model_that_is_worse_by_more_in_few_tests():
     # given a model that is worse by 4.8 points: right in 91.2 % of all rows, the baseline in 96 %
     generator = np.random.default_rng(0)
     within_margin = 0
     not_worse_by_more_than_chance = 0
     for _ in range(1000):
-        interval = rows_interval(generator.random(count) < 0.912, generator.random(count) < 0.96)
+        interval = rows_interval(generator.random(30) < 0.912, generator.random(30) < 0.96)
         within_margin += interval.low > -0.048
         not_worse_by_more_than_chance += interval.high >= 0
     # then a margin of 0.048 passes it rarely; that the difference does not count proves little
@@ -183,20 +147,8 @@ def test_margin_passes_a_model_that_is_worse_by_more_in_few_tests(count):
     assert not_worse_by_more_than_chance / 1000 > 0.6
 
 
-def test_thirty_rows_decide_little():
-    # given 30 rows, of which one model gets two more right
-    better, worse = np.r_[np.ones(29), 0], np.r_[np.ones(27), np.zeros(3)]
-    # then the difference does not count
-    interval = rows_interval(better, worse)
-    assert interval.low < 0 < interval.high
-
-
 def test_equal_models_differ_by_nothing():
     assert rows_interval([0.5, 0.7], [0.5, 0.7]) == Interval(0, 0, 0)
-
-
-def test_interval_reads_as_a_sentence():
-    assert str(Interval(-0.0066, -0.04131, 0.0281)) == "-0.0066 (95 % interval -0.0413 to +0.0281)"
 
 
 LOWER_BOUNDS = {("b", "a"): 0.02, ("c", "a"): 0.05, ("c", "b"): -0.01, ("d", "b"): 0.01}
@@ -262,39 +214,3 @@ def test_calibrated_probabilities_lie_in_the_intervals_of_the_observed_shares_an
     # and that of a model that is too sure of itself is not
     table = calibration_table(events, probabilities**3 / (probabilities**3 + (1 - probabilities) ** 3))
     assert not table["predicted"].between(table["low"], table["high"])[[0, 1, 3, 4]].any()
-
-
-def cost(events, probabilities, threshold) -> float:
-    """Return the mean cost, 5 for a missed event and 1 for a false alarm."""
-    flagged = probabilities >= threshold
-    return np.mean(5 * (events & ~flagged) + (~events & flagged))
-
-
-def test_threshold_from_the_costs_is_the_cheapest_if_the_probabilities_are_calibrated():
-    # given calibrated probabilities
-    generator = np.random.default_rng(0)
-    probabilities = generator.random(200_000)
-    events = generator.random(200_000) < probabilities
-    # then no threshold costs less than 1 / (1 + 5), beyond chance
-    thresholds = np.arange(0.02, 0.99, 0.02)
-    costs = [cost(events, probabilities, threshold) for threshold in thresholds]
-    assert thresholds[np.argmin(costs)] == pytest.approx(1 / 6, abs=0.02)
-    assert cost(events, probabilities, 1 / 6) < 0.6 * cost(events, probabilities, 0.5)
-
-
-@pytest.mark.extended  # it takes long
-def test_tuning_on_few_rows_gains_nothing_beyond_the_derived_threshold():
-    # given 200 times 240 rows to tune on, and as many again to pay for
-    generator = np.random.default_rng(0)
-    paid = {"0.5": [], "derived": [], "tuned": []}
-    for _ in range(200):
-        probabilities = generator.beta(0.5, 0.5, 480)
-        events = generator.random(480) < probabilities
-        thresholds = np.unique(probabilities[:240])
-        costs = [cost(events[:240], probabilities[:240], threshold) for threshold in thresholds]
-        chosen = {"0.5": 0.5, "derived": 1 / 6, "tuned": thresholds[np.argmin(costs)]}
-        for name, threshold in chosen.items():
-            paid[name].append(cost(events[240:], probabilities[240:], threshold))
-    # then both cost much less than 0.5, and the tuned one a little more than the derived one
-    means = {name: np.mean(values) for name, values in paid.items()}
-    assert means["derived"] < means["tuned"] < means["0.5"]

@@ -134,7 +134,7 @@ def test_two_percent_at_five_thousand_rows_is_significant_and_no_alarm():
     assert alarms(found) == []
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_two_percent_is_no_alarm_either_if_few_rows_were_learned_from(seed):
     assert not drifted(flowers(75, seed), (1.02 * flowers(5000, seed + 100)).round(2))
 
@@ -206,13 +206,6 @@ def test_names_that_never_repeat_are_no_drift():
 def test_dates_are_left_out():
     dates = pd.DataFrame({"day": pd.date_range("2026-01-01", periods=50)})
     assert compare(dates, dates + pd.Timedelta(days=365)) == ()
-
-
-def test_ruler_that_shows_thirty_percent_too_much_is_out_of_range():
-    found = out_of_range(flowers(75, 0), 1.3 * flowers(75, 1))
-    assert "sepal length (cm)" in alarms(found)
-    assert found[0].size > 0.3
-    assert "of the rows are outside the training range (4.4 to 7.9), p = " in str(found[0])
 
 
 def test_value_of_unknown_is_out_of_range():

@@ -148,9 +148,7 @@ def test_class_that_the_baseline_does_not_know_counts_against_it(judge, good, ve
     ("thresholds", "result", "text"),
     [
         ({"accuracy_score": 0.8}, "passed", "accuracy_score 0.9667 (95 % interval 0.8333 to 0.9941), at least 0.8"),
-        ({"accuracy_score": 0.999}, "failed", "accuracy_score 0.9667 (95 % interval 0.8333 to 0.9941), at least 0.999"),
         ({"log_loss": 0.2}, "passed", "log_loss 0.1589, at most 0.2"),
-        ({"log_loss": 0.1}, "failed", "log_loss 0.1589, at most 0.1"),
         ({"accuracy_score": 0.8, "log_loss": 0.1}, "failed", "at least 0.8; log_loss"),
         ({"accuracy": 0.5}, "failed", "accuracy is not among: accuracy_score, "),
         ({"accuracy_score": float("nan")}, "failed", "at least nan"),
@@ -214,11 +212,6 @@ def test_margin_is_above_the_whole_interval(judge, good, cautious, margin, resul
     verdict = judge(cautious, good, margin=margin)
     assert -0.6 < verdict.difference.low < -0.4
     assert results(verdict)["baseline"] == result
-
-
-def test_models_that_are_right_on_the_same_thirty_rows_are_not_within_a_small_margin(judge, version):
-    ridge = version(RidgeClassifier())
-    assert results(judge(ridge, replace(ridge), margin=0.02))["baseline"] == "failed"
 
 
 def test_same_predictions_pass_and_others_do_not(judge, good, cautious, version):
@@ -352,10 +345,6 @@ def test_version_without_training_rows_is_checked_as_far_as_that_goes(judge, goo
         context_of(replace(good, training_rows=None), rows=ROWS_TEST.drop(columns="petal width (cm)"))
 
 
-def test_missing_training_rows_alone_do_not_refuse_a_version():
-    Verdict([CheckResult("test rows", "not checked", "no training data was signed")], {}, None).require()
-
-
 def test_rows_without_a_column_are_refused(good):
     with pytest.raises(ValueError, match=r"These columns are missing: petal width \(cm\), species"):
         context_of(good, rows=ROWS_TEST.iloc[:, :3])
@@ -389,13 +378,6 @@ def test_classes_learned_as_text_are_known_where_a_csv_has_numbers(judge, versio
     assert verdict.metrics["accuracy_score"] > 0.9
     (check,) = [check for check in judge(candidate, rows=rows.replace(2, 3)).checks if check.name == "test rows"]
     assert check.detail.endswith("it never learned these classes: 3")
-
-
-def test_environment_that_was_not_built_as_asked_is_said_and_does_not_stop_a_version(judge, good, cautious):
-    verdict = judge(good, cautious)
-    assert results(verdict)["fresh environment"] == "not checked"
-    assert detail(verdict, "fresh environment") == "no environment was built, as was asked for"
-    verdict.require()
 
 
 def test_model_that_cannot_be_scored_fails(judge, good, tmp_path):
@@ -450,12 +432,6 @@ def test_order_of_rows_and_columns_and_the_type_of_numbers_hide_nothing(version)
     assert (
         check_test_rows(context_of(version(rows=rows), rows=seen)).detail == "30 of 30 are among the 150 training rows"
     )
-
-
-def test_class_that_the_candidate_never_learned_fails(good):
-    check = check_test_rows(context_of(good, rows=ROWS_TEST.assign(species="SETOSA ")))
-    assert check.result == "failed"
-    assert "it never learned these classes: SETOSA " in check.detail
 
 
 def test_unknown_classes_of_several_types_fail(good):

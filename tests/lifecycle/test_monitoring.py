@@ -77,10 +77,6 @@ def test_further_columns_and_another_order_change_nothing(known, usual):
     assert judge(known, other) == judge(known, usual)
 
 
-def test_few_rows_are_quiet_although_a_class_is_not_among_them(known, usual):
-    assert judge(known, usual[usual[TARGET] != "virginica"].head(3)).verdict == Verdict.QUIET
-
-
 @pytest.mark.extended  # it takes long
 def test_rate_of_false_alarms_of_the_whole_verdict_is_low(known):
     def alarm(reference, rows):
@@ -139,27 +135,15 @@ def test_predictions_that_drift_are_drift_although_no_column_does(known, usual):
     assert judgement.reasons[0].startswith("prediction of species: 0.59 of the rows")
 
 
-def test_two_percent_of_scale_in_five_thousand_rows_is_quiet(known):
-    rows = ROWS.sample(5000, replace=True, random_state=0, ignore_index=True)
-    assert judge(known, rows.assign(**(1.02 * rows[FEATURES]).round(2))).verdict == Verdict.QUIET
-
-
 # Labels: an alarm for people
 
 
-@pytest.mark.parametrize("name", ["SETOSA ", "Setosa", " setosa"])
-def test_class_that_is_written_differently_is_an_alarm(known, usual, name):
+@pytest.mark.parametrize("name", ["SETOSA ", "pumila"])
+def test_class_that_the_model_does_not_know_is_an_alarm(known, usual, name):
     """Attack 10."""
     judgement = judge(known, usual.replace({TARGET: {"setosa": name}}))
     assert judgement.verdict == Verdict.LABELS
     assert f"the model does not know the class {name!r}" in judgement.reasons
-
-
-def test_new_class_is_an_alarm(known, usual):
-    usual.loc[0, TARGET] = "pumila"
-    judgement = judge(known, usual)
-    assert judgement.verdict == Verdict.LABELS
-    assert judgement.reasons == ("the model does not know the class 'pumila'",)
 
 
 def test_class_that_has_vanished_is_an_alarm(known, usual):
@@ -273,20 +257,10 @@ def test_expected_accuracy_is_that_of_cross_validation_on_the_rows_learned_from(
     assert known.expected.rows == 75
 
 
-def test_target_is_the_column_that_the_model_is_not_asked_with(known):
-    assert (known.target, known.features) == (TARGET, FEATURES)
-
-
 def test_training_data_with_more_than_one_target_is_refused(tmp_path):
     version = version_of(tmp_path, None, ROWS)
     ROWS.assign(kind=1).to_parquet(version.training_rows)
     with pytest.raises(ValueError, match=r"models:/iris/1 must have one target, got \['species', 'kind'\]"):
-        load_reference(version)
-
-
-def test_version_without_training_data_is_refused_with_the_command_that_adds_it(tmp_path):
-    version = dataclasses.replace(version_of(tmp_path, None, ROWS), training_rows=None)
-    with pytest.raises(ValueError, match="Add it: lifecycle sign models:/iris/1 --training-data FILE"):
         load_reference(version)
 
 
@@ -413,15 +387,14 @@ def test_label_of_a_regression_that_is_no_number_is_refused(expected_length, lat
         judge(expected_length, later.assign(**{FEATURES[2]: "long"}))
 
 
-@pytest.mark.parametrize("kind", [np.random.Generator.exponential, np.random.Generator.lognormal])
-def test_skewed_errors_raise_no_false_alarms(expected_length, kind):
+def test_skewed_errors_raise_no_false_alarms(expected_length):
     # given errors with a long tail, as before
     raised = 0
     for seed in range(200):
         generator = np.random.default_rng(seed)
         reference = dataclasses.replace(expected_length)
-        reference.__dict__["errors"] = kind(generator, size=75)
-        raised += _is_worse(reference, kind(generator, size=20), Limits())
+        reference.__dict__["errors"] = generator.lognormal(size=75)
+        raised += _is_worse(reference, generator.lognormal(size=20), Limits())
     assert raised <= stats.binom.ppf(0.999, 200, LEVEL)
 
 

@@ -14,12 +14,10 @@ LOOSE = {
     "range": "scikit-learn>=1.9",
     "wildcard": "scikit-learn==1.*",
     "two conditions": "scikit-learn==1.2,!=1.2.1",
-    "compatible": "scikit-learn~=1.9",
     "address": "scikit-learn @ https://user:hunter2@example.org/x==1.whl",
     "bare address": "https://user:hunter2@example.org/x==1.whl",
     "option": "--index-url https://user:hunter2@example.org/simple",
     "another file": "-r other.txt",
-    "single equals": "scikit-learn = 1.9",
 }
 
 

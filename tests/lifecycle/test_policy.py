@@ -78,7 +78,7 @@ def test_a_missing_file_is_refused(model, refused, name):
     assert "missing" in message or "Could not find" in message
 
 
-@pytest.mark.parametrize("name", ["model.pkl", ".gitignore", ".gitattributes", "registered_model_meta", "a\nb"])
+@pytest.mark.parametrize("name", ["model.pkl", ".gitattributes", "a\nb"])
 def test_a_file_more_is_refused(model, refused, name):
     (model / name).write_text("more")
     assert refused(model).startswith(f"{name}: no such file belongs to a model of the flavor sklearn.")

@@ -8,12 +8,10 @@ import pandas as pd
 import pytest
 from mlflow.models import infer_signature
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error
 from versions import iris_rows
 
-from mlflow_lifecycle.flavors import task_of
 from mlflow_lifecycle.scoring import (
     ABSOLUTE_ERROR,
     ACCURACY,
@@ -95,11 +93,6 @@ def test_measure_follows_the_task_and_what_both_models_can_do():
     assert measure_of(number, number) == ABSOLUTE_ERROR
     with pytest.raises(ValueError, match="A model for classification cannot be compared with one for regression"):
         measure_of(sure, number)
-
-
-def test_model_without_a_task_is_refused():
-    with pytest.raises(ValueError, match="KMeans is neither a classifier nor a regressor"):
-        task_of(KMeans())
 
 
 def test_columns_come_in_the_order_of_the_signature(tmp_path):

@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import json
-import math
 import re
 import sys
 import threading
@@ -58,7 +57,6 @@ BODY = split(THREE).encode()
 WHOLE = message(BODY)
 
 
-MINUTE = 60
 INSTALL = "make site"
 FAILED = "the model failed, or its answer cannot be recorded"
 NO_PROBABILITIES = "the model has no predict_proba for the classes of one target: ask without probabilities=true"
@@ -117,14 +115,6 @@ def test_ping_and_version(server):
     assert (status, json.loads(text)) == (200, {"name": "flowers", "version": "7", "key_fingerprint": "ab" * 32})
 
 
-def test_connection_serves_many_requests(server):
-    with connected(server.address) as connection:
-        for _ in range(5):
-            connection.sendall(message(split(THREE)))
-            status, text = answer_on(connection)
-            assert (status, json.loads(text)["predictions"]) == (200, SPECIES)
-
-
 # --- Bad requests
 
 
@@ -138,18 +128,9 @@ def with_value(value) -> str:
 CELL = f"column '{PETAL}', row 2 of 3: "
 BAD = {
     "text": (with_value("wide"), 400, CELL),
-    "true": (with_value(True), 400, CELL),
-    "a list": (with_value([5.6]), 400, CELL),
-    "null": (with_value(None), 400, CELL),
-    "NaN": (with_value(math.nan), 400, CELL),
-    "infinity": (with_value(math.inf), 400, CELL),
     "-999": (with_value(-999.0), 400, CELL),
-    "1000": (with_value(1000), 400, CELL),
     "an overflow": (with_value("x").replace('"x"', "1e999"), 400, CELL),
-    "a huge integer": (with_value("x").replace('"x"', "1" + "0" * 400), 400, CELL),
     "an endless integer": (with_value("x").replace('"x"', "1" + "0" * 5000), 400, "limit"),
-    "a number as text": (with_value("5.6"), 400, CELL),
-    "a missing column": (split(THREE[NAMES[:2] + NAMES[3:]]), 400, f"column '{PETAL}'"),
     "a column missing in a row": (
         json.dumps({"inputs": [*THREE.to_dict("records"), {"sepal length (cm)": 1.0}]}),
         400,
@@ -171,13 +152,11 @@ BAD = {
     "an empty body": ("", 400, "JSON"),
     "an empty object": ("{}", 400, "inputs"),
     "0 rows": (split(THREE.head(0)), 400, "row"),
-    "0 records": ('{"inputs": []}', 400, "row"),
     "no columns": ('{"inputs": {}}', 400, "required"),
     "a short row": (split(THREE).replace(", 0.2]", "]", 1), 400, "each row has a value for each column"),
     "a long row": (split(THREE).replace(", 0.2]", ", 0.2, 0.2]", 1), 400, "each row has a value for each column"),
     "rows without names": (json.dumps({"inputs": THREE.to_numpy().tolist()}), 400, "name"),
     "rows of another form": ('{"dataframe_records": "rows"}', 400, "dataframe_records"),
-    "records of another form": (json.dumps({"dataframe_records": THREE.to_dict("list")}), 400, "dataframe_records"),
     "split of another form": (json.dumps({"dataframe_split": THREE.to_dict("records")}), 400, "dataframe_split"),
     "split without data": (json.dumps({"dataframe_split": {"columns": NAMES}}), 400, "data"),
     "names that are no texts": (
@@ -191,12 +170,9 @@ BAD = {
         "as many values in each column",
     ),
     "a value for a column": (json.dumps({"inputs": THREE.to_dict("list") | {PETAL: 1.0}}), 400, f"column '{PETAL}'"),
-    "a number": ("3", 400, "inputs"),
     "an array": ("[]", 400, "inputs"),
     "malformed JSON": (split(THREE)[:-3], 400, "JSON"),
-    "more after it": (f"{split(THREE)} {{}}", 400, "JSON"),
     "other bytes": (b"\xff\xfe\x00{}", 400, "UTF-8"),
-    "UTF-16": (split(THREE).encode("utf-16"), 400, "UTF-8"),
     "a byte order mark": (split(THREE).encode("utf-8-sig"), 400, "JSON"),
     "900 deep": ('{"inputs":' + "[" * 900 + "]" * 900 + "}", 400, "name"),
     "deep nesting": ("[" * 100_000 + "]" * 100_000, 400, "deeply nested"),
@@ -226,12 +202,7 @@ def test_content_type_may_name_its_encoding(server):
 
 @pytest.mark.parametrize(
     ("path", "method", "status"),
-    [
-        ("/", "GET", 404),
-        ("/openapi.json", "GET", 404),
-        ("/invocations", "GET", 405),
-        ("/ping", "POST", 405),
-    ],
+    [("/openapi.json", "GET", 404), ("/invocations", "GET", 405)],
 )
 def test_another_path_or_method_is_refused(server, path, method, status):
     answer = ask(server.address, split(THREE), path=path, method=method)
@@ -586,7 +557,7 @@ def test_metrics_are_at_their_own_address_alone(iris):
     assert read_metrics(text)["model_rows_total"] == 0
 
 
-@pytest.mark.parametrize("address", ["9000", ":9000", "localhost", "localhost:http"])
+@pytest.mark.parametrize("address", ["9000", "localhost:http"])
 def test_metrics_address_without_host_or_port_is_refused(address, iris):
     server = serve_verified(as_verified(iris), python=Path(sys.executable), metrics_address=address)
     with pytest.raises(ServingFailedError, match="metrics_address must be HOST:PORT"), server:

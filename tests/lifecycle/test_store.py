@@ -166,7 +166,6 @@ def test_nothing_is_prepared_for_a_server_or_a_store_that_cannot_be_read(uri, tm
     "statements",
     [
         ["CREATE TABLE experiments (experiment_id INTEGER)", "CREATE TABLE runs (run_uuid TEXT)"],
-        ["CREATE TABLE alembic_version (version_num TEXT)", "CREATE TABLE experiments (experiment_id INTEGER)"],
         [
             "CREATE TABLE alembic_version (version_num TEXT)",
             "INSERT INTO alembic_version VALUES ('451aebb31d03')",
@@ -174,7 +173,7 @@ def test_nothing_is_prepared_for_a_server_or_a_store_that_cannot_be_read(uri, tm
         ],
         [],
     ],
-    ids=["no alembic_version", "empty alembic_version", "migrations begun", "empty file"],
+    ids=["no alembic_version", "migrations begun", "empty file"],
 )
 def test_half_made_store_is_moved_aside_and_replaced(statements, tmp_path, empty_store, monkeypatch):
     # given a file that a killed process left
@@ -366,7 +365,7 @@ def test_path_that_mlflow_misreads_is_refused_before_anything_is_written(name, t
     assert names(tmp_path) == [name] and names(folder) == []
 
 
-@pytest.mark.parametrize("name", ["a b", "ä", "a#b", "a'b"])
+@pytest.mark.parametrize("name", ["a b ä", "a#b'c"])
 def test_other_paths_are_taken(name, empty_store, tmp_path):
     folder = tmp_path / name
     folder.mkdir()
@@ -433,14 +432,11 @@ def test_read_only_folder_and_full_disk_are_refused_and_nothing_is_left(mounted,
 @pytest.mark.parametrize(
     "text",
     [
-        "http://user:hunter2@host:5000: refused",
         "http://user:p@hunter2@host:5000: refused",
         "http://user:p/hunter2@host:5000: refused",
-        "http://user:p hunter2@host:5000: refused",
         "http://hunter2@host:5000: refused",
         "http://host:5000?token=hunter2: refused",
         "http://host:5000/a?b=c&password=hunter2&d=e: refused",
-        "http://host:5000?user=hunter2: refused",
         "postgresql+psycopg2://u:p@host:5000/db?password=hunter2",
         "postgresql+psycopg2://u:hunter2@host:5000/db?sslmode=require",
         "connection to host:5000 failed: user='hunter2' password=hunter2".replace("user='hunter2' ", ""),
@@ -602,38 +598,11 @@ def test_check_makes_no_store(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_check_finds_nothing_wrong_with_a_store_that_mlflow_filled_by_itself(store, tmp_path, monkeypatch):
-    # given an experiment whose place MLflow chose, as in the quickstart
-    monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(tracking_uri(tmp_path))
-    mlflow.set_experiment("an experiment")
-    mlflow.set_tracking_uri(None)
-    before = snapshot(tmp_path)
-    # then it can be used, and checking changes nothing
-    check_store(tmp_path)
-    assert snapshot(tmp_path) == before
-    open_experiment("an experiment", "What it is for.", tmp_path)
-
-
-def test_check_says_that_a_store_was_moved(store):
-    here, there = open_and_move(store, "notes.txt")
-    with pytest.raises(StoreUnusableError, match=f"its models were in {here}/mlruns") as error:
-        check_store(there)
-    assert error.value.remedy.startswith("Run lifecycle doctor --fix")
-
-
 def test_check_says_that_a_store_was_left_half_made(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         database.execute("CREATE TABLE experiments (experiment_id INTEGER)")
     with pytest.raises(StoreUnusableError, match="MLflow was interrupted while it made the tables"):
         check_store(tmp_path)
-
-
-def test_check_says_that_a_server_is_down(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:9")
-    with pytest.raises(StoreUnusableError, match=r"Start the server") as error:
-        check_store(tmp_path)
-    assert "hunter2" not in str(error.value)
 
 
 def test_secrets_are_looked_for_in_time_that_grows_with_the_text_alone():

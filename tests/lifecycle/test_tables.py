@@ -90,10 +90,6 @@ def test_groups_that_cannot_be_split_are_refused(columns, reason):
         check_table(with_values(**columns), "kind", group="who")
 
 
-def test_enough_groups_are_taken():
-    check_table(with_values(who=np.arange(40) // 2), "kind", group="who")
-
-
 def test_columns_that_are_almost_unique_are_found():
     # given an id, a date read as text, numbers with a decimal comma, and two columns that are not unique
     rows = with_values(

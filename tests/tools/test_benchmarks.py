@@ -52,23 +52,6 @@ def test_ways_to_search_that_are_measured_run_the_same_trials(monkeypatch, tmp_p
     assert tried["untracked"] == tried["tracked"] == tried["storage"]
 
 
-def test_objective_that_is_measured_is_that_of_guide_03():
-    # given the calls in both
-    notebook = nbformat.read(ROOT / "guides/03_search_and_evaluate.ipynb", as_version=4)
-    guide = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    benchmark = (ROOT / "benchmarks/search.py").read_text(encoding="utf-8")
-    # then they suggest the same parameters, to the same solver, by the same score
-    for part in (
-        '"C": trial.suggest_float("C", 1e-2, 1e3, log=True)',
-        '"l1_ratio": trial.suggest_float("l1_ratio", 0, 1)',
-        "10_000",
-        "StratifiedKFold(5, shuffle=True, random_state=",
-        'scoring="neg_log_loss"',
-    ):
-        assert part in guide
-        assert part in benchmark
-
-
 @pytest.mark.extended  # it takes long
 def test_servers_that_are_measured_give_the_same_answers(tmp_path):
     # given MLflow's server and ours, with the benchmark's model

@@ -143,8 +143,7 @@ def test_only_settings_of_the_network_and_the_cache_reach_pip_and_uv(project):
         ("lock", "UPGRADE"),
     ],
 )
-@pytest.mark.parametrize("given", ["as an argument", "as a variable"])
-def test_text_that_a_user_sets_is_not_executed(target, name, given, project):
+def test_text_that_a_user_sets_is_not_executed(target, name, project):
     # given a Python and a uv that do nothing, and a text that is a command for make and two for a shell
     for program in ("python", "uv"):
         (project / program).write_text("#!/bin/sh\n")
@@ -152,23 +151,11 @@ def test_text_that_a_user_sets_is_not_executed(target, name, given, project):
     text = "a$(shell touch made)$$(touch made)`touch made`;touch made;"
     # when
     command = ["make", target, "INSTALLED=", "DEVELOPMENT=", "BIN=."]
-    variables = environment(project)
-    if given == "as an argument":
-        command.append(f"{name}={text}")
-    else:
-        variables[name] = text
-    process = finished(command, project, variables, limit=30)
-    # then
-    assert process.returncode == 0, process.stderr
+    for arguments, variables in (([f"{name}={text}"], {}), ([], {name: text})):
+        process = finished([*command, *arguments], project, environment(project, **variables), limit=30)
+        # then
+        assert process.returncode == 0, process.stderr
     assert not (project / "made").exists()
-
-
-def test_help_lists_the_commands_in_two_groups(project):
-    lines = finished(["make", "help"], project, environment(project), limit=30).stdout.splitlines()
-    names = [line.split()[1] if line.startswith("  make ") else line for line in lines]
-    mine, ours = names.index("Use the project:"), names.index("Work on the project:")
-    assert {"run", "lab", "ui"} <= set(names[mine:ours])
-    assert {"notebooks", "lock", "lint"} <= set(names[ours:])
 
 
 def test_half_made_environment_is_made_anew_from_nothing(project):

@@ -94,12 +94,6 @@ def test_what_only_some_tests_need_is_not_in_the_lock_below(package, lock):
     assert package in versions(lock)
 
 
-def test_server_lock_has_no_notebook_or_test_tool():
-    names = set(versions(SERVER))
-    assert {"mlflow", "flask-wtf", "psycopg2-binary"} <= names
-    assert names.isdisjoint({"pytest", "nbval", "ipykernel", "nbconvert", "optuna"})
-
-
 def test_direct_versions_stand_only_in_pyproject():
     # given all files of the repository, and the packages that pyproject.toml names
     files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split()

@@ -50,10 +50,6 @@ def differences(reproduce, notebook: nbformat.NotebookNode, other: nbformat.Note
     return [name for names in found.values() for name in names]
 
 
-def test_equal_executions_do_not_differ(reproduce):
-    assert differences(reproduce, executed(), executed()) == []
-
-
 def test_order_of_the_two_streams_is_no_difference(reproduce):
     # given a cell that prints to both, of which one came first here and the other one there
     notebook, other = executed(), executed()
@@ -72,13 +68,6 @@ def test_altered_pixel_is_found(reproduce):
     # given one pixel of 400, by one step of 255
     other = executed(image=picture(0.5 + 1 / 255))
     # then
-    assert differences(reproduce, executed(), other) == ["cell 1, output 2, image/png"]
-
-
-def test_picture_of_another_size_is_found(reproduce):
-    pixels = io.BytesIO()
-    plt.imsave(pixels, np.full((20, 21), 0.5), cmap="gray", vmin=0, vmax=1)
-    other = executed(image=base64.b64encode(pixels.getvalue()).decode())
     assert differences(reproduce, executed(), other) == ["cell 1, output 2, image/png"]
 
 
@@ -140,15 +129,6 @@ def test_unset_bytes_between_the_fields_of_a_table_do_not_count(reproduce):
     assert reproduce.digest(array) == reproduce.digest(other)
     other["threshold"][1] = 0.25
     assert reproduce.digest(array) != reproduce.digest(other)
-
-
-def test_altered_prediction_is_found(reproduce):
-    probabilities = np.array([[0.2, 0.8], [0.5, 0.5]])
-    classes = np.array(["yes", "no"], dtype=object)
-    digest = reproduce.digest([classes, probabilities])
-    assert reproduce.digest([classes.copy(), probabilities.copy()]) == digest
-    assert reproduce.digest([classes, np.nextafter(probabilities, 1)]) != digest
-    assert reproduce.digest([classes[::-1], probabilities]) != digest
 
 
 def test_rows_to_predict_are_always_the_same_and_not_just_the_example(reproduce):

@@ -114,10 +114,6 @@ def test_links_of_a_page_lead_to_pages_and_files_that_exist(pages):
     }
 
 
-def test_linked_notebook_that_is_not_executed_gets_a_page_with_its_stored_outputs(pages):
-    assert "from before" in (pages[0] / "some/pages/c.html").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize(("page_time", "is_kept"), [(200, True), (50, False)])
 def test_page_of_a_linked_notebook_is_kept_if_it_is_newer(tool, tmp_path, page_time, is_kept):
     # given a chain of notebooks, and a page of the last one
@@ -131,11 +127,6 @@ def test_page_of_a_linked_notebook_is_kept_if_it_is_newer(tool, tmp_path, page_t
     # then there is a page of each, and the one that was there is kept if it is newer than its notebook
     assert {path.name for path in tmp_path.glob("*.html")} == {"b.html", "c.html"}
     assert ((tmp_path / "c.html").read_text(encoding="utf-8") == "old page") == is_kept
-
-
-def test_several_notebooks_end_with_where_their_pages_are(pages):
-    end = "The executed guides are in some/pages/, their runs and models in the MLflow interface: make ui"
-    assert pages[1].splitlines()[2:] == [end]
 
 
 @pytest.mark.extended  # it takes long
@@ -265,10 +256,8 @@ def test_failed_notebook_can_clean_up_before_its_kernel_ends(failed):
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("", "KeyError"),
         ("a cause\nand a remedy\n", "KeyError: a cause\n  and a remedy"),
         ("first\n\nsecond\nthird\nlast\n", "KeyError: first\n  ...\n  last"),
-        ("x" * 2900, "KeyError: " + "x" * 2900),
         ("x" * 5000, "KeyError: " + "x" * 2990 + "..."),
     ],
 )
@@ -370,27 +359,6 @@ def test_runs_are_tagged_with_their_source_and_its_commit(tmp_path, empty_store)
     assert finished_run.data.tags["mlflow.source.git.commit"] == git(work, "rev-parse", "HEAD")
 
 
-def test_commit_is_marked_where_files_were_changed_since(tool, tmp_path):
-    # given a notebook that was changed after the commit
-    path = write(tmp_path / "small.ipynb", Title="1")
-    commit_all(tmp_path)
-    write(path, Title="2")
-    # when the tags for its runs are made
-    tags = json.loads(tool.kernel_environment(path)["MLFLOW_RUN_CONTEXT"])
-    # then the commit is marked
-    assert tags["mlflow.source.git.commit"] == git(tmp_path, "rev-parse", "HEAD") + "-dirty"
-
-
-def test_commit_is_left_out_where_there_is_no_repository(tool, tmp_path, monkeypatch):
-    # given a notebook outside of any repository
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    path = write(tmp_path / "small.ipynb", Title="1")
-    # when the tags for its runs are made
-    tags = json.loads(tool.kernel_environment(path)["MLFLOW_RUN_CONTEXT"])
-    # then they have just its name
-    assert tags == {"mlflow.source.name": "small.ipynb"}
-
-
 def test_run_tags_of_the_user_win(tool, tmp_path, monkeypatch):
     # given run tags that the user has set
     monkeypatch.setenv("MLFLOW_RUN_CONTEXT", '{"team": "a", "mlflow.source.name": "mine"}')
@@ -402,7 +370,7 @@ def test_run_tags_of_the_user_win(tool, tmp_path, monkeypatch):
     assert tags == {"team": "a", "mlflow.source.name": "mine", "mlflow.source.git.commit": commit}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "1"])
+@pytest.mark.parametrize("text", ["{", "[1]"])
 def test_run_tags_that_are_none_stay_for_mlflow_to_report(text, tool, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_CONTEXT", text)
     assert tool.kernel_environment(tmp_path / "small.ipynb")["MLFLOW_RUN_CONTEXT"] == text
