@@ -273,6 +273,11 @@ def test_failed_trials_of_a_killed_search_count_and_their_error_is_said(experime
     assert len(searches(experiment_id)) == 1
 
 
+def test_search_of_one_trial_has_its_score(experiment_id):
+    study, parent = run(experiment_id, parabola, trials=1)
+    assert parent.data.metrics == {METRIC: study.trials[0].value, "trials": 1}
+
+
 def test_search_without_a_trial_is_refused_before_anything_is_logged(experiment_id):
     with pytest.raises(ValueError, match="trials must be at least 1"):
         run(experiment_id, trials=0)
