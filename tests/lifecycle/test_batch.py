@@ -285,6 +285,14 @@ def test_version_that_another_key_signed_is_refused_before_anything_is_logged(ur
     assert len(mlflow.search_runs(search_all_experiments=True)) == runs
 
 
+def test_alias_that_was_moved_to_a_candidate_is_not_scored(uri, tmp_path):
+    # given an alias on a version that was never released
+    mlflow.MlflowClient().set_registered_model_alias("iris", "champion", "1")
+    # then
+    with pytest.raises(NotVerifiedError, match="There is no release as champion"):
+        batch.score("models:/iris@champion", "data", str(tmp_path / "scored"), public_key=own_public_key())
+
+
 def test_command_scores_a_data_set(uri, folder, flowers, tmp_path):
     with contextlib.chdir(folder):
         options = ["--data", "data", "--output", str(tmp_path / "output"), "--this-environment", "--json"]

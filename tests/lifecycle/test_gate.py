@@ -148,6 +148,7 @@ def test_class_that_the_baseline_does_not_know_counts_against_it(judge, good, ve
     ("thresholds", "result", "text"),
     [
         ({"accuracy_score": 0.8}, "passed", "accuracy_score 0.9667 (95 % interval 0.8333 to 0.9941), at least 0.8"),
+        ({"accuracy_score": 0.999}, "failed", "accuracy_score 0.9667 (95 % interval 0.8333 to 0.9941), at least 0.999"),
         ({"log_loss": 0.2}, "passed", "log_loss 0.1589, at most 0.2"),
         ({"accuracy_score": 0.8, "log_loss": 0.1}, "failed", "at least 0.8; log_loss"),
         ({"accuracy": 0.5}, "failed", "accuracy is not among: accuracy_score, "),

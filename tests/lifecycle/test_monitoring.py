@@ -264,6 +264,12 @@ def test_training_data_with_more_than_one_target_is_refused(tmp_path):
         load_reference(version)
 
 
+def test_version_without_training_data_is_refused_with_the_command_that_adds_it(tmp_path):
+    version = dataclasses.replace(version_of(tmp_path, None, ROWS), training_rows=None)
+    with pytest.raises(ValueError, match="Add it: lifecycle sign models:/iris/1 --training-data FILE"):
+        load_reference(version)
+
+
 def test_gaps_in_text_are_those_that_the_model_learned(tmp_path):
     # given a model that learned from a text with gaps, as read_csv reads them
     rows = pd.DataFrame({"group": np.array(["a", "b", np.nan] * 20, dtype=object), "kind": ["x", "y", "x"] * 20})

@@ -372,3 +372,16 @@ def test_card_says_what_was_signed_whatever_the_run_says_later(folder):
     with verified("models:/iris@production", own_public_key()) as copy:
         facts = json.loads((copy.folder.parent / "model_card.json").read_text())
     assert (facts["git_commit"], facts["metrics"], facts["parameters"]) == ("not recorded", {}, {})
+
+
+def test_card_was_signed_and_belongs_to_its_release(twice):
+    made = history("iris")[0]
+    run_id = mlflow.MlflowClient().get_model_version("iris", 2).run_id
+    place = f"signed/iris/2/production@{re.sub('[:.]', '', made.released_at)}"
+    facts = mlflow.artifacts.load_dict(f"runs:/{run_id}/{place}/model_card.json")
+    assert facts["tested"]["checks"]["thresholds"].startswith("passed: accuracy_score ")
+    assert facts["run_id"] == run_id
+    folder_of_run = Path(mlflow.get_run(run_id).info.artifact_uri.removeprefix("file://"))
+    (folder_of_run / place / "model_card.json").write_text(json.dumps(facts | {"limits": "none"}))
+    with pytest.raises(NotVerifiedError, match=r"Hash mismatch for model_card\.json"):
+        production(twice)

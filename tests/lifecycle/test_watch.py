@@ -112,3 +112,10 @@ def test_version_that_was_changed_in_the_store_is_not_loaded(watched, usual, sto
     # then
     assert status == 1
     assert "It is not what was signed" in printed
+
+
+def test_alias_that_was_moved_without_a_release_is_not_watched(watched, usual):
+    mlflow.MlflowClient().set_registered_model_alias(NAME, "champion", "1")
+    status, printed = watched(usual, uri=f"models:/{NAME}@champion")
+    assert status == 1
+    assert "no release as champion" in printed

@@ -120,6 +120,17 @@ def test_metrics_are_those_of_the_registered_model_on_the_rows_held_back(client,
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
+def test_scores_of_cross_validation_are_those_of_the_logged_folds(runs, name):
+    run = runs[name]
+    folds = logged_table(run, "fold_scores.json")
+    assert list(folds) == ["repeat", "fold", *MEASURES]
+    assert len(folds) == 15
+    for measure in MEASURES:
+        assert run.data.metrics[f"cv_{measure}"] == pytest.approx(folds[measure].mean())
+    assert 0.5 < run.data.metrics["cv_accuracy"] < 1
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_model_has_its_test_scores_and_none_of_cross_validation(client, runs, name):
     model = client.get_logged_model(runs[name].outputs.model_outputs[0].model_id)
     measured_on = {metric.key: metric.dataset_name for metric in model.metrics}

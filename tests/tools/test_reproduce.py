@@ -131,6 +131,15 @@ def test_unset_bytes_between_the_fields_of_a_table_do_not_count(reproduce):
     assert reproduce.digest(array) != reproduce.digest(other)
 
 
+def test_altered_prediction_is_found(reproduce):
+    probabilities = np.array([[0.2, 0.8], [0.5, 0.5]])
+    classes = np.array(["yes", "no"], dtype=object)
+    digest = reproduce.digest([classes, probabilities])
+    assert reproduce.digest([classes.copy(), probabilities.copy()]) == digest
+    assert reproduce.digest([classes, np.nextafter(probabilities, 1)]) != digest
+    assert reproduce.digest([classes[::-1], probabilities]) != digest
+
+
 def test_rows_to_predict_are_always_the_same_and_not_just_the_example(reproduce):
     example = pd.DataFrame({"size": [1.0, 2.0, np.nan], "count": [1, 2, 3], "colour": ["red", "blue", "red"]})
     rows = reproduce.many_rows(example)

@@ -185,6 +185,3 @@ CUT_OFF = """
   return true;
 }).map(element => element.outerHTML.slice(0, 100))
 """
-
-
-# How bright the page's ground and its text are, from 0 to 1.
