@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/scale.py [--rows 10000 ... 10000000] [--rounds 3] [--trials 60] [--only spark|search]
 
-Scoring. The guide's data set, in files of 250,000 rows, is scored and written by a process that does it itself, a
+Scoring. The guide's dataset, in files of 250,000 rows, is scored and written by a process that does it itself, a
 part at a time with pyarrow, and by one that asks Spark, on one and on two cores, with the environment of this
 process. Two models: one like the guide's, and a forest of 300 trees. A round runs the ways in turn; a ratio is formed
 within a round, and its median over the rounds is the figure. Spark's start and its first job, which starts its Python

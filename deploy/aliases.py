@@ -1,4 +1,4 @@
-"""Aliases that hold: the server moves a protected alias only to a release, and keeps what it points to.
+"""Protected aliases: the server moves a protected alias only to a release, and keeps what it points to.
 
 In MLflow, anybody who may change a registered model moves each of its aliases by hand (mlflow#24742, #7762), and
 nothing records it (mlflow#2169). PROTECTED_ALIASES names aliases, separated by commas. Such an alias moves only to a

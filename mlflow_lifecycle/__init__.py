@@ -10,6 +10,7 @@ import importlib
 # takes seconds to import.
 MODULES = {
     "audit": ("audit_model", "audit_pins"),
+    "batch": ("score",),
     "comparison": (
         "Interval",
         "calibration_table",

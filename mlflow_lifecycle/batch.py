@@ -1,4 +1,4 @@
-"""Score a Parquet data set with a verified version, in the environment that it recorded.
+"""Score a Parquet dataset with a verified version, in the environment that it recorded.
 
 MLflow scores a file in memory, or columns by ``spark_udf``. Neither looks at the rows first: a
 wrong type ends the work in the middle, and missing values or a key that is there twice may go
@@ -68,7 +68,7 @@ def score(
     trusted_types: tuple[str, ...] = (),
     own_environment: bool = True,
 ) -> Scored:
-    """Score the Parquet data set ``data``, and log a run in the active experiment.
+    """Score the Parquet dataset ``data``, and log a run in the active experiment.
 
     Columns and types are checked before the rows, and values as the rows are scored. If a row
     cannot be scored, there is no output.
@@ -134,7 +134,7 @@ def build_with_pyarrow(version: Verified, scratch: Path) -> Path:
 
 
 def score_here(python: Path, data: str, output: str, model: str, key: str) -> tuple[int, str]:
-    """Score a data set in a process of ``python``, and return the rows and a digest of the files.
+    """Score a dataset in a process of ``python``, and return the rows and a digest of the files.
 
     Raises:
         InvalidInputError: rows cannot be scored.
@@ -161,7 +161,7 @@ def score_here(python: Path, data: str, output: str, model: str, key: str) -> tu
 def score_on_spark(
     spark: "SparkSession", data: str, output: str, model: str, key: str
 ) -> tuple[int, str]:
-    """Score a data set on Spark, and return the rows and a digest that ignores their order.
+    """Score a dataset on Spark, and return the rows and a digest that ignores their order.
 
     Raises:
         InvalidInputError: rows cannot be scored.

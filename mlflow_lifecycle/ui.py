@@ -51,7 +51,7 @@ def find_links(address: str) -> list[str]:
         compared = urlencode({"name": json.dumps(name), "runs": json.dumps(runs)}, quote_via=quote)
         links.insert(0, f"{address}/#/compare-model-versions?{compared}&{MODE}")
         addresses = [shlex.quote(f"models:/{name}/{number}") for number in runs]
-        links.insert(1, f"lifecycle compare {' '.join(addresses)}")
+        links.insert(1, f"For signed versions: lifecycle compare {' '.join(addresses)}")
     return links
 
 

@@ -17,7 +17,7 @@ from mlflow_lifecycle.cli.options import (
 )
 
 
-@click.command(short_help="Sign a version as the store holds it now.")
+@click.command(short_help="Sign a registered version.")
 @click.argument("uri")
 @click.option(
     "--training-data", type=FILE, help="The training rows, CSV or Parquet, target included."
@@ -40,7 +40,7 @@ def sign(
     trusted_types: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Sign the version at URI, which plain MLflow has logged, as the store holds it now.
+    """Sign the version at URI in its present state. Use it for versions that plain MLflow logged.
 
     The model is checked, and not loaded. The training data is signed with it.
 
@@ -60,7 +60,7 @@ def sign(
     )
     address = f"models:/{statement.registered_model}/{statement.version}"
     what = f"Version {statement.version} of {statement.registered_model}"
-    lines = [f"{what} is signed as the store holds it now, as a {statement.purpose}."]
+    lines = [f"{what} is signed in its present state, as a {statement.purpose}."]
     if not statement.training_rows:
         command = f"lifecycle sign {address} --training-data FILE"
         lines.append(f"No training data was signed. Add it: {command}")

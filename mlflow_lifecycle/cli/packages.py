@@ -47,8 +47,8 @@ def audit(
 ) -> None:
     """Look for known vulnerabilities in the packages of each version of NAME with an alias.
 
-    The exit status is 0 if there is none, 1 if there is one, and 2 if the packages of a version
-    were not looked up. OSV does not know packages that are not on PyPI.
+    The exit status is 0 if none is known, 1 if there is one or the command fails, and 2 if the
+    packages of a version were not looked up. OSV does not know packages that are not on PyPI.
 
     Example: lifecycle audit tracking_quick_start --database all.zip
     """

@@ -130,7 +130,8 @@ def describe(release: "Release") -> str:
     """Return a release as a line."""
     what = f"{release.kind} of {release.registered_model}"
     if release.status != "FINISHED":
-        return f"not finished: {what}, version {release.version} as {release.alias}"
+        status = release.status.lower()  # failed, killed or running
+        return f"{status}: {what}, version {release.version} as {release.alias}"
     moment = release.released_at[:19].replace("T", " ")
     before = f", {release.before} was" if release.before else ""
     is_alias = f"version {release.version} is {release.alias}{before}"
@@ -140,7 +141,12 @@ def describe(release: "Release") -> str:
 @click.command(short_help="Check a version as a release would.")
 @click.argument("uri")
 @gate_options
-@ALIAS
+@click.option(
+    "--alias",
+    default="production",
+    show_default=True,
+    help="The alias whose version is the baseline.",
+)
 @PUBLIC_KEY
 @TYPES
 @JSON

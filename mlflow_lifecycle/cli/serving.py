@@ -231,11 +231,17 @@ def _rename_target(table: "pd.DataFrame", target: str, known: str) -> "pd.DataFr
     return table.rename(columns={target: known})
 
 
-@click.command(short_help="Score a Parquet data set.")
+@click.command(short_help="Score a Parquet dataset.")
 @click.argument("uri")
 @click.option("--data", required=True, metavar="DIR", help="A Parquet file or a folder of them.")
 @click.option("--output", required=True, metavar="DIR", help="The predictions; must not exist.")
-@click.option("--key", default="id", show_default=True, help="The column of unique integers.")
+@click.option(
+    "--key",
+    default="id",
+    show_default=True,
+    metavar="COLUMN",
+    help="The column with the integer key of each row.",
+)
 @click.option("--engine", type=click.Choice(["local", "spark"]), default="local", show_default=True)
 @click.option("--master", default="local[*]", show_default=True, help="Spark's address.")
 @PUBLIC_KEY
@@ -254,7 +260,7 @@ def score(
     this_environment: bool,
     as_json: bool,
 ) -> None:
-    """Score a Parquet data set with the version at URI, in the environment that it recorded.
+    """Score a Parquet dataset with the version at URI, in the environment that it recorded.
 
     The engine local is one process on this machine. The engine spark is for data on a cluster.
     The run is logged in the experiment scoring.

@@ -107,13 +107,13 @@ def make_card(facts: dict) -> "Card":
         f"By mlflow.models.evaluate, on {tested['on']}. Difference from the baseline, the version "
         f"that it replaced, in the score of a row: {tested['against_baseline']}."
     )
-    metrics = f"As the run {facts['run_id']} held them when the version was signed."
+    metrics = f"Metrics of the run {facts['run_id']} when the version was signed."
     sections = (
         ("Scores at the gate", scores, ("metric", "value"), tested["metrics"].items()),
         ("Checks of the gate", None, ("check", "result"), tested["checks"].items()),
         ("Metrics of the run", metrics, ("metric", "value"), facts["metrics"].items()),
         ("Parameters of the run", None, ("parameter", "value"), facts["parameters"].items()),
-        ("Data", None, ("data set", "digest"), facts["data"].items()),
+        ("Data", None, ("dataset", "digest"), facts["data"].items()),
         ("Signature", None, ("side", "column", "type"), columns),
         ("Origin", None, ("fact", "value"), origin),
         ("Packages", None, ("package",), packages),

@@ -356,7 +356,7 @@ def check_fresh_environment(context: GateContext) -> CheckResult:
     if any(check.result == FAILED for check in context.results):
         return CheckResult(ENVIRONMENT, UNCHECKED, "another check failed")
     if not context.settings.rebuild:
-        return CheckResult(ENVIRONMENT, UNCHECKED, "no environment was built, as was asked for")
+        return CheckResult(ENVIRONMENT, UNCHECKED, "skipped on request")
     candidate = context.candidate
     here = predict(context.model, context.features)
     requirements = candidate.folder / "requirements.txt"

@@ -356,9 +356,8 @@ def _version_before(name: str, alias: str, present: str) -> str:
     for item in history(name, alias):
         if item.version == present and item.released_at and item.before:
             return item.before
-    version = present or "(none)"
     raise InvalidInputError(
-        f"There is nothing to go back to: no release of {name} came before version {version}."
+        f"There is no earlier release of {name} to roll back to. See: lifecycle history {name}"
     )
 
 

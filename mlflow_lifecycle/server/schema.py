@@ -162,7 +162,7 @@ def read_table(body: bytearray) -> Table | list[dict]:
     except ValueError as error:
         raise HTTPException(400, f"the body is not valid UTF-8 JSON: {error}") from None
     except RecursionError:  # whose text depends on the version of Python
-        raise HTTPException(400, "the body must not be so deeply nested") from None
+        raise HTTPException(400, "the body is nested too deeply") from None
     if not isinstance(payload, dict) or len(payload) != 1:
         raise HTTPException(400, FORMS)
     match payload.popitem():

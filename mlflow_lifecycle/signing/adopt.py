@@ -1,8 +1,8 @@
 """Sign versions that are registered already.
 
 ``mlflow.sklearn.log_model(..., registered_model_name=...)`` uploads a model before anyone can sign
-it, so what the store holds now is signed here. A training job that must not trust the store signs
-what it has saved itself, with ``register_candidate``.
+it, so its present state in the store is signed here. A training job that must not trust the store
+signs what it has saved itself, with ``register_candidate``.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def sign_version(
     training_data: pd.DataFrame | None = None,
     trusted_types: Collection[str] = (),
 ) -> Statement:
-    """Sign a version as the store holds it now, as a candidate.
+    """Sign a version in its present state in the store, as a candidate.
 
     The model is checked, and not loaded. A version that is signed already must verify. It is signed
     again only to add training data.

@@ -222,7 +222,7 @@ def _download_signed(
     )
     if statement != expected or evidence_place(statement) != place:
         raise InvalidInputError(
-            f"What was signed is the {statement.purpose} of version {statement.version} of "
+            f"The signature is for the {statement.purpose} of version {statement.version} of "
             f"{statement.registered_model}. Register the model again"
         )
     return statement
@@ -295,8 +295,9 @@ def _newest_evidence(
     address = f"models:/{version.name}/{version.version}"
     if purpose == "release":
         what = f"no release as {alias}" if alias else "no release"
+        option = f" --alias {alias}" if alias else ""
         raise InvalidInputError(
-            f"There is {what} of this version. Release it: lifecycle release {address}"
+            f"There is {what} of this version. Release it: lifecycle release {address}{option}"
         )
     raise InvalidInputError(
         f"There is no signature of this version. Sign it: lifecycle sign {address}"
@@ -315,7 +316,7 @@ def _download_evidence(evidence: ArtifactRepository, place: str, root: Path, key
     if key not in signed_by:
         others = ", ".join(signed_by) or "none"
         raise InvalidInputError(
-            f"The key {key} has not signed it (signed by: {others}). Use the key that did"
+            f"The key {key} has not signed it (signed by: {others}). Use the matching public key"
         )
     return folder / f"{key}.sig"
 

@@ -249,7 +249,7 @@ def test_moves_of_an_alias_are_shown_as_the_readme_says(containers):
         run = client.create_run(client.create_experiment("moved")).info
         client.create_model_version("moved", run.artifact_uri, run.run_id)
         client.set_registered_model_alias("moved", "champion", 1)
-    (command,) = readme_commands("Aliases that hold")
+    (command,) = readme_commands("Protected aliases")
     newest = containers.run(command).stdout.splitlines()[2]
     assert [value.strip() for value in newest.split("|")][1:] == ["ana", "moved", "champion", "", "1"]
 
@@ -311,7 +311,7 @@ def test_what_was_deleted_is_removed_as_the_readme_says(containers):
         client.log_text(run.run_id, "by ana", "notes.txt")
         client.delete_run(run.run_id)
     # when
-    (command,) = [line for line in readme_commands("What grows") if " gc " in line]
+    (command,) = [line for line in readme_commands("Disk usage and clean-up") if " gc " in line]
     containers.run(re.sub(r"--older-than=\w+", "--older-than=0d0h0m0s", command))
     # then run and file are gone
     with containers.client("ana") as client, pytest.raises(MlflowException, match=r"not found|403"):

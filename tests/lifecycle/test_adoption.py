@@ -169,7 +169,7 @@ def test_command_signs_and_says_the_next_one(folder, monkeypatch, tmp_path):
 
     assert f"There is no signature of this version. Sign it: lifecycle sign {PLAIN}" in run("verify", PLAIN)
     text = run("sign", PLAIN, "--lock", str(LOCK))
-    assert "Version 1 of plain is signed as the store holds it now, as a candidate.\n" in text
+    assert "Version 1 of plain is signed in its present state, as a candidate.\n" in text
     assert f"No training data was signed. Add it: lifecycle sign {PLAIN} --training-data FILE\n" in text
     assert text.endswith(f"Next: lifecycle verify {PLAIN}\n")
     assert "No training data was signed." in run("verify", PLAIN)

@@ -230,4 +230,4 @@ def test_requirements_and_files_that_agree_with_each_other_and_not_with_the_hash
     for name in ("requirements.txt", "conda.yaml", "python_env.yaml"):
         text = (model / name).read_text(encoding="utf-8")
         (model / name).write_text(text.replace("skops==", "skops==0."), encoding="utf-8")
-    assert refused(model).startswith("requirements.txt: its pins are not those whose hashes were kept.")
+    assert refused(model).startswith("requirements.txt: its pins differ from those in the signed list of hashes.")

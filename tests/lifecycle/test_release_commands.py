@@ -52,7 +52,7 @@ def test_gate_tells_each_check_and_changes_nothing_in_the_store(folder, run):
     before = contents(folder)
     text = run("gate", "models:/iris/2", *GATE)
     assert "\nbaseline: passed (log probability +0.4866 " in text
-    assert text.endswith("fresh environment: not checked (no environment was built, as was asked for)\n")
+    assert text.endswith("fresh environment: not checked (skipped on request)\n")
     assert contents(folder) == before
     assert {path.name for path in Path.cwd().iterdir()} == {"rows.csv"}
 
@@ -88,9 +88,9 @@ def test_release_and_rollback_print_a_line_and_are_listed(folder, run):
     assert json.loads(run("history", "iris", "--json"))[0] == made
 
 
-def test_release_that_was_refused_is_listed_as_not_finished(twice, run):
+def test_release_that_was_refused_is_listed_as_failed(twice, run):
     run("release", "models:/iris/3", *GATE, *CARD, status=1)
-    assert run("history", "iris").startswith("not finished: release of iris, version 3 as production\n")
+    assert run("history", "iris").startswith("failed: release of iris, version 3 as production\n")
 
 
 def test_model_that_was_never_released_is_said(folder, run):

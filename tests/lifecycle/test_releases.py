@@ -287,7 +287,7 @@ def test_rollback_goes_back_from_a_release_that_was_cut_off_after_the_alias(fold
 
 
 def test_first_release_has_nothing_to_go_back_to(folder):
-    with pytest.raises(ValueError, match="There is nothing to go back to"):
+    with pytest.raises(ValueError, match="There is no earlier release of iris to roll back to"):
         rollback("iris", key=own_key())
 
 

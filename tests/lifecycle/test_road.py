@@ -126,7 +126,7 @@ def project(request, installed, tmp_path_factory, kernel):
 def test_model_goes_the_whole_road_by_the_commands_of_the_readme(project):
     folder, words, run = project
     # sign, verify and check
-    assert "is signed as the store holds it now, as a candidate" in run("lifecycle sign models:/my_model/1")
+    assert "is signed in its present state, as a candidate" in run("lifecycle sign models:/my_model/1")
     assert "is as it was signed" in run("lifecycle verify")
     checks = run("lifecycle gate")
     assert "failed" not in checks and "not checked" not in checks

@@ -119,7 +119,7 @@ def test_links_come_last_when_the_server_answers(session, folder):
     runs = {version.version: version.run_id for version in versions}
     # then the links stand below everything that the server has printed
     *_, compared, command, model, _ = session.screen.splitlines()
-    assert command == "lifecycle compare models:/newer/2 models:/newer/3"
+    assert command == "For signed versions: lifecycle compare models:/newer/2 models:/newer/3"
     assert model == f"http://127.0.0.1:{session.port}/#/models/newer?{MODE}"
     assert session.screen.index("Security middleware enabled") < session.screen.index(compared)
     # and the comparison is that of versions 2 and 3
@@ -238,7 +238,7 @@ def test_server_that_runs_already_gets_just_its_links_and_keeps_its_password(fol
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
     assert [line.startswith(f"{interface}/#/") for line in lines] == [True, False, True]
-    assert lines[1].startswith("lifecycle compare models:/newer/")
+    assert lines[1].startswith("For signed versions: lifecycle compare models:/newer/")
     assert "hidden" not in process.stdout + process.stderr
 
 

@@ -352,7 +352,7 @@ def test_other_version_with_its_signature_in_this_ones_place_is_refused(folder):
     replace_files(files_of(2), files_of(1))
     for there, other in zip(evidence_of(2), evidence_of(1), strict=True):
         replace_files(there, other)
-    assert "What was signed is the release of version 1 of iris. Register the model again" in refused(folder)
+    assert "The signature is for the release of version 1 of iris. Register the model again" in refused(folder)
 
 
 def test_version_of_another_model_in_this_ones_place_is_refused(folder):
@@ -360,7 +360,7 @@ def test_version_of_another_model_in_this_ones_place_is_refused(folder):
     replace_files(files_of(2), files_of(1, "other"))
     for there in evidence_of(2):
         replace_files(there, *evidence_of(1, "other"))
-    assert "What was signed is the candidate of version 1 of other" in refused(folder)
+    assert "The signature is for the candidate of version 1 of other" in refused(folder)
 
 
 def test_version_that_the_database_gives_another_name_is_refused(folder):
@@ -370,7 +370,7 @@ def test_version_that_the_database_gives_another_name_is_refused(folder):
         database.execute("UPDATE model_versions SET name = 'iris', version = 3 WHERE name = 'other'")
     root = Path(mlflow.get_run(run_id).info.artifact_uri.removeprefix("file://"), "signed")
     shutil.copytree(root / "other/1", root / "iris/3")
-    assert "What was signed is the candidate of version 1 of other" in refused(folder, "models:/iris/3")
+    assert "The signature is for the candidate of version 1 of other" in refused(folder, "models:/iris/3")
 
 
 @pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", 'a"b', "a\\b", *INVISIBLE])
@@ -403,7 +403,7 @@ def test_alias_needs_a_release_unless_the_caller_decides_on_a_candidate(folder):
 def test_candidates_signature_in_a_releases_place_is_refused(folder):
     for path in evidence_of(2)[1:]:
         replace_files(path, evidence_of(2)[0])
-    assert "What was signed is the candidate" in refused(folder, purpose="release")
+    assert "The signature is for the candidate" in refused(folder, purpose="release")
 
 
 def test_release_for_one_alias_is_none_for_another(folder):
@@ -510,7 +510,7 @@ def test_signature_with_anothers_key_is_refused(folder):
     other, before = new_key()
     message = refused(folder)
     assert "has not signed it (signed by: " in message
-    assert "Use the key that did" in message
+    assert "Use the matching public key" in message
     # then the public half before it still verifies
     with verified("models:/iris/2", before) as copy:
         assert copy.statement.version == "2"
