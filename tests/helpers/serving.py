@@ -29,7 +29,7 @@ def heart_disease_data() -> bytes | None:
 
 
 @contextlib.contextmanager
-def serving(content: bytes, status: int = 200) -> Iterator[tuple[str, list[str]]]:
+def serving(content: bytes) -> Iterator[tuple[str, list[str]]]:
     """Answer every request on the loopback interface with ``content`` until the end of the block.
 
     Yields:
@@ -40,7 +40,7 @@ def serving(content: bytes, status: int = 200) -> Iterator[tuple[str, list[str]]
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
-            self.send_response(status)
+            self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

@@ -15,8 +15,6 @@ from mlflow_lifecycle.exceptions import UnreviewedContentError
 from mlflow_lifecycle.pins import locked, read_pins
 from mlflow_lifecycle.policy import check_contents
 
-FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
-FILES += ["input_example.json", "serving_input_example.json"]
 TREE = "sklearn.tree._tree.Tree"
 
 
@@ -53,24 +51,20 @@ def model(original, tmp_path):
 def refused(packages):
     """Give the function that checks a folder, which must be refused, and returns the message."""
 
-    def check(folder: Path, trusted_types=()) -> str:
+    def check(folder: Path) -> str:
         with pytest.raises(UnreviewedContentError) as caught:
-            check_contents(folder, packages, trusted_types)
+            check_contents(folder, packages)
         return str(caught.value)
 
     return check
 
 
-def test_saved_model_has_just_the_files_that_are_known(original, packages):
-    assert sorted(path.name for path in original.rglob("*")) == sorted(FILES)
-    assert check_contents(original, packages) is None
+@pytest.mark.parametrize("options", [{}, {"input_example": None}], ids=["with an example", "without"])
+def test_saved_model_is_accepted(tmp_path, packages, options):
+    assert check_contents(save(tmp_path / "model", **options), packages) is None
 
 
-def test_model_without_an_input_example_is_accepted(tmp_path, packages):
-    assert check_contents(save(tmp_path / "model", input_example=None), packages) is None
-
-
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["MLmodel", "model.skops", "conda.yaml", "input_example.json"])
 def test_a_missing_file_is_refused(model, refused, name):
     (model / name).unlink()
     message = refused(model)
@@ -78,26 +72,14 @@ def test_a_missing_file_is_refused(model, refused, name):
     assert "missing" in message or "Could not find" in message
 
 
-@pytest.mark.parametrize("name", ["model.pkl", ".gitattributes", "a\nb"])
-def test_a_file_more_is_refused(model, refused, name):
-    (model / name).write_text("more")
-    assert refused(model).startswith(f"{name}: no such file belongs to a model of the flavor sklearn.")
+def test_a_file_more_is_refused(model, refused):
+    (model / "model.pkl").write_text("more")
+    assert refused(model).startswith("model.pkl: no such file belongs to a model of the flavor sklearn.")
 
 
-def test_a_folder_with_code_is_refused(model, refused):
+def test_a_folder_is_refused(model, refused):
     (model / "code").mkdir()
-    (model / "code/evil_loader.py").touch()
-    assert refused(model).startswith("code")
-
-
-def test_an_empty_folder_is_refused(model, refused):
-    (model / "empty").mkdir()
-    assert refused(model).startswith("empty: only files belong to a model")
-
-
-def test_an_empty_model_is_refused(tmp_path, refused):
-    (tmp_path / "model").mkdir()
-    assert refused(tmp_path / "model").startswith("MLmodel: ")
+    assert refused(model).startswith("code: only files belong to a model")
 
 
 def test_a_link_is_refused(model, refused, tmp_path):
@@ -107,14 +89,19 @@ def test_a_link_is_refused(model, refused, tmp_path):
     assert refused(model).startswith("MLmodel: only files belong to a model")
 
 
+def crafted(folder: Path, **options) -> tuple[Path, Path]:
+    """Save a model that writes a file when it is loaded; return its folder, and that file, which is not there."""
+    payload = Payload(max_iter=1000)
+    payload.marker = str(folder / "marker")
+    save(folder / "model", payload, **options)
+    (folder / "marker").unlink(missing_ok=True)
+    return folder / "model", folder / "marker"
+
+
 CRAFTED = {
     "pickle": (
         {"serialization_format": "pickle"},
         "MLmodel: serialization_format is 'pickle', and must be 'skops'. Save the model with mlflow.sklearn.log_model",
-    ),
-    "cloudpickle": (
-        {"serialization_format": "cloudpickle"},
-        "MLmodel: serialization_format is 'cloudpickle', and must be 'skops'.",
     ),
     "skops": (
         {"skops_trusted_types": ["test_policy.Payload"]},
@@ -123,36 +110,19 @@ CRAFTED = {
 }
 
 
-@pytest.fixture
-def crafted(request, tmp_path):
-    """Give the folder of a model that writes a file when it is loaded, and that file, which is not there."""
-    options, _ = CRAFTED[request.param]
-    payload = Payload(max_iter=1000)
-    payload.marker = str(tmp_path / "marker")
-    folder = save(tmp_path / "model", payload, **options)
-    (tmp_path / "marker").unlink(missing_ok=True)
-    return folder, tmp_path / "marker"
-
-
-@pytest.mark.parametrize("crafted", CRAFTED, indirect=True)
-def test_crafted_model_does_its_work_when_it_is_loaded(crafted):
-    # given no check, then MLflow believes the model; so the tests below show something
-    folder, marker = crafted
+@pytest.mark.parametrize(("options", "reason"), CRAFTED.values(), ids=CRAFTED)
+def test_crafted_model_is_refused_before_it_is_deserialised(refused, tmp_path, options, reason):
+    folder, marker = crafted(tmp_path, **options)
+    assert refused(folder).startswith(reason)
+    assert not marker.exists()
+    # and where nobody checks it, it does its work
     mlflow.pyfunc.load_model(str(folder))
     assert marker.exists()
 
 
-@pytest.mark.parametrize(("crafted", "reason"), [(kind, CRAFTED[kind][1]) for kind in CRAFTED], indirect=["crafted"])
-def test_crafted_model_is_refused_before_it_is_deserialised(refused, crafted, reason):
-    folder, marker = crafted
-    assert refused(folder).startswith(reason)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("crafted", ["skops"], indirect=True)
-def test_skops_file_is_asked_itself(refused, crafted):
+def test_skops_file_is_asked_itself(refused, tmp_path):
     # given a model whose MLmodel keeps silent about what model.skops asks for
-    folder, marker = crafted
+    folder, marker = crafted(tmp_path, **CRAFTED["skops"][0])
     text = (folder / "MLmodel").read_text(encoding="utf-8")
     (folder / "MLmodel").write_text(text.replace("    - test_policy.Payload\n", ""), encoding="utf-8")
     message = refused(folder)
@@ -174,40 +144,25 @@ def edited(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flavor", "key", "value"),
-    [
-        ("sklearn", "serialization_format", "pickle"),
-        ("sklearn", "pickled_model", "../model.skops"),
-        ("sklearn", "skops_trusted_types", ["builtins.eval"]),
-        ("python_function", "loader_module", "evil_loader"),
-        ("python_function", "model_path", "MLmodel"),
-        ("python_function", "code", "."),
-        ("python_function", "python_version", "3.11.7 --find-links /tmp"),
-    ],
+    ("key", "value"),
+    [("loader_module", "evil_loader"), ("code", "."), ("python_version", "3.11.7 --find-links /tmp")],
 )
-def test_mlmodel_that_says_something_else_is_refused(refused, model, flavor, key, value):
-    edited(model / "MLmodel", lambda content: content["flavors"][flavor].update({key: value}))
-    assert refused(model).startswith("MLmodel: ")
+def test_mlmodel_that_says_something_else_is_refused(refused, model, key, value):
+    edited(model / "MLmodel", lambda content: content["flavors"]["python_function"].update({key: value}))
+    assert refused(model).startswith(f"MLmodel: {key} is ")
 
 
-@pytest.mark.parametrize("reviewed", [[], [TREE]])
-def test_only_the_projects_own_list_of_types_counts(refused, packages, tmp_path, reviewed):
+def test_only_the_projects_own_list_of_types_counts(refused, packages, tmp_path):
     # given a forest, whose MLmodel allows the type that forests need
     folder = save(tmp_path / "model", RandomForestClassifier(n_estimators=2), skops_trusted_types=[TREE])
     # then it depends on the project's list whether it is accepted
-    if reviewed:
-        check_contents(folder, packages, reviewed)
-    else:
-        assert TREE in refused(folder)
+    assert TREE in refused(folder)
+    check_contents(folder, packages, [TREE])
 
 
 ENVIRONMENTS = {
     "a build tool from elsewhere": ("python_env.yaml", lambda c: c["build_dependencies"].append("evil @ file:///evil")),
-    "another list": ("python_env.yaml", lambda c: c.update(dependencies=["-r requirements.txt", "evil==1"])),
-    "another Python": ("python_env.yaml", lambda c: c.update(python="3.12.1")),
     "another channel": ("conda.yaml", lambda c: c.update(channels=["https://evil.example"])),
-    "a conda package": ("conda.yaml", lambda c: c["dependencies"].append("evil")),
-    "a pip package": ("conda.yaml", lambda c: c["dependencies"][-1]["pip"].append("evil==1")),
 }
 
 
@@ -218,10 +173,9 @@ def test_environment_file_that_differs_from_the_pins_is_refused(refused, model, 
     assert refused(model).startswith(f"{name}: it asks for other packages than requirements.txt.")
 
 
-@pytest.mark.parametrize("line", ["evil @ file:///evil", "evil>=1", "-r other.txt", "--find-links /evil", "evil==1"])
-def test_line_in_requirements_that_is_no_kept_pin_is_refused(refused, model, line):
+def test_line_in_requirements_that_is_no_pin_is_refused(refused, model):
     with (model / "requirements.txt").open("a") as file:
-        file.write(f"\n{line}\n")
+        file.write("\nevil @ file:///evil\n")
     assert refused(model).startswith("requirements.txt: ")
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import train_test_split
 
@@ -17,29 +16,6 @@ def subjects(seed: int) -> pd.DataFrame:
     values = generator.normal(size=(40, 4))[subject] + generator.normal(0, 0.1, (200, 4))
     rows = pd.DataFrame(values, columns=list("abcd"))
     return rows.assign(subject=subject, label=generator.integers(0, 2, 40)[subject])
-
-
-def accuracy(rows: pd.DataFrame, group: str) -> float:
-    """Return the accuracy of a forest in the folds of all rows that are not test rows."""
-    split = split_table(rows, "label", group=group, seed=0)
-    forest = {"forest": RandomForestClassifier(n_estimators=20, random_state=0)}
-    features = split.train[list("abcd")]
-    scores = score_folds(forest, features, split.train["label"], cv=split.folds, scoring=["accuracy"])
-    return scores.mean().item()
-
-
-@pytest.mark.extended  # it takes long
-def test_random_folds_of_a_subject_show_an_accuracy_that_folds_by_subject_do_not():
-    # given ten tables whose labels nobody can predict for a new subject
-    tables = [subjects(seed) for seed in range(10)]
-    # when a forest is scored in random folds, and in folds by subject
-    random = [accuracy(rows, "") for rows in tables]
-    grouped = [accuracy(rows, "subject") for rows in tables]
-    print(f"\nrandom folds {np.mean(random):.2f}, folds by subject {np.mean(grouped):.2f}")
-    # then only the latter show that it has learned nothing
-    assert np.min(random) > 0.85
-    assert np.mean(random) > 0.9
-    assert 0.4 < np.mean(grouped) < 0.6
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
