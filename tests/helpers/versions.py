@@ -93,6 +93,12 @@ def restored(folder: Path) -> Iterator[None]:
     put_back(folder, copy)
 
 
+def files_of(number: int) -> Path:
+    """Return the folder of the model of a version of iris in the active store."""
+    model_id = mlflow.MlflowClient().get_model_version(NAME, number).source.rpartition("/")[2]
+    return Path(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
+
+
 def logged_table(run, name: str) -> pd.DataFrame:
     """Return the table ``name`` that ``mlflow.log_table`` put among the artifacts of ``run``."""
     content = mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/{name}")

@@ -1,7 +1,6 @@
 """The gate: each check, failing for its own reason."""
 
 import re
-import shutil
 import sys
 from dataclasses import replace
 
@@ -10,13 +9,12 @@ import mlflow
 import pytest
 from execution import ROOT
 from kernels import running_kernel
-from mlflow.models import infer_signature
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
+from releases import ROWS_TEST, ROWS_TRAIN
 from sklearn.datasets import load_diabetes
-from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
-from sklearn.metrics import log_loss, mean_absolute_error
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -26,11 +24,11 @@ from mlflow_lifecycle.datasets import fingerprint, read_table
 from mlflow_lifecycle.exceptions import GateClosedError
 from mlflow_lifecycle.pins import locked, read_pins
 from mlflow_lifecycle.releases.gate import (
-    DEFAULT_CHECKS,
     CheckResult,
     GateContext,
     GateSettings,
     Verdict,
+    check_baseline,
     check_exact_pins,
     check_fresh_environment,
     check_input_example,
@@ -41,7 +39,6 @@ from mlflow_lifecycle.releases.gate import (
 )
 from mlflow_lifecycle.signing.verify import Statement, Verified
 
-ROWS_TRAIN, ROWS_TEST = train_test_split(iris_rows(), test_size=0.2, stratify=iris_rows()["species"], random_state=42)
 THRESHOLDS = {"accuracy_score": 0.8}
 
 
@@ -100,45 +97,19 @@ def detail(verdict: Verdict, name: str) -> str:
     return {check.name: check.detail for check in verdict.checks}[name]
 
 
-def test_good_version_passes_every_check_but_the_one_left_out(judge, good, cautious):
+def test_good_version_passes_with_its_scores_and_its_difference_from_the_baseline(judge, good, cautious):
     verdict = judge(good, cautious)
-    assert results(verdict).pop("fresh environment") == "not checked"
-    assert list(results(verdict).values()).count("passed") == len(verdict.checks) - 1 == 6
-
-
-def test_scores_are_those_of_mlflow_and_in_the_run(judge, good, cautious):
-    verdict = judge(good, cautious)
-    model = mlflow.sklearn.load_model(str(good.folder))
+    # then every check but the one that is left out has passed
+    assert list(results(verdict).values()) == ["passed"] * 6 + ["not checked"]
+    # and the accuracy and the difference of the log losses are those of scikit-learn
     features, target = ROWS_TEST.drop(columns="species"), ROWS_TEST["species"]
-    assert verdict.metrics["accuracy_score"] == (model.predict(features) == target).mean()
-    assert verdict.metrics["log_loss"] == pytest.approx(log_loss(target, model.predict_proba(features)))
-    assert plt.get_fignums() == []
+    model, other = (mlflow.sklearn.load_model(str(each.folder)) for each in (good, cautious))
+    gain = log_loss(target, other.predict_proba(features)) - log_loss(target, model.predict_proba(features))
+    assert verdict.metrics["accuracy_score"] == model.score(features, target)
+    assert verdict.difference.difference == pytest.approx(gain)
+    # and MLflow's scores are in the run
     (run,) = mlflow.search_runs(output_format="list", max_results=1)
     assert run.data.metrics["accuracy_score"] == verdict.metrics["accuracy_score"]
-
-
-def test_difference_is_that_of_the_log_losses(judge, good, cautious):
-    difference = judge(good, cautious).difference
-    losses = [
-        log_loss(ROWS_TEST["species"], mlflow.sklearn.load_model(str(at.folder)).predict_proba(ROWS_TEST.iloc[:, :4]))
-        for at in (cautious, good)
-    ]
-    assert difference.difference == pytest.approx(losses[0] - losses[1])
-    assert difference.low > 0
-
-
-def test_model_without_probabilities_is_compared_by_accuracy(judge, version):
-    dummy = version(DummyClassifier())
-    ridge = version(RidgeClassifier())
-    difference = judge(ridge, dummy).difference
-    features, target = ROWS_TEST.drop(columns="species"), ROWS_TEST["species"]
-    shares = [(mlflow.sklearn.load_model(str(at.folder)).predict(features) == target).mean() for at in (ridge, dummy)]
-    assert difference.difference == pytest.approx(shares[0] - shares[1])
-
-
-def test_class_that_the_baseline_does_not_know_counts_against_it(judge, good, version):
-    two = ROWS_TRAIN[ROWS_TRAIN["species"] != "virginica"]
-    assert judge(good, version(rows=two)).difference.low > 1
 
 
 # Thresholds
@@ -148,7 +119,6 @@ def test_class_that_the_baseline_does_not_know_counts_against_it(judge, good, ve
     ("thresholds", "result", "text"),
     [
         ({"accuracy_score": 0.8}, "passed", "accuracy_score 0.9667 (95 % interval 0.8333 to 0.9941), at least 0.8"),
-        ({"accuracy_score": 0.999}, "failed", "accuracy_score 0.9667 (95 % interval 0.8333 to 0.9941), at least 0.999"),
         ({"log_loss": 0.2}, "passed", "log_loss 0.1589, at most 0.2"),
         ({"accuracy_score": 0.8, "log_loss": 0.1}, "failed", "at least 0.8; log_loss"),
         ({"accuracy": 0.5}, "failed", "accuracy is not among: accuracy_score, "),
@@ -162,90 +132,54 @@ def test_thresholds_are_a_minimum_or_the_maximum_of_a_loss(judge, good, threshol
     assert text in detail(verdict, "thresholds")
 
 
-def test_threshold_that_is_just_reached_is_printed_with_an_interval_that_reaches_far_below(judge, good):
-    # given thirty rows, of which the model gets 24 right
-    species = ROWS_TEST["species"].to_numpy(copy=True)
-    right = mlflow.sklearn.load_model(str(good.folder)).predict(ROWS_TEST.drop(columns="species")) == species
-    wrong = {"setosa": "virginica", "versicolor": "setosa", "virginica": "setosa"}
-    for place in right.nonzero()[0][:5]:
-        species[place] = wrong[species[place]]
-    # when
-    verdict = judge(good, rows=ROWS_TEST.assign(species=species))
-    # then it passes, and a reader sees that it may be right in 63 % only
-    assert results(verdict)["thresholds"] == "passed"
-    assert detail(verdict, "thresholds") == "accuracy_score 0.8000 (95 % interval 0.6269 to 0.9049), at least 0.8"
-
-
-def test_gate_without_a_threshold_is_refused(good):
-    with pytest.raises(ValueError, match="State at least one threshold"):
-        context_of(good, thresholds={})
-
-
 # The baseline
 
 
-def test_without_a_baseline_the_thresholds_decide(judge, good):
-    assert results(judge(good))["baseline"] == "passed"
+def test_without_a_baseline_the_thresholds_decide_and_there_is_none_to_predict_the_same_as(good):
+    assert check_baseline(context_of(good)).result == "passed"
+    assert check_baseline(context_of(good, same_predictions=True)).result == "failed"
 
 
-def test_worse_version_stays_out(judge, good, cautious):
-    verdict = judge(cautious, good)
-    assert results(verdict)["baseline"] == "failed"
-    with pytest.raises(
-        GateClosedError, match=r"baseline failed \(log probability -0\..* not better by more than chance"
-    ):
-        verdict.require()
-
-
-def test_equal_version_is_not_better(judge, good):
-    assert results(judge(good, replace(good)))["baseline"] == "failed"
+def test_equal_version_is_not_better(good):
+    check = check_baseline(context_of(good, replace(good)))
+    assert check.result == "failed"
+    assert "not better by more than chance, so the baseline stays" in check.detail
 
 
 @pytest.mark.parametrize(("gain", "result"), [(0.3, "passed"), (0.48, "failed")])
-def test_minimum_gain_is_below_the_whole_interval(judge, good, cautious, gain, result):
-    verdict = judge(good, cautious, minimum_gain=gain)
-    assert verdict.difference.low < 0.48 < verdict.difference.difference
-    assert results(verdict)["baseline"] == result
+def test_minimum_gain_is_below_the_whole_interval(good, cautious, gain, result):
+    context = context_of(good, cautious, minimum_gain=gain)
+    assert check_baseline(context).result == result
+    assert context.difference.low < 0.48 < context.difference.difference
 
 
 @pytest.mark.parametrize(("margin", "result"), [(0.4, "failed"), (0.6, "passed")])
-def test_margin_is_above_the_whole_interval(judge, good, cautious, margin, result):
-    verdict = judge(cautious, good, margin=margin)
-    assert -0.6 < verdict.difference.low < -0.4
-    assert results(verdict)["baseline"] == result
+def test_margin_is_above_the_whole_interval_and_the_difference_that_the_rows_can_show_is_said(
+    good, cautious, margin, result
+):
+    context = context_of(cautious, good, margin=margin)
+    check = check_baseline(context)
+    assert -0.6 < context.difference.low < -0.4
+    assert check.result == result
+    found = re.search(r"show a difference of (\S+) or more with 80 % power", check.detail)
+    width = context.difference.high - context.difference.low
+    assert float(found[1]) == pytest.approx(width / 2 / 1.96 * 2.8, rel=0.1)
 
 
-def test_same_predictions_pass_and_others_do_not(judge, good, cautious, version):
+def test_same_predictions_pass_and_those_with_other_probabilities_fail(good, version):
     renewed = version(LogisticRegression(max_iter=1000))
-    assert results(judge(renewed, good, same_predictions=True))["baseline"] == "passed"
-    verdict = judge(cautious, good, same_predictions=True)
-    assert results(verdict)["baseline"] == "failed"
-    assert "of 30 predictions are the same (probabilities differ by at most 0." in detail(verdict, "baseline")
-
-
-def test_same_predictions_with_other_probabilities_fail(judge, good, version):
+    assert check_baseline(context_of(renewed, good, same_predictions=True)).result == "passed"
     # given a model that predicts the same classes, a little less sure of them
     other = version(LogisticRegression(C=0.999, max_iter=1000))
-    verdict = judge(other, good, same_predictions=True)
-    assert detail(verdict, "baseline").startswith("0 of 30 predictions are the same (probabilities differ")
-    assert results(verdict)["baseline"] == "failed"
-
-
-def test_same_predictions_need_a_baseline(judge, good):
-    assert results(judge(good, same_predictions=True))["baseline"] == "failed"
-
-
-@pytest.mark.extended  # it takes long
-def test_gate_says_which_difference_the_rows_can_show(judge, good, cautious):
-    for verdict in (judge(good, cautious), judge(cautious, good), judge(cautious, good, margin=1)):
-        found = re.search(r"show a difference of (\S+) or more with 80 % power", detail(verdict, "baseline"))
-        width = verdict.difference.high - verdict.difference.low
-        assert float(found[1]) == pytest.approx(width / 2 / 1.96 * 2.8, rel=0.1)
+    check = check_baseline(context_of(other, good, same_predictions=True))
+    assert check.detail.startswith("0 of 30 predictions are the same (probabilities differ")
+    assert check.result == "failed"
 
 
 @pytest.mark.parametrize(
     ("rule", "refusal"),
     [
+        ({"thresholds": {}}, "State at least one threshold"),
         ({"margin": 0.1, "same_predictions": True}, "State one of"),
         ({"margin": 0.1, "minimum_gain": 0.1}, "State one of"),
         ({"margin": 0}, "must be above 0"),
@@ -255,85 +189,45 @@ def test_gate_says_which_difference_the_rows_can_show(judge, good, cautious):
 )
 def test_rule_that_contradicts_itself_is_refused(rule, refusal):
     with pytest.raises(ValueError, match=refusal):
-        GateSettings(THRESHOLDS, **rule)
+        GateSettings(**{"thresholds": THRESHOLDS} | rule)
 
 
 # Regression
 
 
-@pytest.fixture(scope="module")
-def diabetes(version):
-    """Give two regressors, the better one first, and test rows."""
-    rows = load_diabetes(as_frame=True).frame
-    train, test = train_test_split(rows, test_size=0.3, random_state=0)
+def test_better_regressor_passes_and_its_target_must_be_numeric(judge, version):
+    # given two regressors, and test rows
+    train, rows = train_test_split(load_diabetes(as_frame=True).frame, test_size=0.3, random_state=0)
     better = version(Ridge(alpha=0.1), rows=train, target="target")
     worse = version(Ridge(alpha=100), "1", rows=train, target="target")
-    return better, worse, test
-
-
-ERROR = {"mean_absolute_error": 50.0}
-
-
-def test_better_regressor_passes_and_a_worse_one_is_refused(judge, diabetes):
-    better, worse, rows = diabetes
-    verdict = judge(better, worse, rows, "target", ERROR)
+    # then the better one passes
+    thresholds = {"mean_absolute_error": 50.0}
+    verdict = judge(better, worse, rows, "target", thresholds)
     assert set(results(verdict).values()) == {"passed", "not checked"}
     assert detail(verdict, "baseline").startswith("absolute error +")
-    verdict = judge(worse, better, rows, "target", ERROR)
-    assert results(verdict)["baseline"] == "failed"
-    assert results(verdict)["thresholds"] == "failed"
-
-
-def test_difference_of_regressors_is_that_of_their_mean_absolute_errors(judge, diabetes):
-    better, worse, rows = diabetes
-    features, target = rows.drop(columns="target"), rows["target"]
-    errors = [
-        mean_absolute_error(target, mlflow.sklearn.load_model(str(at.folder)).predict(features))
-        for at in (worse, better)
-    ]
-    verdict = judge(better, worse, rows, "target", ERROR)
-    assert verdict.difference.difference == pytest.approx(errors[0] - errors[1])
-    assert verdict.metrics["mean_absolute_error"] == pytest.approx(errors[1])
-
-
-def test_target_of_a_regressor_must_be_numeric(diabetes):
-    better, _, rows = diabetes
+    # and test rows without numbers are refused
     with pytest.raises(ValueError, match="The target 'target' must be numeric for a regressor, got object"):
-        context_of(better, None, rows.assign(target="high"), "target", ERROR)
+        context_of(better, None, rows.assign(target="high"), "target", thresholds)
 
 
-def test_classifier_is_not_compared_with_a_regressor(judge, diabetes, version):
-    better, _, rows = diabetes
-    train = load_diabetes(as_frame=True).frame
-    other = version(DummyClassifier(), rows=train, target="target")
-    verdict = judge(better, other, rows, "target", ERROR)
-    assert results(verdict)["baseline"] == "failed"
-    assert "A model for regression cannot be compared with one for classification" in detail(verdict, "baseline")
-
-
-def test_order_of_the_columns_of_the_test_rows_does_not_matter(judge, good, cautious):
+def test_order_of_the_columns_of_the_test_rows_does_not_matter(good, cautious):
     shuffled = ROWS_TEST[ROWS_TEST.columns[::-1]].assign(more=0)
-    assert judge(good, cautious, shuffled) == judge(good, cautious)
+    assert check_baseline(context_of(good, cautious, shuffled)) == check_baseline(context_of(good, cautious))
 
 
 # The checks
 
 
-def test_team_adds_a_check_of_its_own(judge, good):
+def test_team_adds_a_check_of_its_own_and_one_that_raises_an_error_has_failed(judge, good):
     def check_size(context):
-        return CheckResult("size", "failed", f"{len(context.rows)} test rows are too few")
+        return CheckResult("size", "passed", f"{len(context.rows)} test rows")
 
-    verdict = judge(good, checks=[*DEFAULT_CHECKS[:-1], check_size])
-    with pytest.raises(GateClosedError, match=r"size failed \(30 test rows are too few\)"):
-        verdict.require()
-
-
-def test_check_that_raises_an_error_has_failed(judge, good):
     def check_the_weather(context):
         raise KeyError("rain")
 
-    (check,) = judge(good, checks=[check_the_weather]).checks
-    assert check == CheckResult("the weather", "failed", "KeyError: 'rain'")
+    verdict = judge(good, checks=[check_size, check_the_weather])
+    expected = CheckResult("size", "passed", "30 test rows"), CheckResult("the weather", "failed", "KeyError: 'rain'")
+    assert verdict.checks == [*expected]
 
 
 def test_version_without_training_rows_is_checked_as_far_as_that_goes(judge, good, cautious):
@@ -346,24 +240,21 @@ def test_version_without_training_rows_is_checked_as_far_as_that_goes(judge, goo
         context_of(replace(good, training_rows=None), rows=ROWS_TEST.drop(columns="petal width (cm)"))
 
 
-def test_rows_without_a_column_are_refused(good):
-    with pytest.raises(ValueError, match=r"These columns are missing: petal width \(cm\), species"):
-        context_of(good, rows=ROWS_TEST.iloc[:, :3])
+UNFIT = {
+    "no column": (ROWS_TEST.iloc[:, :3], "species", r"These columns are missing: petal width \(cm\), species"),
+    "another target": (ROWS_TEST.assign(Y=0), "Y", r"training data has no column 'Y'\. The columns are: .*, species"),
+    "no label, beside an unknown class": (
+        ROWS_TEST.assign(species=[None, None, "unknown", *ROWS_TEST["species"][3:]]),
+        "species",
+        "The target 'species' is missing in 2 of 30 test rows",
+    ),
+}
 
 
-def test_target_that_the_version_did_not_learn_from_is_refused_with_the_columns(good):
-    refusal = r"training data has no column 'Y'\. The columns are: sepal length \(cm\), .*, species"
-    for rows in (ROWS_TEST, ROWS_TEST.assign(Y=0)):
-        with pytest.raises(ValueError, match=refusal):
-            context_of(good, rows=rows, target="Y")
-
-
-def test_missing_labels_are_refused_beside_an_unknown_class(good):
-    rows = ROWS_TEST.copy()
-    rows.iloc[:2, -1] = None
-    rows.iloc[2, -1] = "unknown"
-    with pytest.raises(ValueError, match="The target 'species' is missing in 2 of 30 test rows"):
-        context_of(good, rows=rows)
+@pytest.mark.parametrize(("rows", "target", "refusal"), UNFIT.values(), ids=UNFIT)
+def test_rows_that_do_not_fit_the_version_are_refused(good, rows, target, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        context_of(good, rows=rows, target=target)
 
 
 def test_classes_learned_as_text_are_known_where_a_csv_has_numbers(judge, version, tmp_path):
@@ -381,24 +272,12 @@ def test_classes_learned_as_text_are_known_where_a_csv_has_numbers(judge, versio
     assert check.detail.endswith("it never learned these classes: 3")
 
 
-def test_model_that_cannot_be_scored_fails(judge, good, tmp_path):
-    # given a model that takes one column only
-    folder = shutil.copytree(good.folder, tmp_path / "model")
-    save(tmp_path / "other", rows=ROWS_TRAIN[["petal width (cm)", "species"]])
-    shutil.copy(tmp_path / "other/model.skops", folder)
-    # then
-    verdict = judge(replace(good, folder=folder))
-    assert results(verdict) | {"thresholds": "failed", "fresh environment": "not checked"} == results(verdict)
-
-
-def test_model_that_lost_its_signature_fails(version):
+def test_model_without_signature_and_input_example_fails(version):
     # given a nullable integer column, for which MLflow drops the signature without a word
-    check = check_signature(context_of(version(signature=None, input_example=None)))
+    context = context_of(version(signature=None, input_example=None))
+    check = check_signature(context)
     assert (check.result, check.detail) == ("failed", "no input columns")
-
-
-def test_model_without_an_input_example_fails(version):
-    assert check_input_example(context_of(version(input_example=None))).result == "failed"
+    assert check_input_example(context).result == "failed"
 
 
 @pytest.mark.parametrize("line", ["loose>=1", "bare==1.0", ""])
@@ -411,11 +290,6 @@ def test_package_without_its_hashes_fails(good, tmp_path, line):
 
 
 # Has it seen the test rows?
-
-
-def test_candidate_that_learned_from_the_test_rows_fails(version):
-    check = check_test_rows(context_of(version(rows=iris_rows()), rows=ROWS_TEST))
-    assert (check.result, check.detail) == ("failed", "30 of 30 are among the 150 training rows")
 
 
 def test_a_few_equal_rows_are_chance(good):
@@ -450,9 +324,8 @@ def test_rows_of_another_type_fail(good):
 
 
 def test_environment_with_a_changed_hash_fails(good, tmp_path):
-    text = good.packages.read_text().replace("six==1.", "six==1.", 1)
-    before, _, after = text.partition("\nsix==")
-    (tmp_path / "packages.txt").write_text(f"{before}\nsix=={after.replace('sha256:', 'sha256:0000', 2)}")
+    text = good.packages.read_text().replace("sha256:", "sha256:0000")
+    (tmp_path / "packages.txt").write_text(text)
     check = check_fresh_environment(context_of(replace(good, packages=tmp_path / "packages.txt"), rebuild=True))
     assert check.result == "failed"
     assert "No environment was built." in check.detail
@@ -467,20 +340,17 @@ def odd(features):
 
 
 @pytest.mark.extended
-def test_model_that_answers_differently_elsewhere_fails(good, tmp_path, monkeypatch):
+def test_model_that_answers_differently_elsewhere_fails(version, tmp_path, monkeypatch):
     # given a model that notices where it is
     (tmp_path / "oddity.py").write_text(ODDITY)
     monkeypatch.syspath_prepend(tmp_path)
     from oddity import odd
 
     model = make_pipeline(FunctionTransformer(odd), LogisticRegression(max_iter=1000))
-    model.fit(ROWS_TRAIN.iloc[:, :4], ROWS_TRAIN["species"])
     options = {"code_paths": [str(tmp_path / "oddity.py")], "skops_trusted_types": ["oddity.odd"]}
-    options |= {"pip_requirements": str(ROOT / "model_requirements.txt")}
-    signature = infer_signature(ROWS_TRAIN.iloc[:, :4], ROWS_TRAIN["species"])
-    mlflow.sklearn.save_model(model, tmp_path / "model", signature=signature, **options)
+    candidate = version(model, **options)
     # then
-    check = check_fresh_environment(context_of(replace(good, folder=tmp_path / "model"), rebuild=True))
+    check = check_fresh_environment(context_of(candidate, rebuild=True))
     assert check.result == "failed"
     assert "of 30 predictions are the same" in check.detail
     sys.modules.pop("oddity")
@@ -494,17 +364,12 @@ def test_verdict_names_every_check_that_failed():
     assert "one failed (because); three failed (really). The alias stays" in str(caught.value)
 
 
-@pytest.mark.parametrize("open_before", [0, 1])
 @pytest.mark.extended  # it takes long
-def test_evaluation_leaves_no_figure_open_and_closes_no_other(judge, good, open_before):
-    # given a figure of the caller's, or none
-    plt.close("all")
-    mine = [plt.figure().number for _ in range(open_before)]
-    # when
+def test_evaluation_leaves_no_figure_open_and_closes_no_other(judge, good):
+    mine = plt.figure().number
     judge(good)
-    # then
-    assert plt.get_fignums() == mine
-    plt.close("all")
+    assert plt.get_fignums() == [mine]
+    plt.close(mine)
 
 
 @pytest.mark.extended  # it takes long

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from versions import register
 
 import mlflow_lifecycle.signing.adopt
-from mlflow_lifecycle.exceptions import GateClosedError, NotVerifiedError
+from mlflow_lifecycle.exceptions import GateClosedError
 from mlflow_lifecycle.releases.promote import promote
 from mlflow_lifecycle.signing.keys import own_key, own_public_key
 from mlflow_lifecycle.signing.statement import register_candidate
@@ -63,71 +63,43 @@ def test_promotion_that_fails_after_the_alias_has_moved_leaves_production_usable
         assert copy.statement.version == "1"
 
 
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory):
-    """Give a folder with a key, and the addresses of two servers; the first has a good and a cautious version."""
-    folder = tmp_path_factory.mktemp("promotion")
-    (folder / "one").mkdir()
-    (folder / "two").mkdir()
-    with tracking_server(folder / "one") as one, tracking_server(folder / "two") as two:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", one)
-            monkeypatch.setenv("LIFECYCLE_KEYS", str(folder / "keys"))
-            mlflow.set_tracking_uri(one)
-            mlflow.set_experiment("versions")
-            register(folder, LogisticRegression(max_iter=1000), ROWS_TRAIN)
-            register(folder, LogisticRegression(C=0.01, max_iter=1000), ROWS_TRAIN)
-            released("models:/iris/1")
-            yield folder, one, two
-        mlflow.set_tracking_uri(None)
-
-
-def promoted(servers, uri: str, settings=SETTINGS):
-    _, _, two = servers
-    return promote(uri, two, ROWS_TEST, "species", settings, key=own_key(), **SENTENCES)
-
-
 @pytest.mark.extended  # two servers
-def test_version_is_released_on_the_other_server_with_tags_that_lead_back(servers):
-    _, one, two = servers
-    here = mlflow.MlflowClient().get_model_version("iris", 1)
-    # when a version that the gate refuses is promoted, then nothing is left there
-    with pytest.raises(GateClosedError, match="thresholds failed"):
-        promoted(servers, "models:/iris/1", TOO_HIGH)
-    there = mlflow.MlflowClient(two)
-    assert there.search_registered_models() == []
-    assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
-    # when a good one is
-    made = promoted(servers, "models:/iris@production")
-    # then it is in production there, and says where it is from
-    assert (made.version, made.before) == ("1", "") or made.alias == "production"
-    version = there.get_model_version_by_alias("iris", "production")
-    assert version.tags["promoted_from"] == one
-    assert version.tags["promoted_version"] == "iris/1"
-    assert version.tags["promoted_run"] == here.run_id
-    assert there.get_run(version.run_id).data.params == mlflow.get_run(here.run_id).data.params
-    # and this process still works with the first server
-    assert mlflow.get_tracking_uri() == one
-    # and it verifies there, under its own number
-    mlflow.set_tracking_uri(two)
-    try:
+def test_version_is_released_on_the_other_server_with_tags_that_lead_back(tmp_path, no_pictures, monkeypatch):
+    # given two servers, the first with a good and a cautious version
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    monkeypatch.setenv("LIFECYCLE_KEYS", str(tmp_path / "keys"))
+    with tracking_server(tmp_path / "one") as one, tracking_server(tmp_path / "two") as two:
+        mlflow.set_tracking_uri(one)
+        mlflow.set_experiment("versions")
+        register(tmp_path, LogisticRegression(max_iter=1000), ROWS_TRAIN)
+        register(tmp_path, LogisticRegression(C=0.01, max_iter=1000), ROWS_TRAIN)
+        released("models:/iris/1")
+        here = mlflow.MlflowClient().get_model_version("iris", 1)
+        arguments = {"rows": ROWS_TEST, "target": "species", "key": own_key(), **SENTENCES}
+        # when a version that the gate refuses is promoted, then nothing is left there
+        with pytest.raises(GateClosedError, match="thresholds failed"):
+            promote("models:/iris/1", two, settings=TOO_HIGH, **arguments)
+        there = mlflow.MlflowClient(two)
+        assert there.search_registered_models() == []
+        assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
+        # when a good one is
+        made = promote("models:/iris@production", two, settings=SETTINGS, **arguments)
+        # then it is in production there, and says where it is from
+        assert (made.version, made.before, made.alias) == ("1", "", "production")
+        version = there.get_model_version_by_alias("iris", "production")
+        assert version.tags["promoted_from"] == one
+        assert version.tags["promoted_version"] == "iris/1"
+        assert version.tags["promoted_run"] == here.run_id
+        assert there.get_run(version.run_id).data.params == mlflow.get_run(here.run_id).data.params
+        # and this process still works with the first server
+        assert mlflow.get_tracking_uri() == one
+        # and when a worse one is promoted, the gate there stops it and leaves the first as it is
+        with pytest.raises(GateClosedError, match="baseline failed"):
+            promote("models:/iris/2", two, settings=SETTINGS, **arguments)
+        assert len(there.search_model_versions("name = 'iris'")) == 1
+        # and that one verifies there, under its own number
+        mlflow.set_tracking_uri(two)
         with verified("models:/iris@production", own_public_key(), purpose="release") as copy:
             assert copy.statement.run_id == version.run_id
-    finally:
-        mlflow.set_tracking_uri(one)
-    # and when a worse one is promoted, the gate there stops it and leaves the first as it is
-    with pytest.raises(GateClosedError, match="baseline failed"):
-        promoted(servers, "models:/iris/2")
-    assert len(there.search_model_versions("name = 'iris'")) == 1
-    assert there.get_model_version_by_alias("iris", "production").version == version.version
-
-
-@pytest.mark.extended  # two servers
-def test_version_that_was_never_signed_is_not_promoted(servers):
-    _, _, two = servers
-    before = len(mlflow.MlflowClient(two).search_model_versions())
-    source = mlflow.MlflowClient().get_model_version("iris", 1).source
-    version = mlflow.MlflowClient().create_model_version("iris", source, model_id=source.rpartition("/")[2])
-    with pytest.raises(NotVerifiedError, match="There is no signature"):
-        promoted(servers, f"models:/iris/{version.version}")
-    assert len(mlflow.MlflowClient(two).search_model_versions()) == before
+    mlflow.set_tracking_uri(None)

@@ -90,7 +90,7 @@ def test_columns_that_are_almost_unique_are_found():
 
 
 def large_table() -> pd.DataFrame:
-    return pd.DataFrame({"number": np.arange(20_000.0), "text": [None, "x"] * 10_000})
+    return pd.DataFrame({"number": np.arange(1.0, 20_001.0), "text": [None, "x"] * 10_000})
 
 
 CHANGES = {
@@ -98,6 +98,7 @@ CHANGES = {
     "text column with gaps": lambda rows: rows.assign(text=rows["text"].replace("x", "y")),
     "last bit of a number": lambda rows: rows.assign(number=np.nextafter(rows["number"], np.inf)),
     "name of a column": lambda rows: rows.rename(columns={"text": "texts"}),
+    "order of the rows": lambda rows: rows[::-1],
     "numbers as text": lambda rows: rows.assign(number=rows["number"].astype(str)),
     "empty text for a gap": lambda rows: rows.assign(text=rows["text"].fillna("")),
 }

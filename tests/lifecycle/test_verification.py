@@ -9,97 +9,70 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import mlflow
 import pandas as pd
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-from versions import LOCK, iris_rows, register, restored, save, store_in
+from execution import snapshot
+from releases import ROWS_TRAIN
+from serving import serving
+from versions import LOCK, files_of, iris_rows, register, save
 
 from mlflow_lifecycle.datasets import fingerprint
 from mlflow_lifecycle.exceptions import NotVerifiedError
-from mlflow_lifecycle.signing.keys import new_key, own_key, own_public_key
+from mlflow_lifecycle.signing.keys import own_key, own_public_key
 from mlflow_lifecycle.signing.statement import Statement, check_name, register_candidate, sign
 from mlflow_lifecycle.signing.verify import _is_in_active_store as is_in_active_store
 from mlflow_lifecycle.signing.verify import _refuse_older as refuse_older
 from mlflow_lifecycle.signing.verify import release_tag, released_now, verified, verify_release
 
-INVISIBLE = ["a\u00a0b", "a\u200bb", "a\tb"]
-FILES = ["MLmodel", "model.skops", "conda.yaml", "python_env.yaml", "requirements.txt"]
-FILES += ["input_example.json", "serving_input_example.json"]
-EVIDENCE = ["statement.json", "packages.txt", "training_rows.parquet"]
+INVISIBLE = "a\u200bb"
 
 
-def release(uri: str, folder: Path, alias: str = "production", moment: str = "") -> Statement:
-    """Sign a version as released, by default now, and move the alias, as a release does once the gate is open."""
-    with verified(uri, own_public_key()) as copy:
-        name, number = copy.statement.registered_model, copy.statement.version
-        moment = moment or released_now(name, alias, own_public_key())
-        statement = replace(copy.statement, purpose="release", alias=alias, released_at=moment)
+def release(number: str, moment: str) -> None:
+    """Sign a version as released in production at a moment, and move the alias, as a release does."""
+    with verified(f"models:/iris/{number}", own_public_key()) as copy:
+        statement = replace(copy.statement, purpose="release", alias="production", released_at=moment)
         sign(copy.folder.parent, statement, own_key())
     client = mlflow.MlflowClient()
-    client.set_registered_model_alias(name, alias, number)
-    client.set_model_version_tag(name, number, release_tag(alias), moment)
-    return statement
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Give a folder with a store: two versions of iris, both released in turn, and one of another model."""
-    folder = tmp_path_factory.mktemp("made") / "project"
-    folder.mkdir()
-    with pytest.MonkeyPatch.context() as monkeypatch, store_in(folder, monkeypatch):
-        register(folder)
-        register(folder)
-        register(folder, name="other")
-        release("models:/iris/1", folder)
-        release("models:/iris/2", folder)
-    return folder
+    client.set_registered_model_alias("iris", "production", number)
+    client.set_model_version_tag("iris", number, release_tag("production"), moment)
 
 
 @pytest.fixture
-def folder(made, monkeypatch):
-    """Give the folder with the store, which is the active one. After the test it is as it was."""
-    with restored(made), store_in(made, monkeypatch):
-        yield made
+def folder(twice):
+    """Give the folder with the store: versions 1 and 2 of iris were released in turn, and version 3 was not."""
+    return twice
 
 
-def accepted(folder: Path, uri: str = "models:/iris/2", **options) -> Statement:
+def accepted(uri: str = "models:/iris/2", **options) -> Statement:
     with verified(uri, own_public_key(), **options) as copy:
         return copy.statement
 
 
-def refused(folder: Path, uri: str = "models:/iris/2", **options) -> str:
+def refused(uri: str = "models:/iris/2", **options) -> str:
     with pytest.raises(NotVerifiedError) as caught:
-        accepted(folder, uri, **options)
+        accepted(uri, **options)
     message = str(caught.value)
     assert message.startswith(f"Not loaded: {uri}. ")
     assert "\n" not in message
     return message
 
 
-def files_of(number: int, name: str = "iris") -> Path:
-    """Return the folder of the model in the store."""
-    model_id = mlflow.MlflowClient().get_model_version(name, number).source.rpartition("/")[2]
-    return Path(mlflow.get_logged_model(model_id).artifact_location.removeprefix("file://"))
-
-
-def evidence_of(number: int, name: str = "iris") -> list[Path]:
+def evidence_of(number: int) -> list[Path]:
     """Return the folders in the store with what was signed of the version."""
-    run = mlflow.get_run(mlflow.MlflowClient().get_model_version(name, number).run_id)
-    return sorted(Path(run.info.artifact_uri.removeprefix("file://"), "signed", name, str(number)).iterdir())
+    run = mlflow.get_run(mlflow.MlflowClient().get_model_version("iris", number).run_id)
+    return sorted(Path(run.info.artifact_uri.removeprefix("file://"), "signed/iris", str(number)).iterdir())
 
 
 def test_version_is_handed_out_as_it_was_saved(folder):
     with verified("models:/iris@production", own_public_key(), purpose="release") as copy:
-        assert sorted(path.name for path in copy.folder.iterdir()) == sorted(FILES)
-        assert mlflow.pyfunc.load_model(str(copy.folder)).predict(iris_rows().drop(columns="species"))[0] == "setosa"
-        assert pd.read_parquet(copy.training_rows).equals(iris_rows())
-        assert copy.statement.training_rows == fingerprint(iris_rows())
+        assert snapshot(copy.folder) == snapshot(files_of(2))
+        assert pd.read_parquet(copy.training_rows).equals(ROWS_TRAIN.reset_index(drop=True))
+        assert copy.statement.training_rows == fingerprint(ROWS_TRAIN)
         assert copy.packages.read_text().count("--hash=sha256:") > copy.packages.read_text().count("==")
         assert copy.model_id == mlflow.MlflowClient().get_model_version("iris", 2).source.rpartition("/")[2]
     assert not copy.folder.exists()
@@ -115,12 +88,12 @@ def test_logged_model_is_as_log_model_makes_it(folder):
     assert (info.model_id, info.run_id) == (logged.model_id, version.run_id)
 
 
-@pytest.mark.parametrize("uri", ["iris/1", "models:/iris", "models:/iris/latest", "models:/iris@", "runs:/1/model"])
+@pytest.mark.parametrize("uri", ["models:/iris", "models:/iris/latest", "runs:/iris/1"])
 def test_address_that_names_no_version_is_refused(folder, uri):
     with pytest.raises(
         ValueError, match=r"is not the address of a version. Write models:/name/3 or models:/name@alias"
     ):
-        accepted(folder, uri)
+        accepted(uri)
 
 
 def flip_a_bit(path: Path) -> None:
@@ -130,41 +103,19 @@ def flip_a_bit(path: Path) -> None:
 
 
 def test_one_flipped_bit_in_any_file_is_refused(folder):
-    for name in FILES:
-        path = files_of(2) / name
+    for path in [*files_of(2).iterdir(), *evidence_of(2)[-1].iterdir()]:
         flip_a_bit(path)
-        assert f"Hash mismatch for model/{name}. It is not what was signed. Register the model again" in refused(folder)
+        assert "It is not what was signed. Register the model again" in refused()
         flip_a_bit(path)
-    assert accepted(folder).version == "2"
-
-
-def test_one_flipped_bit_in_what_was_signed_beside_the_model_is_refused(folder):
-    for name in EVIDENCE:
-        path = evidence_of(2)[-1] / name
-        flip_a_bit(path)
-        assert f"Hash mismatch for {name}. It is not what was signed." in refused(folder)
-        flip_a_bit(path)
-
-
-def test_a_removed_file_is_refused(folder):
-    for name in FILES:
-        path = files_of(2) / name
-        content = path.read_bytes()
-        path.unlink()
-        assert name in refused(folder)
-        path.write_bytes(content)
+    assert accepted().version == "2"
 
 
 def test_an_added_file_is_refused(folder):
-    for name in ("model.pkl", "evil_loader.py", ".gitattributes", ".gitignore", "a\nb", "a b"):
+    for name in (".gitignore", "evil_loader.py"):
         path = files_of(2) / name
         path.write_text("more")
-        # the refusal of a line break is MLflow's own
-        assert ("No such artifact" if "\n" in name else "Extra files found") in refused(folder)
+        assert "Extra files found" in refused()
         path.unlink()
-    (files_of(2) / "code").mkdir()
-    (files_of(2) / "code/evil_loader.py").write_text("more")
-    assert "Extra files found" in refused(folder)
 
 
 @pytest.mark.parametrize("place", ["model", "evidence"])
@@ -176,30 +127,11 @@ def test_files_over_the_size_limit_are_not_downloaded(folder, place):
     with (root / "more/large").open("wb") as file:
         file.truncate(3_000_000_000)
     # then
-    assert "more than size_limit=2,000,000,000" in refused(folder)
+    assert "more than size_limit=2,000,000,000" in refused()
 
 
 def test_size_limit_can_be_set(folder):
-    assert "more than size_limit=10" in refused(folder, size_limit=10)
-    assert accepted(folder, size_limit=10_000_000).version == "2"
-
-
-def test_a_link_out_of_the_folder_is_refused(folder, tmp_path):
-    (tmp_path / "secret").write_text("secret")
-    (files_of(2) / "link").symlink_to(tmp_path / "secret")
-    assert "link ##### Invalid path: resolved path is outside the artifact directory" in refused(folder)
-
-
-def test_version_in_production_with_another_loader_is_refused_before_it_is_loaded(folder, tmp_path):
-    # given code in the model, and a loader that runs it
-    (files_of(2) / "code").mkdir()
-    (files_of(2) / "code/evil_loader.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    path = files_of(2) / "MLmodel"
-    text = path.read_text().replace("loader_module: mlflow.sklearn", "loader_module: evil_loader\n    code: code")
-    path.write_text(text)
-    # then
-    refused(folder, "models:/iris@production")
-    assert not (tmp_path / "ran").exists()
+    assert "more than size_limit=10" in refused(size_limit=10)
 
 
 def test_crafted_model_that_was_signed_is_refused(folder):
@@ -208,8 +140,8 @@ def test_crafted_model_that_was_signed_is_refused(folder):
 
     types = ["sklearn.tree._tree.Tree"]
     register(folder, RandomForestClassifier(n_estimators=2), skops_trusted_types=types)
-    assert "nobody has reviewed" in refused(folder, "models:/iris/3")
-    assert accepted(folder, "models:/iris/3", trusted_types=types).version == "3"
+    assert "nobody has reviewed" in refused("models:/iris/4")
+    assert accepted("models:/iris/4", trusted_types=types).version == "4"
 
 
 def test_what_the_store_makes_of_a_model_is_not_signed(folder, monkeypatch):
@@ -223,28 +155,29 @@ def test_what_the_store_makes_of_a_model_is_not_signed(folder, monkeypatch):
     monkeypatch.setattr(mlflow, "finalize_logged_model", watched)
     # when it is registered, then the signature is that of the model as it was saved here
     register(folder)
-    assert "Hash mismatch for model/MLmodel" in refused(folder, "models:/iris/3")
+    assert "Hash mismatch for model/MLmodel" in refused("models:/iris/4")
 
 
-def test_model_with_a_loose_pin_is_not_registered(folder, tmp_path):
-    # given
-    saved = save(tmp_path / "loose", pip_requirements=["scikit-learn"])
-    # then
-    with mlflow.start_run() as run, pytest.raises(ValueError, match="leaves the version open"):
-        register_candidate(saved, "iris", key=own_key(), lock=LOCK, training_rows=iris_rows())
-    assert mlflow.get_run(run.info.run_id).outputs.model_outputs == []
+NO_PARQUET = r"Parquet cannot hold the training rows: .+ column colour .+\. Give each column values of one type"
+REFUSED = {
+    "loose pin": ({"pip_requirements": ["scikit-learn"]}, {}, "leaves the version open"),
+    "name": ({}, {"name": "a#b"}, "must not contain"),
+    "text and number": ({}, {"training_rows": iris_rows().assign(colour=["red", 1] * 75)}, NO_PARQUET),
+    "complex": ({}, {"training_rows": iris_rows().assign(colour=[1j, 2j] * 75)}, NO_PARQUET),
+}
 
 
-@pytest.mark.parametrize("values", [["red", 1], [1j, 2j]], ids=["text and number", "complex"])
-def test_column_that_parquet_cannot_hold_is_named_before_anything_is_logged(folder, tmp_path, values):
-    # given a saved model, and training rows with such a column
-    saved, rows = save(tmp_path / "saved"), iris_rows().assign(colour=values * 75)
+@pytest.mark.parametrize(("options", "arguments", "refusal"), REFUSED.values(), ids=REFUSED)
+def test_refused_candidate_leaves_nothing_in_the_store(folder, tmp_path, options, arguments, refusal):
+    saved = save(tmp_path / "saved", **options)
     content = (saved / "MLmodel").read_text()
-    # then
-    refusal = r"Parquet cannot hold the training rows: .+ column colour .+\. Give each column values of one type"
+    arguments = {"name": "iris", "key": own_key(), "lock": LOCK, "training_rows": iris_rows()} | arguments
+    # when
     with mlflow.start_run(), pytest.raises(ValueError, match=refusal):
-        register_candidate(saved, "iris", key=own_key(), lock=LOCK, training_rows=rows)
+        register_candidate(saved, **arguments)
+    # then
     assert len(mlflow.search_logged_models(output_format="list")) == 3
+    assert [model.name for model in mlflow.MlflowClient().search_registered_models()] == ["iris"]
     assert (saved / "MLmodel").read_text() == content
 
 
@@ -254,27 +187,6 @@ def test_candidate_without_a_run_is_refused(folder, tmp_path):
 
 
 # On another host
-
-
-@pytest.fixture
-def other_host():
-    """Give the address of a server that somebody else runs, and the headers of the requests that it got."""
-    requests = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(dict(self.headers))
-            self.send_error(404)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/api/2.0/mlflow-artifacts/artifacts", requests
-        server.shutdown()
-        thread.join()
 
 
 def set_in_store(folder: Path, change: str, *values: str) -> None:
@@ -292,28 +204,28 @@ def set_in_store(folder: Path, change: str, *values: str) -> None:
         "experiments SET artifact_location = ?1",
     ],
 )
-def test_location_on_another_host_gets_no_password(folder, other_host, monkeypatch, change):
+def test_location_on_another_host_gets_no_password(folder, monkeypatch, change):
     """Attack 27."""
     # given a location that somebody has changed in the store, and the password of a tracking server
-    address, requests = other_host
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    set_in_store(folder, change, address)
-    if change.startswith("experiments"):
-        set_in_store(folder, "runs SET artifact_uri = ?1", f"{address}/run")
-    # then the version is refused, and that host was not asked
-    assert "outside the active store" in refused(folder)
+    with serving(b"") as (host, requests):
+        address = f"{host}/api/2.0/mlflow-artifacts/artifacts"
+        set_in_store(folder, change, address)
+        if change.startswith("experiments"):
+            set_in_store(folder, "runs SET artifact_uri = ?1", f"{address}/run")
+        # then the version is refused, and that host was not asked
+        assert "outside the active store" in refused()
     assert requests == []
 
 
-@pytest.mark.parametrize("source", ["runs:/{run_id}/model", "models:/iris/1", "{experiment}/../elsewhere", "/etc"])
+@pytest.mark.parametrize("source", ["models:/iris/1", "{experiment}/../elsewhere"])
 def test_source_that_is_no_place_of_the_active_store_is_refused(folder, source):
     version = mlflow.MlflowClient().get_model_version("iris", 2)
     experiment = mlflow.get_experiment(mlflow.get_run(version.run_id).info.experiment_id).artifact_location
-    source = source.format(run_id=version.run_id, experiment=experiment)
-    set_in_store(folder, "model_versions SET source = ?", source)
-    assert "Its files are outside the active store" in refused(folder)
+    set_in_store(folder, "model_versions SET source = ?", source.format(experiment=experiment))
+    assert "Its files are outside the active store" in refused()
 
 
 @pytest.mark.parametrize(
@@ -325,14 +237,12 @@ def test_source_that_is_no_place_of_the_active_store_is_refused(folder, source):
         ("s3://bucket/1", True),
         ("file:///mlruns/1", True),
         ("mlflow-artifacts://there:5000/1", False),
-        ("http://there:5000/api/2.0/mlflow-artifacts/artifacts/1", False),
         ("http://here:5000@there/1", False),
         ("https://here:5000/1", False),
         ("ftp://here:5000/1", False),
         ("file://there/share", False),
         ("file:////there/share", False),
         ("file:///%5C%5Cthere/share", False),
-        ("//there/share", False),
     ],
 )
 def test_place_of_the_active_store_is_told_from_another(monkeypatch, location, accepted):
@@ -352,94 +262,68 @@ def test_other_version_with_its_signature_in_this_ones_place_is_refused(folder):
     replace_files(files_of(2), files_of(1))
     for there, other in zip(evidence_of(2), evidence_of(1), strict=True):
         replace_files(there, other)
-    assert "The signature is for the release of version 1 of iris. Register the model again" in refused(folder)
-
-
-def test_version_of_another_model_in_this_ones_place_is_refused(folder):
-    # given its files and signature, under this one's name and number
-    replace_files(files_of(2), files_of(1, "other"))
-    for there in evidence_of(2):
-        replace_files(there, *evidence_of(1, "other"))
-    assert "The signature is for the candidate of version 1 of other" in refused(folder)
+    assert "The signature is for the release of version 1 of iris. Register the model again" in refused()
 
 
 def test_version_that_the_database_gives_another_name_is_refused(folder):
-    # given the one version of the other model, which four values in the database make version 3 of iris
-    run_id = mlflow.MlflowClient().get_model_version("other", 1).run_id
-    with closing(sqlite3.connect(folder / "mlflow.db")) as database, database:
-        database.execute("UPDATE model_versions SET name = 'iris', version = 3 WHERE name = 'other'")
-    root = Path(mlflow.get_run(run_id).info.artifact_uri.removeprefix("file://"), "signed")
-    shutil.copytree(root / "other/1", root / "iris/3")
-    assert "The signature is for the candidate of version 1 of other" in refused(folder, "models:/iris/3")
+    # given a version that two values in the database make one of another model
+    mlflow.MlflowClient().create_registered_model("other")
+    root = evidence_of(3)[0].parents[1]
+    set_in_store(folder, "model_versions SET name = 'other' WHERE version = 3")
+    shutil.copytree(root, root.with_name("other"))
+    assert "The signature is for the candidate of version 3 of iris" in refused("models:/other/3")
 
 
-@pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", 'a"b', "a\\b", *INVISIBLE])
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a@b", 'a"b', "a\\b", INVISIBLE])
 def test_name_that_leads_elsewhere_is_refused(name):
     with pytest.raises(ValueError, match=r"must not contain # \? @ \\ quotes or invisible"):
         check_name(name)
 
 
-def test_refused_name_leaves_nothing_in_the_store(folder):
-    with pytest.raises(ValueError, match="must not contain"):
-        register(folder, name="a#b")
-    assert {model.name for model in mlflow.MlflowClient().search_registered_models()} == {"iris", "other"}
-    assert len(mlflow.search_logged_models(output_format="list")) == 3
-
-
-def test_candidate_is_no_release(folder):
-    assert "There is no release of this version" in refused(folder, "models:/other/1", purpose="release")
-
-
 def test_alias_needs_a_release_unless_the_caller_decides_on_a_candidate(folder):
     """Attack 28."""
     # given an alias on a version that was never released
-    mlflow.MlflowClient().set_registered_model_alias("other", "production", 1)
+    mlflow.MlflowClient().set_registered_model_alias("iris", "production", 3)
     # then
-    message = refused(folder, "models:/other@production")
+    message = refused("models:/iris@production")
     assert "There is no release as production of this version. Release it: lifecycle release" in message
-    assert accepted(folder, "models:/other@production", purpose="candidate").purpose == "candidate"
+    assert accepted("models:/iris@production", purpose="candidate").purpose == "candidate"
 
 
 def test_candidates_signature_in_a_releases_place_is_refused(folder):
     for path in evidence_of(2)[1:]:
         replace_files(path, evidence_of(2)[0])
-    assert "The signature is for the candidate" in refused(folder, purpose="release")
-
-
-def test_release_for_one_alias_is_none_for_another(folder):
-    mlflow.MlflowClient().set_registered_model_alias("iris", "champion", 2)
-    assert "no release as champion" in refused(folder, "models:/iris@champion", purpose="release")
+    assert "The signature is for the candidate" in refused(purpose="release")
 
 
 def test_older_version_put_back_without_a_release_is_refused(folder):
     mlflow.MlflowClient().set_registered_model_alias("iris", "production", 1)
-    message = refused(folder, "models:/iris@production", purpose="release")
+    message = refused("models:/iris@production", purpose="release")
     assert "Version 2 was released as production after it. To go back: lifecycle rollback iris" in message
 
 
 def test_name_with_an_invisible_character_is_refused(folder):
     """Attack 40."""
     # given a registered model that somebody has renamed so that a search by its name finds nothing
-    name = INVISIBLE[0]
-    mlflow.MlflowClient().rename_registered_model("other", name)
+    mlflow.MlflowClient().rename_registered_model("iris", INVISIBLE)
     # then
     with pytest.raises(ValueError, match="invisible character"):
-        accepted(folder, f"models:/{name}/1")
+        accepted(f"models:/{INVISIBLE}/1")
 
 
 def test_older_version_put_back_is_refused_where_the_newer_release_was_seen(folder):
     # given a machine that has used version 2, and then a store from which its release has vanished
-    accepted(folder, "models:/iris@production", purpose="release")
+    accepted("models:/iris@production", purpose="release")
     mlflow.MlflowClient().set_registered_model_alias("iris", "production", 1)
     mlflow.MlflowClient().delete_model_version("iris", 2)
-    message = refused(folder, "models:/iris@production", purpose="release")
+    message = refused("models:/iris@production", purpose="release")
     assert "A newer release of production was seen here before" in message
 
 
 def test_models_that_are_loaded_at_the_same_moment_are_each_remembered(folder):
     # given releases of many models, which are seen at the same moment
     names, public = [f"model{number}" for number in range(40)], own_public_key()
-    statement = accepted(folder, "models:/iris@production", purpose="release")
+    statement = accepted("models:/iris@production", purpose="release")
     with ThreadPoolExecutor(8) as executor:
         list(executor.map(lambda name: refuse_older(name, "production", statement, public), names))
     # then an older one of each is refused
@@ -447,16 +331,6 @@ def test_models_that_are_loaded_at_the_same_moment_are_each_remembered(folder):
     for name in names:
         with pytest.raises(ValueError, match="A newer release of production was seen here before"):
             refuse_older(name, "production", older, public)
-
-
-def test_older_version_is_handed_out_once_it_is_released_again(folder):
-    accepted(folder, "models:/iris@production", purpose="release")
-    release("models:/iris/1", folder)
-    assert accepted(folder, "models:/iris@production", purpose="release").version == "1"
-
-
-def test_older_version_can_be_had_by_its_number(folder):
-    assert accepted(folder, "models:/iris/1", purpose="release").version == "1"
 
 
 def test_public_key_in_a_read_only_folder_serves(folder, tmp_path, monkeypatch):
@@ -470,19 +344,19 @@ def test_public_key_in_a_read_only_folder_serves(folder, tmp_path, monkeypatch):
 def test_clock_that_went_backwards_makes_no_older_release(folder):
     # given a release that was signed when the clock was an hour ahead
     ahead = datetime.now(UTC) + timedelta(hours=1)
-    release("models:/iris/1", folder, moment=f"{ahead:%Y-%m-%dT%H}:00:00.000000Z")
+    release("1", f"{ahead:%Y-%m-%dT%H}:00:00.000000Z")
     # then the next one is after it
     later = released_now("iris", "production", own_public_key())
     assert later == f"{ahead:%Y-%m-%dT%H}:00:00.000001Z"
 
 
-@pytest.mark.parametrize("forged", ["2999-01-01T00:00:00.000000Z", "9999-12-31T23:59:59.999999Z", "soon"])
+@pytest.mark.parametrize("forged", ["9999-12-31T23:59:59.999999Z", "soon"])
 def test_tag_that_was_not_signed_stops_no_release(folder, forged):
     """Attack 29."""
     # given a tag that says that the replaced version was released after all others
     mlflow.MlflowClient().set_model_version_tag("iris", 1, release_tag("production"), forged)
     # then the release is handed out, and the next one can be signed
-    assert accepted(folder, "models:/iris@production").version == "2"
+    assert accepted("models:/iris@production").version == "2"
     assert released_now("iris", "production", own_public_key()) < "2999"
 
 
@@ -491,30 +365,18 @@ def test_evidence_that_is_dated_in_the_future_stops_no_release(folder):
     newest = evidence_of(2)[-1]
     shutil.copytree(newest, newest.with_name("production@9999-12-31T235959999999Z"))
     # then the signed one is handed out
-    assert accepted(folder, "models:/iris@production").version == "2"
+    assert accepted("models:/iris@production").version == "2"
 
 
 def test_release_that_was_signed_in_the_future_is_refused(folder):
-    release("models:/iris/1", folder, moment="2999-01-01T00:00:00.000000Z")
+    release("1", "2999-01-01T00:00:00.000000Z")
     for path in evidence_of(1):
         if path.name.startswith("production") and "2999" not in path.name:
             shutil.rmtree(path)
-    assert "dated in the future. Check the clock here" in refused(folder, "models:/iris@production")
+    assert "dated in the future. Check the clock here" in refused("models:/iris@production")
 
 
 # Keys
-
-
-def test_signature_with_anothers_key_is_refused(folder):
-    # given a version that another key has signed
-    other, before = new_key()
-    message = refused(folder)
-    assert "has not signed it (signed by: " in message
-    assert "Use the matching public key" in message
-    # then the public half before it still verifies
-    with verified("models:/iris/2", before) as copy:
-        assert copy.statement.version == "2"
-    assert other.exists()
 
 
 def test_signature_that_claims_our_key_is_refused(folder):
@@ -530,20 +392,7 @@ def test_signature_that_claims_our_key_is_refused(folder):
     (made,) = set(evidence_of(2)[-1].glob("*.sig")) - {ours}
     ours.write_text(json.dumps(json.loads(made.read_text()) | {"verificationMaterial": material}))
     # then
-    assert "It is not what was signed" in refused(folder)
-
-
-def test_file_that_is_no_signature_is_refused(folder):
-    (signature,) = evidence_of(2)[-1].glob("*.sig")
-    for content in (b"", b"{}", b"\x80\x04N."):
-        signature.write_bytes(content)
-        assert "It is not what was signed" in refused(folder)
-
-
-def test_version_without_signature_is_refused(folder):
-    for path in evidence_of(2):
-        shutil.rmtree(path)
-    assert "There is no signature of this version" in refused(folder)
+    assert "It is not what was signed" in refused()
 
 
 def test_private_key_is_in_no_file_of_the_store(folder):
@@ -581,10 +430,8 @@ def test_newest_release_as_an_alias_is_verified_without_its_contents(folder):
     for arguments, reason in refusals.items():
         with pytest.raises(NotVerifiedError, match=reason):
             verify_release(*arguments, public)
-
-
-def test_release_whose_file_was_changed_is_not_verified(folder):
+    # and if a file was changed
     with (files_of(2) / "MLmodel").open("a") as file:
         file.write(" ")
     with pytest.raises(NotVerifiedError, match="It is not what was signed"):
-        verify_release("iris", "2", "production", own_public_key())
+        verify_release("iris", "2", "production", public)
