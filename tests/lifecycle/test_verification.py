@@ -110,12 +110,14 @@ def test_one_flipped_bit_in_any_file_is_refused(folder):
     assert accepted().version == "2"
 
 
-def test_an_added_file_is_refused(folder):
+def test_an_added_or_a_removed_file_is_refused(folder):
     for name in (".gitignore", "evil_loader.py"):
         path = files_of(2) / name
         path.write_text("more")
         assert "Extra files found" in refused()
         path.unlink()
+    (files_of(2) / "input_example.json").unlink()
+    assert "input_example.json" in refused()
 
 
 @pytest.mark.parametrize("place", ["model", "evidence"])
