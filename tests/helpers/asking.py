@@ -84,10 +84,8 @@ def message(body: bytes | str, *lines: str) -> bytes:
     """Return the bytes of a request, with the right length unless ``lines`` of its head say something else."""
     body = body.encode() if isinstance(body, str) else body
     head = ["POST /invocations HTTP/1.1", "Host: here", "Content-Type: application/json"]
-    length = [] if any(line.lower().startswith(("content-length", "transfer-encoding")) for line in lines) else [
-        f"Content-Length: {len(body)}"
-    ]  # fmt: skip
-    return "\r\n".join([*head, *length, *lines, "", ""]).encode() + body
+    lines = lines or (f"Content-Length: {len(body)}",)
+    return "\r\n".join([*head, *lines, "", ""]).encode() + body
 
 
 def connected(address: str) -> socket.socket:

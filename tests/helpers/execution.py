@@ -183,6 +183,11 @@ def differing_outputs(folder: Path, notebook: str = "project.ipynb") -> list[str
     return [new for new, old in pairs if new != old]
 
 
+def make_here(target: str, *settings: str) -> list[str]:
+    """Return the command that makes ``target`` with this environment in place of the one that make would install."""
+    return ["make", target, "INSTALLED=", "DEVELOPMENT=", f"BIN='{Path(sys.executable).parent}'", *settings]
+
+
 def git(folder: Path, *arguments: str) -> str:
     """Run git in ``folder`` and return what it prints."""
     command = ["git", "-C", folder, "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
@@ -194,6 +199,14 @@ def commit_all(folder: Path) -> None:
     git(folder, "init", "--quiet")
     git(folder, "add", ".")
     git(folder, "commit", "--quiet", "--message=Start")
+
+
+def copy_committed(folder: Path) -> None:
+    """Copy all files that git knows to ``folder``."""
+    for name in git(ROOT, "ls-files", "-z").strip("\0").split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

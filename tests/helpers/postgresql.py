@@ -27,6 +27,7 @@ class PostgreSQL:
 
     Attributes:
         variables: the environment variables by which PostgreSQL's programs, and its driver in Python, reach it.
+        address: of its first database, with the password.
     """
 
     def __init__(self, folder: Path, password: str):
@@ -39,6 +40,7 @@ class PostgreSQL:
             "PGUSER": USER,
             "PGPASSWORD": password,
         }
+        self.address = f"postgresql://{USER}:{password}@127.0.0.1:{self.variables['PGPORT']}/postgres"
         secret = folder / "password.txt"
         secret.write_text(password)
         secret.chmod(0o444)

@@ -22,13 +22,18 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
+def locked_versions() -> str:
+    """Return the lines of the largest lock, without their hashes."""
+    lock = (ROOT / "requirements-scale.txt").read_text(encoding="utf-8")
+    return re.sub(r" *\\\n    --hash=\S+", "", lock)
+
+
 def install(folder: Path, *packages: str) -> Path:
     """Install packages at the versions of the lock in a new environment, and return the folder of its programs."""
     subprocess.run([*UV, "venv", "--quiet", "--python", sys.executable, folder], check=True)
     programs = folder / ("Scripts" if sys.platform == "win32" else "bin")
-    lock = (ROOT / "requirements-scale.txt").read_text(encoding="utf-8")
     versions = folder / "versions.txt"
-    versions.write_text(re.sub(r" *\\\n    --hash=\S+", "", lock), encoding="utf-8")
+    versions.write_text(locked_versions(), encoding="utf-8")
     command = [*UV, "pip", "install", "--quiet", "--compile-bytecode", "--python", programs / "python"]
     subprocess.run([*command, "--constraints", versions, *packages], check=True)
     return programs

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 from asking import NAMES, as_verified
+from postgresql import postgresql, programs
 from releases import make_store
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -86,6 +87,15 @@ def version(store):
 def known(version):
     """Give what a batch is compared with."""
     return load_reference(version)
+
+
+@pytest.fixture(scope="module")
+def storage(lacking):
+    """Give the address of a real PostgreSQL that wants a password."""
+    if programs() is None:
+        lacking("PostgreSQL", "make postgresql")
+    with postgresql("hidden") as server:
+        yield server.address
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from versions import register, store_in
@@ -36,7 +36,6 @@ from mlflow_lifecycle.signing.keys import own_key, own_public_key
 
 COLUMNS = ["sepal length (cm)", "sepal width (cm)", "petal length (cm)", "petal width (cm)"]
 LOCK = ROOT / "requirements.txt"
-TRUSTED = ["numpy.dtype"]
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +75,10 @@ def read(folder) -> pd.Series:
     return pd.read_parquet(folder).set_index("id")["prediction"].sort_index()
 
 
-def save(folder, model, rows, module=mlflow.sklearn) -> Path:
+def save(folder, model, rows) -> Path:
     """Save a model that was fitted to ``rows``, and return its folder."""
-    signature = infer_signature(rows, model.predict(rows))
-    trusted = {"skops_trusted_types": TRUSTED} if module.__name__ == "mlflow.sklearn" else {}
-    module.save_model(model, folder, signature=signature, pip_requirements=["numpy"], **trusted)
+    options = {"signature": infer_signature(rows, model.predict(rows)), "pip_requirements": ["numpy"]}
+    mlflow.sklearn.save_model(model, folder, skops_trusted_types=["numpy.dtype"], **options)
     return folder
 
 
@@ -93,13 +91,10 @@ SIGNATURE = ModelSignature(
 )
 FITTING = {"id": pa.int32(), "a": pa.float32(), "b": pa.int16(), "`c`": pa.timestamp("us", "UTC"), "other": pa.null()}
 WRONG_TYPES = {
-    "no column": ({"a": None}, "a is missing, and must be float or double"),
     "optional column": ({"b": None}, "b is missing"),
-    "no key": ({"id": None}, "id is missing, and must be int8"),
-    "text": ({"a": pa.string()}, "a is string, and must be float or double"),
     "integers": ({"a": pa.int64()}, "a is int64, and must be float or double"),
     "key of text": ({"id": pa.string()}, "id is string, and must be int8"),
-    "two": ({"a": None, "`c`": pa.bool_()}, "double; `c` is bool, and must be timestamp or date32"),
+    "two": ({"a": None, "`c`": pa.bool_()}, "a is missing, and must be float or double; `c` is bool"),
 }
 
 
@@ -138,41 +133,32 @@ def model(tmp_path_factory):
     return save(tmp_path_factory.mktemp("model") / "model", estimator, rows)
 
 
-def score_here(rows, tmp_path, model, key="id") -> pd.Series:
+def score_here(rows, tmp_path, model) -> pd.Series:
     rows.to_parquet(tmp_path / "rows.parquet", index=False)
-    batch_worker.score_files(str(tmp_path / "rows.parquet"), str(tmp_path / "output"), str(model), key)
+    batch_worker.score_files(str(tmp_path / "rows.parquet"), str(tmp_path / "output"), str(model), "id")
     return read(tmp_path / "output")
 
 
 GOOD = pd.DataFrame({"id": range(3), **dict.fromkeys(COLUMNS, 1.0), "kind": ["odd", "even", "odd"]})
 BAD_VALUES = {
     "null": ({COLUMNS[1]: [None, 1.0, 1.0]}, "sepal width (cm) has 1 values that are missing or not finite"),
-    "infinite": ({COLUMNS[1]: [1.0, np.inf, -np.inf]}, "sepal width (cm) has 2 values"),
+    "NaN": ({COLUMNS[1]: [np.nan, 1.0, 1.0]}, "sepal width (cm) has 1 values"),
     "infinite where optional": ({COLUMNS[0]: [np.inf, 1.0, None]}, "sepal length (cm) has 1 values"),
-    "no key": ({"id": pd.array([0, None, 2], dtype="Int64")}, "id has 1 values"),
+    "no key": ({"id": [0, None, 2]}, "id has 1 values"),
     "key twice": ({"id": [0, 1, 1]}, "two rows have the same id"),
 }
 
 
 @pytest.mark.parametrize(("change", "reason"), BAD_VALUES.values(), ids=BAD_VALUES)
 def test_value_that_cannot_be_scored_is_refused(model, tmp_path, change, reason):
+    pq.write_table(pa.table(GOOD.to_dict("list") | change), tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=re.escape(reason)):
-        score_here(GOOD.assign(**change), tmp_path, model)
+        batch_worker.score_files(str(tmp_path / "rows.parquet"), str(tmp_path / "output"), str(model), "id")
 
 
 def test_empty_data_set_is_refused(model, tmp_path):
     pq.write_table(pa.Table.from_pandas(GOOD).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="there are no rows"):
-        batch_worker.score_files(str(tmp_path), str(tmp_path / "output"), str(model), "id")
-
-
-def test_nan_in_a_file_is_refused(model, tmp_path):
-    # given NaN that is no null, which pandas cannot write
-    table = pa.Table.from_pandas(GOOD)
-    nan = pa.array([1.0, float("nan"), 1.0])
-    table = table.set_column(table.schema.get_field_index(COLUMNS[1]), COLUMNS[1], nan)
-    pq.write_table(table, tmp_path / "nan.parquet")
-    with pytest.raises(ValueError, match=re.escape("sepal width (cm) has 1 values")):
         batch_worker.score_files(str(tmp_path), str(tmp_path / "output"), str(model), "id")
 
 
@@ -190,23 +176,19 @@ def test_missing_values_are_those_that_the_model_learned_from(model, tmp_path):
 
 ROWS, MEASURE = load_diabetes(as_frame=True, return_X_y=True)
 MODELS = {
-    "regression": ("sklearn.linear_model", "LinearRegression", MEASURE),
-    "integer classes": ("sklearn.linear_model", "LogisticRegression", (MEASURE > 140).astype(int)),
-    "truth values": ("sklearn.linear_model", "LogisticRegression", MEASURE > 140),
-    "XGBoost": ("xgboost", "XGBRegressor", MEASURE),
-    "LightGBM": ("lightgbm", "LGBMClassifier", (MEASURE > 140).astype(int)),
+    "regression": (LinearRegression(), MEASURE),
+    "integer classes": (LogisticRegression(), (MEASURE > 140).astype(int)),
+    "truth values": (LogisticRegression(), MEASURE > 140),
 }
 
 
-@pytest.mark.parametrize(("library", "name", "target"), MODELS.values(), ids=MODELS)
-def test_models_of_every_flavor_and_task_are_scored(library, name, target, tmp_path):
+@pytest.mark.parametrize(("estimator", "target"), MODELS.values(), ids=MODELS)
+def test_models_of_every_task_are_scored(estimator, target, tmp_path):
     # given a model, and its columns in another order
-    estimator = getattr(pytest.importorskip(library), name)().fit(ROWS, target)
-    flavor = getattr(mlflow, library.partition(".")[0])
-    folder = save(tmp_path / "model", estimator, ROWS, flavor)
+    estimator.fit(ROWS, target)
     rows = ROWS[ROWS.columns[::-1]].assign(id=range(len(ROWS)))
     # then
-    found = score_here(rows, tmp_path, folder)
+    found = score_here(rows, tmp_path, save(tmp_path / "model", estimator, ROWS))
     assert found.to_numpy() == pytest.approx(estimator.predict(ROWS))
     assert found.dtype == estimator.predict(ROWS).dtype
 
@@ -214,26 +196,27 @@ def test_models_of_every_flavor_and_task_are_scored(library, name, target, tmp_p
 # One process
 
 
-def arguments(uri, folder, output, **options):
-    return (uri, str(folder / "data"), str(output)), {"public_key": own_public_key(), **options}
-
-
-@pytest.mark.parametrize("own_environment", [False, pytest.param(True, marks=pytest.mark.extended)])
-def test_predictions_are_those_of_this_process_by_key(uri, folder, flowers, tmp_path, own_environment):
-    positional, named = arguments(uri, folder, tmp_path / "output", own_environment=own_environment)
-    mlflow.set_experiment("scoring")
-    # when
-    scored = batch.score(*positional, **named)
-    # then
+@pytest.mark.parametrize("options", [["--this-environment"], pytest.param([], marks=pytest.mark.extended)])
+def test_command_scores_a_data_set_by_key_and_records_it(uri, folder, flowers, tmp_path, options):
+    command = ["score", uri, "--data", "data", "--output", str(tmp_path / "output"), "--json", *options]
+    with contextlib.chdir(folder):
+        answer = CliRunner().invoke(main, command)
+        again = CliRunner().invoke(main, command)
+    # then the predictions are those of this process
+    assert answer.exit_code == 0, answer.output
     pd.testing.assert_series_equal(read(tmp_path / "output"), expected(uri, flowers))
     # and the run has the rows, by their digest, and the model
-    run = mlflow.get_run(scored.run_id)
-    assert (run.info.status, run.data.metrics, scored.rows) == ("FINISHED", {"rows": 1000}, 1000)
+    scored = json.loads(answer.stdout)
+    run = mlflow.get_run(scored["run_id"])
+    assert (run.info.status, run.data.metrics, scored["rows"]) == ("FINISHED", {"rows": 1000}, 1000)
     assert run.data.params["model_uri"] == uri
     (dataset,) = run.inputs.dataset_inputs
-    assert dataset.dataset.digest == scored.digest
+    assert dataset.dataset.digest == scored["digest"]
     (used,) = run.inputs.model_inputs
     assert used.model_id == mlflow.models.get_model_info(uri).model_id
+    # and it does not overwrite the output
+    assert (again.exit_code, again.stderr.count("\n")) == (1, 1)
+    assert "exists already" in again.stderr
 
 
 def test_pyarrow_is_that_of_the_lock():
@@ -245,15 +228,10 @@ def test_bad_rows_leave_neither_output_nor_part_and_a_failed_run(uri, folder, fl
     # given a value that is missing in the last of the rows
     flowers.assign(**{COLUMNS[3]: flowers[COLUMNS[3]].where(flowers["id"] < 999)}).to_parquet(tmp_path / "bad.parquet")
     mlflow.set_experiment("scoring")
+    options = {"public_key": own_public_key(), "own_environment": False}
     # when
     with pytest.raises(InvalidInputError) as error:
-        batch.score(
-            uri,
-            str(tmp_path / "bad.parquet"),
-            str(tmp_path / "output"),
-            public_key=own_public_key(),
-            own_environment=False,
-        )
+        batch.score(uri, str(tmp_path / "bad.parquet"), str(tmp_path / "output"), **options)
     # then
     reason = "petal width (cm) has 1 values that are missing or not finite"
     assert str(error.value) == f"Cannot score {tmp_path / 'bad.parquet'}: {reason}"
@@ -261,13 +239,10 @@ def test_bad_rows_leave_neither_output_nor_part_and_a_failed_run(uri, folder, fl
     assert mlflow.search_runs(max_results=1)["status"].tolist() == ["FAILED"]
 
 
-@pytest.mark.parametrize("content", [None, b"no Parquet"], ids=["nothing", "another file"])
-def test_files_that_cannot_be_read_are_refused_in_a_line(uri, tmp_path, content):
-    if content:
-        (tmp_path / "rows.parquet").write_bytes(content)
+def test_file_that_cannot_be_read_is_refused_in_a_line(tmp_path):
     with pytest.raises(InvalidInputError) as error:
-        batch.score_here(Path(sys.executable), str(tmp_path / "rows.parquet"), str(tmp_path / "output"), "model", "id")
-    assert str(error.value).startswith(f"Cannot score {tmp_path / 'rows.parquet'}: ")
+        batch.score_here(Path(sys.executable), str(tmp_path / "none"), str(tmp_path / "output"), "model", "id")
+    assert str(error.value).startswith(f"Cannot score {tmp_path / 'none'}: ")
     assert "\n" not in str(error.value)
 
 
@@ -291,19 +266,6 @@ def test_alias_that_was_moved_to_a_candidate_is_not_scored(uri, tmp_path):
     # then
     with pytest.raises(NotVerifiedError, match="There is no release as champion"):
         batch.score("models:/iris@champion", "data", str(tmp_path / "scored"), public_key=own_public_key())
-
-
-def test_command_scores_a_data_set(uri, folder, flowers, tmp_path):
-    with contextlib.chdir(folder):
-        options = ["--data", "data", "--output", str(tmp_path / "output"), "--this-environment", "--json"]
-        answer = CliRunner().invoke(main, ["score", uri, *options])
-        again = CliRunner().invoke(main, ["score", uri, *options])
-    assert answer.exit_code == 0, answer.output
-    assert json.loads(answer.stdout)["rows"] == 1000
-    pd.testing.assert_series_equal(read(tmp_path / "output"), expected(uri, flowers))
-    # and it does not overwrite the output
-    assert (again.exit_code, again.stderr.count("\n")) == (1, 1)
-    assert "exists already" in again.stderr
 
 
 # Spark
@@ -393,12 +355,10 @@ def test_spark_works_in_the_recorded_environment_and_leaves_nothing(spark, uri, 
 # The session
 
 
-def test_session_listens_on_loopback_only_where_no_cluster_has_to_reach_it(tmp_path):
-    local, cluster = (batch.spark_settings(master, tmp_path) for master in ("local[2]", "spark://cluster:7077"))
-    assert (local["spark.driver.host"], local["spark.driver.bindAddress"]) == ("127.0.0.1", "127.0.0.1")
-    assert local["spark.local.dir"].startswith(str(tmp_path))
-    assert not {"spark.driver.host", "spark.driver.bindAddress", "spark.local.dir"} & set(cluster)
-    assert (local["spark.master"], cluster["spark.master"]) == ("local[2]", "spark://cluster:7077")
+def test_session_on_a_cluster_leaves_addresses_and_folders_to_it(tmp_path):
+    settings = batch.spark_settings("spark://cluster:7077", tmp_path)
+    assert settings["spark.master"] == "spark://cluster:7077"
+    assert not {"spark.driver.host", "spark.driver.bindAddress", "spark.local.dir"} & set(settings)
 
 
 def test_spark_listens_on_loopback_only(session):

@@ -35,14 +35,17 @@ def write(folder, *entries, name="requests-2026-01-31-aa.jsonl") -> None:
     (folder / name).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def test_recorded_rows_come_back_with_their_answers(tmp_path, version):
-    write(tmp_path, entry(1, ROWS[:2]), entry(2, ROWS[100:101], predictions=["virginica"]))
+def test_recorded_rows_of_a_version_come_back_with_their_answers_by_time(tmp_path, version):
+    # given the records of two servers, one of which also has answers of other versions
+    own = entry(1, ROWS[:2]), entry(3, ROWS[3:4])
+    write(tmp_path, *own, entry(4, ROWS[4:5], version="2"), entry(5, ROWS[5:6], name="other"))
+    write(tmp_path, entry(2, ROWS[100:101], predictions=["virginica"]), name="requests-2026-01-30-bb.jsonl")
+    # when
     rows = read_batch(tmp_path, version)
-    pd.testing.assert_frame_equal(
-        rows[FEATURES].reset_index(drop=True), ROWS.loc[[0, 1, 100], FEATURES].reset_index(drop=True)
-    )
-    assert rows["prediction"].tolist() == ["setosa", "setosa", "virginica"]
-    assert rows.index.tolist() == ["id1", "id1", "id2"]
+    # then
+    assert rows.index.tolist() == ["id1", "id1", "id2", "id3"]
+    assert rows[FEATURES].to_numpy().tolist() == ROWS.loc[[0, 1, 100, 3], FEATURES].to_numpy().tolist()
+    assert rows["prediction"].tolist() == ["setosa", "setosa", "virginica", "setosa"]
 
 
 def test_requests_of_another_client_are_not_in_a_batch(tmp_path, version):
@@ -56,12 +59,6 @@ def test_requests_of_another_client_are_not_in_a_batch(tmp_path, version):
     assert rows[FEATURES].to_numpy().tolist() == ROWS.loc[[5, 1, 3], FEATURES].to_numpy().tolist()
 
 
-def test_record_of_several_servers_and_days_is_read_by_time(tmp_path, version):
-    write(tmp_path, entry(2, ROWS[2:3]))
-    write(tmp_path, entry(1, ROWS[1:2]), entry(3, ROWS[3:4]), name="requests-2026-01-30-bb.jsonl")
-    assert read_batch(tmp_path, version).index.tolist() == ["id1", "id2", "id3"]
-
-
 def test_answer_that_is_not_recorded_is_said(tmp_path, version):
     write(tmp_path, entry(1, ROWS[:1]))
     with pytest.raises(KeyError, match="id7"):
@@ -69,55 +66,30 @@ def test_answer_that_is_not_recorded_is_said(tmp_path, version):
     assert read_batch(tmp_path / "nowhere", version).empty
 
 
-def test_answers_of_another_version_do_not_count(tmp_path, version):
-    write(tmp_path, entry(1, ROWS[:1]), entry(2, ROWS[1:2], version="2"), entry(3, ROWS[2:3], name="other"))
-    assert read_batch(tmp_path, version).index.tolist() == ["id1"]
-
-
 # What a batch leaves in the store
 
 
-def test_batch_and_model_are_inputs_of_the_run(version, known, usual):
-    run_id = log_batch(version, known, usual, judge(known, usual), "Monday").info.run_id
-    run = mlflow.get_run(run_id)
+def test_rows_answers_judgement_and_accuracy_are_kept_with_the_model(version, known, usual):
+    judgement = judge(known, usual)
+    run = mlflow.get_run(log_batch(version, known, usual, judgement, "Monday").info.run_id)
+    run_id, answers = run.info.run_id, known.estimator.predict(usual[FEATURES])
+    # then rows and model are inputs of the run
     (data,) = run.inputs.dataset_inputs
     assert (data.dataset.name, data.tags[0].value) == ("Monday", "monitoring")
     assert [used.model_id for used in run.inputs.model_inputs] == [version.model_id]
     assert run.data.tags["verdict"] == "quiet"
-
-
-def test_accuracy_belongs_to_the_model_and_to_that_batch(version, known, usual):
-    # given two batches
-    batches = {"first": usual, "second": usual.head(50)}
-    runs = {name: log_batch(version, known, rows, judge(known, rows), name) for name, rows in batches.items()}
-    # when the model's metrics are read
-    metrics = mlflow.get_logged_model(version.model_id).metrics
-    # then there is one for each batch
-    for name, rows in batches.items():
-        (metric,) = [found for found in metrics if found.run_id == runs[name].info.run_id]
-        assert (metric.key, metric.dataset_name) == ("accuracy", name)
-        assert metric.dataset_digest == mlflow.get_run(runs[name].info.run_id).inputs.dataset_inputs[0].dataset.digest
-        assert metric.value == (known.estimator.predict(rows[FEATURES]) == rows["species"]).mean()
-
-
-def test_rows_answers_and_judgement_are_kept(version, known, usual):
-    judgement = judge(known, usual)
-    run_id = log_batch(version, known, usual, judgement).info.run_id
-    kept = mlflow.load_table("batch.json", [run_id])
-    assert kept["prediction"].tolist() == known.estimator.predict(usual[FEATURES]).tolist()
+    # and answers and judgement are its files
+    assert {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)} == {"batch.json", "judgement.json"}
+    assert mlflow.load_table("batch.json", [run_id])["prediction"].tolist() == answers.tolist()
     said = mlflow.artifacts.load_dict(f"runs:/{run_id}/judgement.json")
     assert said["verdict"] == judgement.verdict == Verdict.QUIET
     assert said["metric"] == "accuracy"
     assert said["performance"] == dataclasses.asdict(judgement.performance)
-    names = {item.path for item in mlflow.MlflowClient().list_artifacts(run_id)}
-    assert names == {"batch.json", "judgement.json"}
-
-
-def test_accepted_change_is_recorded_with_its_reason(version, known, usual):
-    longer = usual.assign(**1.3 * usual[FEATURES])
-    run = log_batch(version, known, longer, judge(known, longer, accepted="another garden"))
-    tags = mlflow.get_run(run.info.run_id).data.tags
-    assert (tags["verdict"], tags["accepted_change"]) == ("accepted change", "another garden")
+    # and the accuracy belongs to the model and to these rows
+    metrics = mlflow.get_logged_model(version.model_id).metrics
+    (metric,) = [found for found in metrics if found.run_id == run_id]
+    assert (metric.key, metric.value) == ("accuracy", (answers == usual["species"]).mean())
+    assert (metric.dataset_name, metric.dataset_digest) == ("Monday", data.dataset.digest)
 
 
 def test_broken_batch_is_kept_without_answers(version, known, usual):
@@ -139,3 +111,10 @@ def test_picture_shows_names_of_columns_as_they_are(known, usual):
     # then
     assert [label.get_text() for label in axes.get_yticklabels()][1::2] == names[::-1]
     assert not any(label.get_parse_math() for label in axes.get_yticklabels())
+
+
+def test_accepted_change_is_recorded_with_its_reason(version, known, usual):
+    longer = usual.assign(**1.3 * usual[FEATURES])
+    run = log_batch(version, known, longer, judge(known, longer, accepted="another garden"))
+    tags = mlflow.get_run(run.info.run_id).data.tags
+    assert (tags["verdict"], tags["accepted_change"]) == ("accepted change", "another garden")

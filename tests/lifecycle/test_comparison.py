@@ -60,21 +60,14 @@ def test_interval_of_zeros_and_ones_is_centered_as_by_agresti_and_min():
     assert interval.difference == pytest.approx(0.07)
 
 
-@pytest.mark.extended  # it takes long
-def test_detectable_difference_of_folds_is_shown_in_four_of_five_tests():
-    # given a model that is better by the difference that the folds can show, which share a part that makes them
-    # dependent as Nadeau and Bengio assume
-    generator = np.random.default_rng(0)
-    share = 0.2
-    shown = 0
-    detectable = []
-    for _ in range(2000):
-        common = generator.normal(scale=share**0.5)
-        own = generator.normal(size=10) * (1 - share) ** 0.5
-        detectable.append(detectable_difference(common + own, np.zeros(10), test_share=share))
-        interval = folds_interval(common + own + np.mean(detectable), np.zeros(10), test_share=share)
-        shown += interval.low > 0
-    assert 0.74 < shown / 2000 < 0.86
+@pytest.mark.parametrize(("interval", "share"), [(rows_interval, {}), (folds_interval, {"test_share": 0.2})])
+def test_detectable_difference_is_that_of_bloom(scores, interval, share):
+    # given the standard error of the difference
+    found = interval(scores[1], scores[0], **share)
+    error = (found.high - found.difference) / stats.t.ppf(0.975, 24)
+    # then
+    expected = (stats.t.ppf(0.975, 24) + stats.t.ppf(0.8, 24)) * error
+    assert detectable_difference(scores[1], scores[0], **share) == pytest.approx(expected)
 
 
 LOWER_BOUNDS = {("b", "a"): 0.02, ("c", "a"): 0.05, ("c", "b"): -0.01, ("d", "b"): 0.01}

@@ -98,13 +98,16 @@ def test_environment_holds_the_recorded_packages_and_no_others(model, python):
     assert {f"{package['name']}=={package['version']}" for package in listed} == recorded
 
 
-def test_predictions_equal_those_in_this_process(model, python):
+def test_predictions_equal_those_in_this_process_or_end_with_the_reason(model, python):
     # given a model, and rows with a gap and with numbers that MLflow reads from CSV with an error
     folder, rows = model
     # when both environments predict
     predictions = predict_in(python, folder, rows)
     # then no number differs
     assert list(predictions.predicted) == mlflow.pyfunc.load_model(str(folder)).predict(rows).tolist()
+    # and when a column is missing
+    with pytest.raises(PredictionFailedError, match=r"gave no predictions.*second"):
+        predict_in(python, folder, rows[["first"]])
 
 
 def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):
@@ -118,12 +121,6 @@ def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):
     predictions = predict_in(Path(sys.executable), folder, rows.drop(columns="kind"))
     assert list(predictions.predicted) == rows["kind"].tolist()
     assert predictions.probabilities.tolist() == estimator.predict_proba(rows).tolist()
-
-
-def test_failed_prediction_ends_with_the_reason(model, python):
-    folder, rows = model
-    with pytest.raises(PredictionFailedError, match=r"gave no predictions.*second"):
-        predict_in(python, folder, rows[["first"]])
 
 
 def test_changed_hash_is_refused_by_the_name_of_the_package(small, monkeypatch):

@@ -34,23 +34,6 @@ def version_of(folder, model, rows, target=TARGET) -> Verified:
     return Verified("models:/iris/1", statement, saved, folder / "packages.txt", folder / "rows.parquet", "")
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    """Give what batches are compared with: of a linear model that learned from every second flower."""
-    model = LogisticRegression(max_iter=1000)
-    return load_reference(version_of(tmp_path_factory.mktemp("model"), model, ROWS[::2].reset_index(drop=True)))
-
-
-@pytest.fixture
-def usual():
-    """Give the other flowers, with their labels."""
-    return ROWS[1::2].reset_index(drop=True)
-
-
-def reasons(judgement) -> str:
-    return "\n".join(judgement.reasons)
-
-
 # As usual
 
 
@@ -59,22 +42,15 @@ def test_usual_rows_are_quiet(known, usual):
     assert judgement.verdict == Verdict.QUIET
     assert judgement.reasons == ()
     assert judgement.performance.value == (known.estimator.predict(usual[FEATURES]) == usual[TARGET]).mean()
+    # and further columns and another order change nothing
+    assert judge(known, usual[usual.columns[::-1]].assign(colour="blue")) == judgement
 
 
-def test_rows_without_labels_are_judged_without_accuracy(known, usual):
+def test_labels_count_for_the_rows_that_have_them(known, usual):
     judgement = judge(known, usual[FEATURES])
-    assert judgement.verdict == Verdict.QUIET
-    assert judgement.performance is None
-
-
-def test_labels_that_are_there_for_some_rows_count(known, usual):
+    assert (judgement.verdict, judgement.performance) == (Verdict.QUIET, None)
     usual.loc[10:, TARGET] = None
     assert judge(known, usual).performance.rows == 10
-
-
-def test_further_columns_and_another_order_change_nothing(known, usual):
-    other = usual[usual.columns[::-1]].assign(colour="blue")
-    assert judge(known, other) == judge(known, usual)
 
 
 @pytest.mark.extended  # it takes long
@@ -97,20 +73,14 @@ def test_ruler_that_shows_thirty_percent_too_much_is_broken_input(known, usual):
     assert "of the rows are outside the training range" in judgement.reasons[0]
 
 
-def test_rows_that_lack_a_column_or_hold_text_in_one_are_broken_input(known, usual):
+def test_missing_column_and_gap_that_the_model_cannot_take_are_broken_input(known, usual):
     judgement = judge(known, usual.drop(columns=FEATURES[3]))
     assert judgement.verdict == Verdict.BROKEN
-    assert "These columns are missing: petal width (cm)" in reasons(judgement)
-    judgement = judge(known, usual.assign(**{FEATURES[3]: "wide"}))
-    assert judgement.verdict == Verdict.BROKEN
-    assert "'wide'" in reasons(judgement)
-
-
-def test_gap_that_the_model_cannot_take_is_broken_input(known, usual):
+    assert judgement.reasons == ("These columns are missing: petal width (cm)",)
     usual.loc[0, FEATURES[0]] = np.nan
     judgement = judge(known, usual)
     assert judgement.verdict == Verdict.BROKEN
-    assert "cannot predict these rows: Input X contains NaN" in reasons(judgement)
+    assert "cannot predict these rows: Input X contains NaN" in judgement.reasons[0]
 
 
 def test_no_rows_are_refused(known, usual):
@@ -138,12 +108,11 @@ def test_predictions_that_drift_are_drift_although_no_column_does(known, usual):
 # Labels: an alarm for people
 
 
-@pytest.mark.parametrize("name", ["SETOSA ", "pumila"])
-def test_class_that_the_model_does_not_know_is_an_alarm(known, usual, name):
+def test_class_that_the_model_does_not_know_is_an_alarm(known, usual):
     """Attack 10."""
-    judgement = judge(known, usual.replace({TARGET: {"setosa": name}}))
+    judgement = judge(known, usual.replace({TARGET: {"setosa": "SETOSA "}}))
     assert judgement.verdict == Verdict.LABELS
-    assert f"the model does not know the class {name!r}" in judgement.reasons
+    assert "the model does not know the class 'SETOSA '" in judgement.reasons
 
 
 def test_class_that_has_vanished_is_an_alarm(known, usual):
@@ -168,7 +137,7 @@ def test_labels_are_more_urgent_than_drift_and_broken_rows_than_labels(known, us
     rows = usual.assign(**{FEATURES[1]: usual[FEATURES[1]] * 0.6 + 1.6}).replace({TARGET: {"setosa": "pumila"}})
     judgement = judge(known, rows)
     assert judgement.verdict == Verdict.LABELS
-    assert "sepal width" in reasons(judgement)
+    assert any(reason.startswith("sepal width (cm): ") for reason in judgement.reasons)
     assert judge(known, rows.assign(**1.3 * usual[FEATURES])).verdict == Verdict.BROKEN
 
 
@@ -212,30 +181,13 @@ def test_answers_that_were_given_are_judged_and_not_those_of_today(known, usual)
     assert judgement.performance.value == 1
 
 
-@pytest.mark.parametrize("kind", ["int", "text", "bool"])
-def test_classes_of_any_type_meet_labels_as_a_file_gives_them(tmp_path, kind):
-    # given classes of one type, and labels with a gap as pandas reads them from a file
+@pytest.mark.parametrize("classes", [(0, 1), ("1.0", "2.0"), (False, True)])
+def test_answers_and_labels_from_a_file_meet_classes_of_any_type(tmp_path, classes):
+    # given classes of one type, and a file of labels and right answers, with a gap in each of both
     frame = load_breast_cancer(as_frame=True).frame[["mean radius", "mean texture", "target"]]
-    classes = {"int": frame["target"], "text": frame["target"].map(str), "bool": frame["target"].astype(bool)}[kind]
-    rows = frame.assign(target=classes)
+    rows = frame.assign(target=frame["target"].map(dict(enumerate(classes))))
     known = load_reference(version_of(tmp_path, LogisticRegression(max_iter=1000), rows[::2], "target"))
-    batch = rows[1::2].reset_index(drop=True)
-    batch["target"] = batch["target"].astype(object)
-    batch.loc[0, "target"] = None
-    batch.to_csv(tmp_path / "batch.csv", index=False)
-    # then they are the same classes
-    judgement = judge(known, pd.read_csv(tmp_path / "batch.csv"))
-    assert judgement.verdict == Verdict.QUIET
-    assert judgement.performance.rows == len(batch) - 1
-
-
-@pytest.mark.parametrize("names", [("0", "1"), ("1.0", "2.0"), ("True", "False")])
-def test_answers_from_a_file_meet_classes_of_text_that_look_like_something_else(tmp_path, names):
-    # given classes of text, and a file of labels and right answers, with a gap in each of both
-    frame = load_breast_cancer(as_frame=True).frame[["mean radius", "mean texture", "target"]]
-    rows = frame.assign(target=frame["target"].map(dict(enumerate(names))))
-    known = load_reference(version_of(tmp_path, LogisticRegression(max_iter=1000), rows[::2], "target"))
-    batch = rows[1::2].reset_index(drop=True).assign(prediction=rows["target"][1::2].tolist())
+    batch = rows[1::2].reset_index(drop=True).assign(prediction=rows["target"][1::2].tolist()).astype(object)
     batch.to_csv(tmp_path / "whole.csv", index=False)
     batch.loc[0, "target"] = batch.loc[1, "prediction"] = None
     batch.to_csv(tmp_path / "gaps.csv", index=False)
@@ -278,10 +230,8 @@ def test_gaps_in_text_are_those_that_the_model_learned(tmp_path):
     assert known.estimator.predict(known.rows[["group"]]).tolist() == rows["kind"].tolist()
 
 
-@pytest.mark.parametrize("column", [FEATURES[0], TARGET])
-def test_column_that_is_called_as_the_answers_are_is_refused(tmp_path, column):
-    rows = ROWS.rename(columns={column: "prediction"})
-    version = version_of(tmp_path, None, rows, "prediction" if column == TARGET else TARGET)
+def test_column_that_is_called_as_the_answers_are_is_refused(tmp_path):
+    version = version_of(tmp_path, None, ROWS.rename(columns={FEATURES[0]: "prediction"}))
     with pytest.raises(ValueError, match=r"no column 'prediction', which holds the predictions"):
         load_reference(version)
 
@@ -299,21 +249,13 @@ def test_class_of_three_rows_is_cross_validated(tmp_path):
 
 
 def test_accepted_change_is_a_verdict_of_its_own_and_keeps_its_reasons(known, usual):
-    # given flowers that are longer, a concept that changed, and a new class
-    swapped = {"versicolor": "virginica", "virginica": "versicolor"}
-    batches = {
-        Verdict.BROKEN: usual.assign(**1.3 * usual[FEATURES]),
-        Verdict.PERFORMANCE: usual.replace({TARGET: swapped}),
-        Verdict.LABELS: usual.replace({TARGET: {"setosa": "pumila"}}),
-    }
-    for verdict, rows in batches.items():
-        before = judge(known, rows)
-        assert before.verdict == verdict
-        # when a person has found the cause
-        after = judge(known, rows, accepted="another garden")
-        # then
-        assert (after.verdict, after.accepted) == (Verdict.ACCEPTED, "another garden")
-        assert after.reasons == before.reasons
+    # given flowers that are longer
+    longer = usual.assign(**1.3 * usual[FEATURES])
+    # when a person has found the cause
+    judgement = judge(known, longer, accepted="another garden")
+    # then
+    assert (judgement.verdict, judgement.accepted) == (Verdict.ACCEPTED, "another garden")
+    assert judgement.reasons == judge(known, longer).reasons
 
 
 def test_nothing_is_accepted_where_nothing_changed_or_the_model_cannot_take_the_rows(known, usual):
@@ -339,25 +281,18 @@ def later():
     return ROWS[1::2].reset_index(drop=True).rename(columns={TARGET: "kind"})
 
 
-def test_expected_error_of_a_regression_is_that_of_cross_validation(expected_length):
-    reference = expected_length
-    folds = KFold(5, shuffle=True, random_state=0)
-    scores = cross_val_score(
-        clone(reference.estimator),
-        reference.rows[reference.features],
-        reference.rows[reference.target],
-        cv=folds,
-        scoring="neg_mean_absolute_error",
-    )
-    assert reference.expected.value == pytest.approx(-scores.mean())
-    assert reference.expected.low < reference.expected.value < reference.expected.high
-
-
 def test_usual_rows_of_a_regression_are_quiet(expected_length, later):
-    judgement = judge(expected_length, later)
+    # given the error that cross-validation gives
+    reference = expected_length
+    rows, folds = reference.rows, KFold(5, shuffle=True, random_state=0)
+    model, scoring = clone(reference.estimator), "neg_mean_absolute_error"
+    scores = cross_val_score(model, rows[reference.features], rows[reference.target], cv=folds, scoring=scoring)
+    assert reference.expected.value == pytest.approx(-scores.mean())
+    # when, then
+    judgement = judge(reference, later)
     assert judgement.reasons == ()
     assert judgement.verdict == Verdict.QUIET
-    errors = expected_length.estimator.predict(later[expected_length.features]) - later[FEATURES[2]]
+    errors = reference.estimator.predict(later[reference.features]) - later[FEATURES[2]]
     assert judgement.performance.value == pytest.approx(errors.abs().mean())
     interval = stats.ttest_1samp(errors.abs(), 0).confidence_interval()
     assert (judgement.performance.low, judgement.performance.high) == pytest.approx(tuple(interval))
@@ -404,38 +339,29 @@ def test_skewed_errors_raise_no_false_alarms(expected_length):
     assert raised <= stats.binom.ppf(0.999, 200, LEVEL)
 
 
-# Other flavors
+# Another flavor
 
 
-@pytest.mark.parametrize("name", ["xgboost", "lightgbm"])
 @pytest.mark.extended  # it takes long
-def test_native_flavor_is_cross_validated_with_the_parameters_of_its_run(tmp_path, name):
-    # given a model with few shallow trees; XGBoost's format does not hold these parameters
-    library = pytest.importorskip(name)
+def test_native_flavor_is_cross_validated_with_the_parameters_of_its_run(tmp_path):
+    # given a model with few shallow trees, in XGBoost's format, which does not hold these parameters
+    library = pytest.importorskip("xgboost")
     rows = load_breast_cancer(as_frame=True).frame
-    features = rows.columns[:-1].tolist()
-    model_class = {"xgboost": "XGBClassifier", "lightgbm": "LGBMClassifier"}[name]
+    features, target = rows.drop(columns="target"), rows["target"]
     parameters = {"n_estimators": 2, "max_depth": 1, "learning_rate": 0.1}
-    model = getattr(library, model_class)(**parameters, n_jobs=1)
+    model = library.XGBClassifier(**parameters, n_jobs=1)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    accuracy = cross_val_score(model, rows[features], rows["target"], cv=folds).mean()
-    model.fit(rows[features], rows["target"])
-    options = {"xgboost": {"model_format": "ubj"}, "lightgbm": {"serialization_format": "skops"}}[name]
-    module = getattr(mlflow, name)
-    module.save_model(
-        model,
-        tmp_path / "model",
-        signature=infer_signature(rows[features], rows["target"]),
-        pip_requirements=[name],
-        **options,
-    )
+    accuracy = cross_val_score(model, features, target, cv=folds).mean()
+    model.fit(features, target)
+    options = {"signature": infer_signature(features, target), "pip_requirements": ["xgboost"], "model_format": "ubj"}
+    mlflow.xgboost.save_model(model, tmp_path / "model", **options)
     rows.to_parquet(tmp_path / "rows.parquet")
     logged = {key: str(value) for key, value in parameters.items()}
     statement = Statement("cancer", "1", "0", "release", "", parameters=logged)
     version = Verified("models:/cancer/1", statement, tmp_path / "model", LOCK, tmp_path / "rows.parquet", "")
-    # when its columns come in another order
+    # when
     reference = load_reference(version)
-    judgement = judge(reference, rows[rows.columns[::-1]])
+    judgement = judge(reference, rows)
     # then
     assert reference.expected.value == pytest.approx(accuracy, abs=0.001)
-    assert judgement.performance.value == (model.predict(rows[features]) == rows["target"]).mean()
+    assert judgement.performance.value == (model.predict(features) == target).mean()

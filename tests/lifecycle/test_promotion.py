@@ -12,11 +12,16 @@ from versions import register
 import mlflow_lifecycle.signing.adopt
 from mlflow_lifecycle.exceptions import GateClosedError
 from mlflow_lifecycle.releases.promote import promote
+from mlflow_lifecycle.releases.release import Release
 from mlflow_lifecycle.signing.keys import own_key, own_public_key
 from mlflow_lifecycle.signing.statement import register_candidate
 from mlflow_lifecycle.signing.verify import release_tag, verified
 
 TOO_HIGH = replace(SETTINGS, thresholds={"accuracy_score": 0.999})
+
+
+def promoted(to: str, uri: str = "models:/iris@production", settings=SETTINGS) -> Release:
+    return promote(uri, to, ROWS_TEST, "species", settings, key=own_key(), **SENTENCES)
 
 
 @pytest.mark.extended  # it takes long
@@ -34,7 +39,7 @@ def test_promotion_that_fails_deletes_no_version_that_somebody_else_registered_m
     monkeypatch.setattr(mlflow_lifecycle.signing.adopt, "register_candidate", meanwhile)
     # when the gate refuses the promoted one
     with pytest.raises(GateClosedError, match="thresholds failed"):
-        promote("models:/iris@production", to, ROWS_TEST, "species", TOO_HIGH, key=own_key(), **SENTENCES)
+        promoted(to, settings=TOO_HIGH)
     # then that one is gone, and the other one is there
     assert str(there.get_model_version_by_alias("iris", "theirs").version) == "2"
     assert [str(version.version) for version in there.search_model_versions("name = 'iris'")] == ["2"]
@@ -55,7 +60,7 @@ def test_promotion_that_fails_after_the_alias_has_moved_leaves_production_usable
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.MlflowClient, "set_model_version_tag", failing)
         with pytest.raises(OSError, match="the store is gone"):
-            promote("models:/iris@production", to, ROWS_TEST, "species", SETTINGS, key=own_key(), **SENTENCES)
+            promoted(to)
     # then
     public = own_public_key()
     mlflow.set_tracking_uri(to)
@@ -76,15 +81,14 @@ def test_version_is_released_on_the_other_server_with_tags_that_lead_back(tmp_pa
         register(tmp_path, LogisticRegression(C=0.01, max_iter=1000), ROWS_TRAIN)
         released("models:/iris/1")
         here = mlflow.MlflowClient().get_model_version("iris", 1)
-        arguments = {"rows": ROWS_TEST, "target": "species", "key": own_key(), **SENTENCES}
         # when a version that the gate refuses is promoted, then nothing is left there
         with pytest.raises(GateClosedError, match="thresholds failed"):
-            promote("models:/iris/1", two, settings=TOO_HIGH, **arguments)
+            promoted(two, settings=TOO_HIGH)
         there = mlflow.MlflowClient(two)
         assert there.search_registered_models() == []
         assert there.search_logged_models([item.experiment_id for item in there.search_experiments()]) == []
         # when a good one is
-        made = promote("models:/iris@production", two, settings=SETTINGS, **arguments)
+        made = promoted(two)
         # then it is in production there, and says where it is from
         assert (made.version, made.before, made.alias) == ("1", "", "production")
         version = there.get_model_version_by_alias("iris", "production")
@@ -96,7 +100,7 @@ def test_version_is_released_on_the_other_server_with_tags_that_lead_back(tmp_pa
         assert mlflow.get_tracking_uri() == one
         # and when a worse one is promoted, the gate there stops it and leaves the first as it is
         with pytest.raises(GateClosedError, match="baseline failed"):
-            promote("models:/iris/2", two, settings=SETTINGS, **arguments)
+            promoted(two, "models:/iris/2")
         assert len(there.search_model_versions("name = 'iris'")) == 1
         # and that one verifies there, under its own number
         mlflow.set_tracking_uri(two)

@@ -17,7 +17,7 @@ import pytest
 from execution import ROOT, copy_project, edit_cells, environment, free_port, running
 from kernels import execute_in
 from test_own_data import DIABETES, PENGUINS
-from wheels import build_wheel, install
+from wheels import build_wheel, install, locked_versions
 
 pytestmark = pytest.mark.extended  # it builds environments
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -112,8 +112,8 @@ def project(request, installed, tmp_path_factory, kernel):
         (line,) = re.findall(rf"(?m)^{re.escape(start)}.*$", ROAD)
         for old, new in values.items():
             line = line.replace(old, new)
-        takes_types = start.split()[1] not in ("history",)
-        return [str(installed / "lifecycle"), *shlex.split(line)[1:], *(trusted if takes_types else [])]
+        types = [] if start == "lifecycle history" else trusted
+        return [str(installed / "lifecycle"), *shlex.split(line)[1:], *types]
 
     def run(start: str, status: int = 0) -> str:
         process = subprocess.run(words(start), cwd=folder, env=environment(folder), capture_output=True, text=True)
@@ -161,11 +161,10 @@ def test_page_about_your_own_project_prints_what_its_commands_print(tmp_path):
     folder = tmp_path / "my_project"
     (folder / "wheels").mkdir(parents=True)
     shutil.move(build_wheel(tmp_path), folder / "wheels")
-    lock = re.sub(r" *\\\n    --hash=\S+", "", (ROOT / "requirements-scale.txt").read_text(encoding="utf-8"))
     old, new = re.search(r"here `(\S+)` to `(\S+)`", PAGE).groups()
     raised = re.match(r"\w+", old)[0]
     constraints = tmp_path / "constraints.txt"
-    constraints.write_text(re.sub(rf"(?m)^{raised}==.*\n", "", lock), encoding="utf-8")
+    constraints.write_text(re.sub(rf"(?m)^{raised}==.*\n", "", locked_versions()), encoding="utf-8")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     variables = environment(tmp_path, PATH=path, UV_CONSTRAINT=str(constraints))
     port = str(free_port())

@@ -3,15 +3,12 @@
 import contextlib
 import json
 import re
-import string
 import time
 
 import pandas as pd
 import psutil
 import pytest
 from asking import FEATURES, SPECIES, THREE, answer_on, ask, connected, message, split
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 MINUTE = 60
 
@@ -26,6 +23,8 @@ def test_chunked_body_is_taken_up_to_the_limit_and_refused_beyond(server):
     status, text = ask(server.address, chunked(1_000_000))
     assert (status, json.loads(text)["predictions"]) == (200, SPECIES)
     assert ask(server.address, chunked(1_000_001))[0] == 413
+    # and a client is told so although it has sent much more
+    assert ask(server.address, b" " * 8_000_000)[0] == 413
 
 
 def test_chunked_body_without_end_is_refused(server):
@@ -36,27 +35,18 @@ def test_chunked_body_without_end_is_refused(server):
         assert answer_on(connection)[0] == 413
 
 
-@pytest.mark.parametrize("line", ["Content-Length: 1, 2", " bad: line"])
-def test_head_that_is_no_http_is_refused(server, line):
-    with connected(server.address) as connection:
-        connection.sendall(message(split(THREE), line))
-        assert answer_on(connection)[0] == 400
+CHUNKS = f"{len(split(THREE)):x}\r\n{split(THREE)}\r\n0\r\n"
 
 
 @pytest.mark.parametrize(
     "sent",
     [
-        message(
-            f"{len(split(THREE)):x}\r\n{split(THREE)}\r\n0\r\n\r\n", "Content-Length: 9", "Transfer-Encoding: chunked"
-        ),
-        message(split(THREE)).replace(b"\r\n", b"\n"),
+        message(f"{CHUNKS}\r\n", "Content-Length: 9", "Transfer-Encoding: chunked"),
         message(split(THREE)).replace(b"Host: here\r\n", b"Host: here\n"),
-        message(split(THREE)).replace(b"\r\n\r\n", b"\r\n\n"),
         b"\n" + message(split(THREE)),
-        message("0\r\n\n", "Transfer-Encoding: chunked"),
-        message("0\r\nTrailer: a\n\r\n", "Transfer-Encoding: chunked"),
+        message(f"{CHUNKS}Trailer: a\n\r\n", "Transfer-Encoding: chunked"),
     ],
-    ids=["two lengths", "all lines", "a line", "last line", "line before", "end of chunks", "trailer"],
+    ids=["two lengths", "a line", "line before", "trailer"],
 )
 @pytest.mark.parametrize("before", [b"", message(split(THREE))], ids=["first request", "second request"])
 def test_request_that_a_proxy_could_read_in_another_way_is_refused(server, sent, before):
@@ -79,28 +69,21 @@ def test_line_feeds_in_a_body_are_taken(server):
 # --- Slow and half-open clients
 
 
-def closed_after(connection, sent: bytes) -> tuple[int, str]:
-    """Send some bytes and nothing more; return the answer, and see that the connection is closed then."""
-    connection.sendall(sent)
-    answer = answer_on(connection)
-    with contextlib.suppress(ConnectionError):
-        assert connection.recv(1) == b""
-    return answer
-
-
-BODY = split(THREE).encode()
-WHOLE = message(BODY)
+WHOLE = message(split(THREE))
 
 
 @pytest.mark.parametrize(
     ("sent", "status"),
-    [(b"", 0), (b"POST /invo", 0), (WHOLE[:-9], 408), (message("{}", "Content-Length: 9999"), 408)],
-    ids=["nothing", "half a head", "half a body", "less than its length"],
+    [(b"", 0), (WHOLE[:-9], 408)],
+    ids=["nothing", "half a body"],
 )
 @pytest.mark.extended  # it takes long
 def test_client_that_stops_in_between_is_refused(hasty, sent, status):
     with connected(hasty.address) as connection:
-        assert closed_after(connection, sent)[0] == status
+        connection.sendall(sent)
+        assert answer_on(connection)[0] == status
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(1) == b""
 
 
 @pytest.mark.parametrize("part", ["head", "body"])
@@ -118,6 +101,8 @@ def test_client_that_trickles_is_refused_while_others_are_answered(hasty, part):
             except ConnectionError:
                 break
             time.sleep(0.05)
+        else:
+            pytest.fail("it may go on")
         # then the slow one is refused before it has sent all
         with contextlib.suppress(ConnectionError):
             assert answer_on(connection)[0] in (408, 0)
@@ -136,34 +121,3 @@ def test_client_that_reads_no_answer_is_cut_off(hasty):
                 with contextlib.suppress(TimeoutError):
                     connection.sendall(body)
     assert psutil.Process(hasty.process.pid).net_connections("tcp")[0].status == psutil.CONN_LISTEN
-
-
-MANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-
-
-printable = st.text(string.printable, max_size=30).map(str.encode)
-raw = st.one_of(
-    st.binary(max_size=200),
-    st.builds(lambda at, part: WHOLE[:at] + part + WHOLE[at:], st.integers(0, len(WHOLE)), st.binary(max_size=9)),
-    st.builds(lambda at, to: WHOLE[:at] + WHOLE[to:], st.integers(0, len(WHOLE)), st.integers(0, len(WHOLE))),
-    st.builds(lambda name, value: message("{}", (name + b": " + value).decode()), printable, printable),
-    st.builds(lambda length: message(split(THREE), f"Content-Length: {length}"), st.integers(-9, 2000)),
-    st.builds(lambda body: message(body, "Transfer-Encoding: chunked"), st.binary(max_size=50)),
-)
-
-
-@pytest.mark.extended  # it takes long
-def test_thousand_streams_of_bytes_get_an_answer_that_is_no_failure(server):
-    @settings(max_examples=1000, **MANY)
-    @given(raw)
-    def send(sent):
-        with connected(server.address) as connection:
-            with contextlib.suppress(ConnectionError):
-                connection.sendall(sent)
-                connection.shutdown(1)
-            status, text = answer_on(connection)
-        assert status in (0, 200) or 400 <= status < 500, text
-        assert "Traceback" not in text
-
-    send()
-    assert ask(server.address, split(THREE))[0] == 200

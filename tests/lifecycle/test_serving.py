@@ -77,8 +77,8 @@ def processes_in(place: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.extended  # it takes long
-def test_server_answers_until_the_end_of_the_block_and_leaves_nothing(iris, temporary):
-    with serve_verified(iris, **HERE) as server:
+def test_server_answers_until_the_block_ends_with_an_error_and_leaves_nothing(iris, temporary):
+    with pytest.raises(InterruptedError), serve_verified(iris, **HERE) as server:
         status, text = ask(server.address, split(FEATURES))
         assert (status, json.loads(text)["predictions"][:2]) == (200, ["setosa", "setosa"])
         assert (server.name, server.version) == ("flowers", "7")
@@ -86,17 +86,9 @@ def test_server_answers_until_the_end_of_the_block_and_leaves_nothing(iris, temp
         # and only on the loopback interface
         listening = [c for c in psutil.Process(server.process.pid).net_connections("inet") if c.status == "LISTEN"]
         assert [connection.laddr.ip for connection in listening] == ["127.0.0.1"]
+        raise InterruptedError
     # then it has ended by itself when it was asked to, and was not killed
     assert server.process.returncode == -signal.SIGTERM
-    with pytest.raises(OSError):
-        ask(server.address, path="/ping")
-
-
-@pytest.mark.extended  # it takes long
-def test_error_in_the_block_leaves_no_server(iris, temporary):
-    with pytest.raises(InterruptedError), serve_verified(iris, **HERE) as server:
-        raise InterruptedError
-    assert server.process.poll() is not None
 
 
 STARTED = """
@@ -184,48 +176,28 @@ def test_port_in_use_is_said(iris):
         pass
 
 
-@pytest.mark.extended  # it takes long
 def test_limits_come_from_the_training_rows(iris):
     # given the margin of half a range beyond
-    name = "petal length (cm)"
     limits = training_limits(iris, 0.5)
     # then a limit is as far from the values that the version learned from
-    assert limits[name] == pytest.approx([1.0 - 0.5 * 5.9, 6.9 + 0.5 * 5.9])
+    assert limits["petal length (cm)"] == pytest.approx([1.0 - 0.5 * 5.9, 6.9 + 0.5 * 5.9])
     assert set(limits) == set(FEATURES)
-    # when it is served with no margin, then the longest that is known is taken, and a longer one refused
-    with serve_verified(iris, **HERE, limits=0.0) as server:
-        assert ask(server.address, split(FEATURES))[0] == 200
-        status, text = ask(server.address, split(FEATURES.head(1).assign(**{name: 7.0})))
-    assert (status, name in json.loads(text)["message"]) == (400, True)
-
-
-@pytest.mark.extended  # it takes long
-def test_record_is_read_as_rows_in_the_order_of_the_answers(iris, tmp_path):
-    # given answers and a refusal of two servers, and a line that was only begun
-    ids = []
-    for start in (0, 50):
-        with serve_verified(iris, **HERE, record=tmp_path / "record", leave_out=("petal width (cm)",)) as server:
-            ids.append(json.loads(ask(server.address, split(FEATURES.iloc[start : start + 2]))[1])["id"])
-            assert ask(server.address, "{}")[0] == 400
-    with next((tmp_path / "record").iterdir()).open("a") as file:
-        file.write('{"id": "half')
-    # when it is read
-    rows = read_record(tmp_path / "record")
-    # then it has the rows that were answered, with their ids
-    first = ["request_id", "request_time", "model_name", "model_version"]
-    assert [*rows] == [*first, *FEATURES.columns[:3], "prediction"]
-    assert rows["request_id"].tolist() == [ids[0]] * 2 + [ids[1]] * 2
-    expected = FEATURES.iloc[[0, 1, 50, 51], :3].reset_index(drop=True)
-    pd.testing.assert_frame_equal(rows[[*expected]], expected)
-    assert rows["prediction"].tolist() == ["setosa"] * 2 + ["versicolor"] * 2
 
 
 def written(folder: Path, inputs: dict[str, list]) -> Path:
-    """Write a record of one request with these columns, and return its folder."""
+    """Write a record of one request with these columns, and a line that was only begun; return its folder."""
     entry = {"time": "2026-01-31T12:00:00.000+00:00", "id": "id", "name": "flowers", "version": "7"}
     entry |= {"inputs": inputs, "predictions": ["setosa"] * len(next(iter(inputs.values())))}
-    (folder / "requests-2026-01-31-aa.jsonl").write_text(json.dumps(entry) + "\n")
+    (folder / "requests-2026-01-31-aa.jsonl").write_text(json.dumps(entry) + '\n{"id": "half')
     return folder
+
+
+def test_record_is_read_as_rows_with_their_answers(tmp_path):
+    rows = read_record(written(tmp_path, FEATURES.head(2).to_dict("list")))
+    first = ["request_id", "request_time", "model_name", "model_version"]
+    assert [*rows] == [*first, *FEATURES, "prediction"]
+    pd.testing.assert_frame_equal(rows[[*FEATURES]], FEATURES.head(2))
+    assert rows["request_time"].tolist() == [pd.Timestamp("2026-01-31T12:00:00Z")] * 2
 
 
 def test_record_with_gaps_is_read_as_the_model_got_it(tmp_path):
@@ -237,14 +209,9 @@ def test_record_with_gaps_is_read_as_the_model_got_it(tmp_path):
     assert rows.isna().loc[1, ["long", "text", "double"]].all()
 
 
-@pytest.mark.parametrize("name", ["request_id", "prediction"])
-def test_column_that_is_called_as_what_is_told_of_answers_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"columns overlap.*'{name}'"):
-        read_record(written(tmp_path, {name: [1.5]}))
-
-
-def test_empty_record_has_no_rows(tmp_path):
-    assert len(read_record(tmp_path)) == 0
+def test_column_that_is_called_as_what_is_told_of_answers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"columns overlap.*'prediction'"):
+        read_record(written(tmp_path, {"prediction": [1.5]}))
 
 
 def test_candidate_and_unreviewed_type_are_not_served(folder, temporary, monkeypatch):
@@ -254,23 +221,6 @@ def test_candidate_and_unreviewed_type_are_not_served(folder, temporary, monkeyp
                 pass
 
 
-@pytest.mark.extended  # it takes long
-def test_release_is_served_from_its_store(folder, temporary, monkeypatch):
-    with (
-        store_in(folder, monkeypatch),
-        serve("models:/iris@champion", own_public_key(), trusted_types=(TREE,), limits=1.0, **HERE) as server,
-    ):
-        assert [path.name[:8] for path in temporary.iterdir()] == ["serving-"]  # nothing of the verification
-        assert json.loads(ask(server.address, split(FEATURES))[1])["predictions"] == iris_rows()["species"].tolist()
-        assert ask(server.address, split(FEATURES * 10))[0] == 400
-
-
-def environment_of(folder: Path, home: Path) -> dict[str, str]:
-    """Return the environment of a command that uses the store and the keys in a folder."""
-    store = f"sqlite:///{folder.as_posix()}/mlflow.db"
-    return environment(home, MLFLOW_TRACKING_URI=store, LIFECYCLE_KEYS=str(folder / "keys"))
-
-
 @pytest.mark.extended  # it builds the environment
 def test_command_serves_a_release_in_its_own_environment_until_it_is_interrupted(folder, tmp_path):
     # given the command, with packages from the index
@@ -278,7 +228,8 @@ def test_command_serves_a_release_in_its_own_environment_until_it_is_interrupted
     command = [sys.executable, "-m", "mlflow_lifecycle", "serve", "models:/iris@champion", "--trusted-type", TREE]
     command += ["--port", "0", "--record", record, "--record-limit", "50"]
     command += ["--leave-out", "petal width (cm)", "--limits", "0.5"]
-    variables = environment_of(folder, tmp_path)
+    store = f"sqlite:///{folder.as_posix()}/mlflow.db"
+    variables = environment(tmp_path, MLFLOW_TRACKING_URI=store, LIFECYCLE_KEYS=str(folder / "keys"))
     child = subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -294,6 +245,8 @@ def test_command_serves_a_release_in_its_own_environment_until_it_is_interrupted
         status, text = ask(address[1], split(FEATURES))
         assert (status, json.loads(text)["predictions"]) == (200, iris_rows()["species"].tolist())
         assert "petal width (cm)" not in read_record(record)
+        assert ask(address[1], split(FEATURES * 10))[0] == 400
+        assert [path.name[:8] for path in (tmp_path / "tmp").iterdir()] == ["serving-"]  # nothing of the verification
         # when it is interrupted as by Ctrl-C
         child.send_signal(signal.SIGINT)
         output, errors = child.communicate(timeout=60)

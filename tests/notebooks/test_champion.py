@@ -1,7 +1,5 @@
 """Which version of the quickstart becomes the champion: the best of all executions by the first score."""
 
-import itertools
-
 import mlflow
 import pytest
 from execution import MODEL, copy_project, edit_cells
@@ -36,71 +34,25 @@ def add_decoys(client):
             client.create_model_version(MODEL, decoy.artifact_uri, decoy.run_id)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, kernel):
-    """Give a client of a store, and its versions and the champion after each of three executions.
-
-    The first two are of the notebook as it is. Then come the decoys, and the third has two configurations that are
-    worse.
-    """
-    folder = tmp_path_factory.mktemp("champion")
-    notebook = copy_project(folder)
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    executions = []
+def test_champion_is_the_most_accurate_version_that_can_be_compared_and_the_oldest_in_a_tie(tmp_path, kernel):
+    # given two executions of the notebook as it is, the decoys, and one with two configurations that are worse
+    notebook = copy_project(tmp_path)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    champions = []
     for sources in ({}, {}, {"model": WORSE}):
         if sources:
             add_decoys(client)
             edit_cells(notebook, **sources)
-        assert execute_in(kernel, notebook, folder) == ""
-        versions = {int(version.version): version for version in client.search_model_versions()}
-        executions.append((versions, client.get_model_version_by_alias(MODEL, "champion").version))
-    return client, executions
-
-
-def accuracy(client, version):
-    return client.get_run(version.run_id).data.metrics["accuracy"]
-
-
-def test_champion_is_the_most_accurate_version(store):
-    client, [(versions, champion), *_] = store
-    assert champion == max(versions, key=lambda number: accuracy(client, versions[number]))
-
-
-def test_in_a_tie_the_oldest_stays_champion(store):
-    # given the same configurations once more
-    client, [_, (versions, champion), _] = store
-    assert accuracy(client, versions[1]) == accuracy(client, versions[3])
-    # then
-    assert champion == 1
-
-
-def test_worse_configurations_leave_the_champion_where_it_was(store):
-    # given the third execution, whose versions follow the two of the decoys
-    client, [*_, (versions, champion)] = store
-    assert max(accuracy(client, versions[number]) for number in (7, 8)) < accuracy(client, versions[1])
-    assert champion == 1
-
-
-@pytest.mark.parametrize("number", [5, 6], ids=["failed", "other rows"])
-def test_runs_that_failed_or_used_other_rows_do_not_compete(store, number):
-    client, [*_, (versions, champion)] = store
-    assert accuracy(client, versions[number]) == 1.0
-    assert champion != number
-
-
-def test_run_without_a_version_does_not_compete(store):
-    client, [*_, (versions, champion)] = store
-    best = client.search_runs(["1"], order_by=["metrics.accuracy DESC", "attributes.start_time DESC"])[0]
-    assert best.data.metrics["accuracy"] == 1.0
-    assert best.info.run_id not in {version.run_id for version in versions.values()}
-    assert champion == 1
-
-
-def test_each_execution_adds_two_versions_and_keeps_the_old_ones(store):
-    _, executions = store
-    assert [sorted(versions) for versions, _ in executions] == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]
-    for (before, _), (after, _) in itertools.pairwise(executions):
-        assert all(after[number].source == version.source for number, version in before.items())
+        assert execute_in(kernel, notebook, tmp_path) == ""
+        champions.append(client.get_model_version_by_alias(MODEL, "champion").version)
+    accuracies = {}
+    for version in client.search_model_versions():
+        accuracies[int(version.version)] = client.get_run(version.run_id).data.metrics["accuracy"]
+    assert sorted(accuracies) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert accuracies[1] == accuracies[3] > max(accuracies[number] for number in (2, 4, 7, 8))
+    assert accuracies[5] == accuracies[6] == 1.0  # the decoys with a version
+    # then the first version is the champion after each of them
+    assert champions == [1, 1, 1]
 
 
 SETTINGS = """

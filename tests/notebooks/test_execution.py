@@ -17,42 +17,23 @@ from execution import (
 pytestmark = pytest.mark.extended  # it takes long
 
 
-NAMES = {"experiment_name": "an experiment", "model_name": "a_model"}
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """Give the folder where papermill executed the notebook against a tracking server, and what that has afterwards.
-
-    The experiment and the model have names of their own.
-    """
-    folder = tmp_path_factory.mktemp("served")
-    notebook = copy_project(folder / "work")
-    with tracking_server(folder) as address:
-        process = papermill(notebook, folder / "work", NAMES, MLFLOW_TRACKING_URI=address)
+def test_tracking_server_gives_the_stored_outputs_and_has_all_under_the_names_of_the_user(tmp_path):
+    # given names for experiment and model
+    names = {"experiment_name": "an experiment", "model_name": "a_model"}
+    folder = tmp_path / "work"
+    # when papermill executes the notebook against a tracking server
+    with tracking_server(tmp_path) as address:
+        process = papermill(copy_project(folder), folder, names, MLFLOW_TRACKING_URI=address)
         assert process.returncode == 0, process.stderr
         client = mlflow.MlflowClient(address)
-        experiment = client.get_experiment_by_name(NAMES["experiment_name"])
-        runs, versions = client.search_runs([experiment.experiment_id]), client.search_model_versions()
-    return folder / "work", runs, versions
-
-
-def test_tracking_server_gives_the_stored_outputs_and_holds_the_versions(served):
+        runs = client.search_runs([client.get_experiment_by_name("an experiment").experiment_id])
+        versions = client.search_model_versions()
     # then nothing but the model's name, and the step left out, differs from what is stored
-    folder, _, versions = served
     stored = text_outputs(nbformat.read(ROOT / "project.ipynb", as_version=4))
-    renamed = [text.replace(NAMES["model_name"], MODEL) for text in differing_outputs(folder)]
+    renamed = [text.replace("a_model", MODEL) for text in differing_outputs(folder)]
     assert [text for text in renamed if text not in stored] == NOT_REBUILT
-    assert {str(version.version) for version in versions} == {"1", "2"}
-    assert all(version.source.startswith("models:/") for version in versions)
-
-
-def test_tracking_server_leaves_nothing_beside_the_notebook(served):
-    assert not (served[0] / "mlflow.db").exists()
-    assert not (served[0] / "mlruns").exists()
-
-
-def test_papermill_sets_the_names_of_experiment_and_model(served):
-    _, runs, versions = served
+    # and the server has all, and nothing is beside the notebook
     assert len(runs) == 2
-    assert {version.name for version in versions} == {NAMES["model_name"]}
+    assert {(version.name, str(version.version)) for version in versions} == {("a_model", "1"), ("a_model", "2")}
+    assert not (folder / "mlflow.db").exists()
+    assert not (folder / "mlruns").exists()

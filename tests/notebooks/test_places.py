@@ -27,61 +27,43 @@ def test_only_the_environment_step_needs_a_network_and_says_what_failed(tmp_path
     assert "Failed to fetch" in process.stderr[-2000:]
 
 
-def installed() -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "uv", "pip", "freeze", "--python", sys.executable], capture_output=True, text=True
-    ).stdout
-
-
-def uv_cache() -> str:
-    command = [sys.executable, "-m", "uv", "cache", "dir"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def rebuilt(tmp_path_factory):
-    """Give a folder where the whole notebook was executed, the step included that builds an environment.
-
-    It was executed in ``Zoë's clone, here``, a git repository, with a Python environment under a path with a space, no
-    Python of its version on PATH, a temporary folder with a space, and the home folder ``home``, which has one file.
-    """
-    if sys.platform == "win32":
-        pytest.skip("making a link takes a right on Windows that users lack")
-    folder = tmp_path_factory.mktemp("rebuilt")
+@pytest.mark.skipif(sys.platform == "win32", reason="making a link takes a right on Windows that users lack")
+def test_environment_is_built_where_the_paths_are_odd_and_packages_git_tree_and_home_stay_as_they_were(tmp_path):
+    # given a git repository in a folder with a space, a comma and an umlaut, an environment and a temporary folder with
+    # a space in their paths, no Python of its version on PATH, and a home folder with one file
     for name in ("home", "caches", "my python", "my tmp"):
-        (folder / name).mkdir()
-    (folder / "home/notes.txt").write_text("mine")
-    (folder / "my python/venv").symlink_to(sys.prefix)
-    notebook = copy_project(folder / "Zoë's clone, here")
-    shutil.copy(ROOT / ".gitignore", folder / "Zoë's clone, here")
-    commit_all(folder / "Zoë's clone, here")
-    before = installed()
+        (tmp_path / name).mkdir()
+    (tmp_path / "home/notes.txt").write_text("mine")
+    (tmp_path / "my python/venv").symlink_to(sys.prefix)
+    clone = tmp_path / "Zoë's clone, here"
+    notebook = copy_project(clone)
+    shutil.copy(ROOT / ".gitignore", clone)
+    commit_all(clone)
+    before = run_uv("pip", "freeze", "--python", sys.executable)
+    # when the whole notebook is executed there
     process = execute(
         notebook,
-        folder,
-        python=folder / "my python/venv/bin/python",
+        tmp_path,
+        python=tmp_path / "my python/venv/bin/python",
         REBUILD_ENVIRONMENT="on",
         PATH="/usr/bin:/bin",
-        HOME=str(folder / "home"),
-        TMPDIR=str(folder / "my tmp"),
-        UV_CACHE_DIR=uv_cache(),
-        IPYTHONDIR=str(folder / "caches/ipython"),
-        MPLCONFIGDIR=str(folder / "caches/matplotlib"),
-        JUPYTER_RUNTIME_DIR=str(folder / "caches/jupyter"),
+        HOME=str(tmp_path / "home"),
+        TMPDIR=str(tmp_path / "my tmp"),
+        UV_CACHE_DIR=run_uv("cache", "dir").strip(),
+        IPYTHONDIR=str(tmp_path / "caches/ipython"),
+        MPLCONFIGDIR=str(tmp_path / "caches/matplotlib"),
+        JUPYTER_RUNTIME_DIR=str(tmp_path / "caches/jupyter"),
     )
-    assert process.returncode == 0, process.stderr
-    return folder, before
-
-
-def test_environment_is_built_where_the_paths_have_spaces_and_a_comma(rebuilt):
     # then it prints what is stored, to the last line
-    assert differing_outputs(rebuilt[0]) == []
+    assert process.returncode == 0, process.stderr
+    assert differing_outputs(tmp_path) == []
+    # and nothing of it has changed, and no temporary file is left
+    assert git(clone, "status", "--porcelain") == ""
+    assert snapshot(tmp_path / "home") == {"notes.txt": b"mine"}
+    assert run_uv("pip", "freeze", "--python", sys.executable) == before
+    assert list((tmp_path / "my tmp").iterdir()) == []
 
 
-def test_packages_git_tree_and_home_stay_as_they_were(rebuilt):
-    # then nothing of it has changed, and no temporary file is left
-    folder, before = rebuilt
-    assert git(folder / "Zoë's clone, here", "status", "--porcelain") == ""
-    assert snapshot(folder / "home") == {"notes.txt": b"mine"}
-    assert installed() == before
-    assert list((folder / "my tmp").iterdir()) == []
+def run_uv(*arguments: str) -> str:
+    command = [sys.executable, "-m", "uv", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

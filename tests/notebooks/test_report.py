@@ -1,34 +1,15 @@
 """`make report`: the command, and a page of what it wrote."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import mlflow
 import pytest
-from execution import ROOT, environment
+from execution import ROOT, environment, finished, make_here
 
 pytestmark = pytest.mark.extended  # it takes long
 
 RUN = "LogisticRegression_basic"
-
-
-@pytest.fixture
-def project(tmp_path):
-    """Give what `make report` needs, with this environment in place of the one that it would make, and no store."""
-    if not shutil.which("make"):
-        reason = "make is missing; install it with: apt-get install make"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    project = tmp_path / "a project"
-    for folder in ("mlflow_lifecycle", "tools"):
-        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "requirements.txt"):
-        shutil.copy(ROOT / name, project)
-    (project / "installed.txt").touch()
-    (project / ".venv").symlink_to(sys.prefix)
-    return project
 
 
 def write_run(folder, empty_store, experiment):
@@ -45,34 +26,25 @@ def write_run(folder, empty_store, experiment):
     client.set_terminated(run_id)
 
 
-def make_report(project, *settings):
-    """Run `make report` in ``project``."""
-    return subprocess.run(
-        ["make", "report", "INSTALLED=installed.txt", "METRIC=validation_f1", *settings],
-        cwd=project,
-        env=environment(project.parent),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_page_has_report_and_charts_and_no_code(project, empty_store):
-    # given
+@pytest.mark.usefixtures("make")
+def test_page_has_report_and_charts_and_no_code(tmp_path, empty_store):
+    # given the files that `make report` needs, and a store with a run
+    project = tmp_path / "a project"
+    for folder in ("mlflow_lifecycle", "tools"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Makefile", project)
     write_run(project, empty_store, "iris_classification")
     # when
-    process = make_report(project)
+    process = finished(make_here("report", "METRIC=validation_f1"), project, environment(tmp_path), limit=300)
     # then
     assert process.returncode == 0, process.stderr
     page = (project / "build/experiment_report.html").read_text(encoding="utf-8")
     body = page[page.index("<body") :]
-    assert "Experiment report: iris_classification" in body
     assert f"{RUN} wins with a mean validation_f1 of 0.9000" in body
     assert body.count('src="data:image/png;base64') == 1
     assert "<table>" in body
     assert "jp-CodeCell" not in body
     # and all that is said to be written is there
-    assert process.stderr == ""
     told = re.findall(r"(?<!\S)\w+/\S+[.]\w+", process.stdout)
     assert told == ["reports/iris_classification/experiment_report.md", "build/experiment_report.html"]
     assert all((project / path).is_file() for path in told)

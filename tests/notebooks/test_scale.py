@@ -5,12 +5,11 @@ What it calls is tested in tests/lifecycle/test_batch.py and tests/lifecycle/tes
 
 import json
 
-import mlflow
 import nbformat
 import pandas as pd
 import psutil
 import pytest
-from execution import copy_project, edit_cells, execute, executed, text_outputs
+from execution import copy_project, edit_cells, execute, executed
 from kernels import execute_in, running_kernel
 from postgresql import postgresql
 
@@ -53,12 +52,13 @@ def failed(folder, spark):
     return executed(folder)
 
 
-def test_search_that_fails_says_why_and_not_the_password(failed):
+def test_search_that_fails_says_why_and_not_the_password_and_a_model_in_this_environment_that_it_is_unchecked(failed):
     outputs = [output for cell in failed.cells for output in cell.get("outputs", [])]
     errors = [output for output in outputs if output.output_type == "error"]
     assert errors[0].evalue.startswith("0 of 1 trials succeeded.\n")
     assert "this objective is broken" in errors[0].evalue
     assert "hidden" not in json.dumps(outputs)
+    assert "NOT CHECKED: REBUILD_ENVIRONMENT is off" in json.dumps(outputs)
 
 
 def test_nothing_is_left_running_or_in_the_temporary_folder(failed, folder):
@@ -67,25 +67,11 @@ def test_nothing_is_left_running_or_in_the_temporary_folder(failed, folder):
     assert list((folder.parent / "tmp").iterdir()) == []
 
 
-def test_result_is_kept_and_is_that_of_the_logged_model_by_key(failed, client, folder):
-    # given what Spark has written
-    written = pd.read_parquet(folder / "result").set_index("id")["prediction"].sort_index()
-    # when the same rows are scored here, by the model that the run names as its input
-    experiment = client.get_experiment_by_name("scale_out")
-    (found,) = client.search_runs([experiment.experiment_id], "params.engine = 'spark'")
-    run = client.get_run(found.info.run_id)
-    (model,) = run.inputs.model_inputs
-    flowers = pd.read_parquet(folder / "flowers").set_index("id").sort_index()
-    expected = mlflow.pyfunc.load_model(f"models:/{model.model_id}").predict(flowers)
-    # then
-    assert len(written) == 2500
-    assert written.index.equals(flowers.index)
-    assert (written == expected).all()
-    assert run.data.metrics["rows"] == 2500
-
-
-def test_model_in_this_environment_is_said_to_be_unchecked(failed):
-    assert any("NOT CHECKED: REBUILD_ENVIRONMENT is off" in text for text in text_outputs(failed))
+def test_result_is_kept_where_the_user_says(failed, folder):
+    flowers = pd.read_parquet(folder / "flowers")
+    result = pd.read_parquet(folder / "result")
+    assert len(result) == 2500
+    assert set(result["id"]) == set(flowers["id"])
 
 
 @pytest.fixture(scope="module")

@@ -6,35 +6,24 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
 import nbformat
 import psutil
 import pytest
-from execution import ROOT, commit_all, environment, finished, git, snapshot
+import run as tool
+from execution import ROOT, commit_all, environment, finished, git, make_here, snapshot
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 PROGRAM = [sys.executable, str(ROOT / "tools" / "run.py")]
-ROW = re.compile(r"  (.+?) +(\d+\.\d) s\n")
 FAILING = """\
 def fall(depth):
     fall(depth - 1) if depth else int("x\\n\\nno number\\nat all")
 fall(9)"""
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """Give the program as a module."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import run
-
-    return run
 
 
 def write(path: Path, **sections: str) -> Path:
@@ -59,50 +48,33 @@ def test_each_section_is_printed_with_its_seconds(tmp_path):
     process = run("small.ipynb", folder=tmp_path)
     # then a line per section has its seconds, and the end says where the page is
     assert (process.returncode, process.stderr) == (0, "")
-    rows = ROW.findall(process.stdout)
+    rows = re.findall(r"  (.+?) +(\d+\.\d) s\n", process.stdout)
     assert [name for name, _ in rows] == ["Title", "Second", "Last"]
     assert 0.5 <= float(rows[1][1]) < 5
-    assert len({line.index(" s") for line in process.stdout.splitlines()[:3]}) == 1  # aligned
-    assert process.stdout.splitlines()[3:] == [
-        "The executed notebook: build/small.html. Open it in a browser.",
-        "The runs and the model versions in the MLflow interface: make ui",
-    ]
+    assert "build/small.html" in process.stdout
 
 
 LINKS = "[a](b.ipynb) [b](a.ipynb) [c](../c.ipynb) [n](../notes%20(1).md) [w](https://example.org/x) [no](no.md)"
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """Give the folder where two of three notebooks were executed into ``some/pages``, the output, and their files.
-
-    Each links to the other two, to a file, to a web page, and to a missing file. Each has a stored output.
-    """
-    folder = tmp_path_factory.mktemp("pages")
-    (folder / "guides").mkdir()
-    (folder / "notes (1).md").write_text("notes")
+def test_page_has_the_new_outputs_and_its_links_lead_to_pages_and_files(tmp_path):
+    # given notebooks with a stored output, which link to each other, to a file, to a web page, and to a missing file
+    (tmp_path / "guides").mkdir()
+    (tmp_path / "notes (1).md").write_text("notes")
     code = new_code_cell("from pathlib import Path; print(Path.cwd().name, 6 * 7)")
     code.outputs = [new_output("stream", text="from before")]
     for name in ("guides/a.ipynb", "guides/b.ipynb", "c.ipynb"):
-        nbformat.write(new_notebook(cells=[new_markdown_cell(f"# Title\n\n{LINKS}"), code]), folder / name)
-    before = snapshot(folder / "guides")
-    process = run("--output-dir", "some/pages", "guides/a.ipynb", "guides/b.ipynb", folder=folder)
-    assert process.returncode == 0, process.stderr
-    return folder, process.stdout, before
-
-
-def test_page_has_the_outputs_and_the_notebook_stays_as_it_is(pages):
+        nbformat.write(new_notebook(cells=[new_markdown_cell(f"# Title\n\n{LINKS}"), code]), tmp_path / name)
+    before = snapshot(tmp_path / "guides")
+    # when two of them are executed
+    process = run("--output-dir", "some/pages", "guides/a.ipynb", "guides/b.ipynb", folder=tmp_path)
     # then the page has the new output, from a kernel in the notebook's folder, and the notebook has the old one
-    folder, _, before = pages
-    page = (folder / "some/pages/a.html").read_text(encoding="utf-8")
-    assert "guides 42" in page
-    assert "from before" not in page
-    assert snapshot(folder / "guides") == before
-
-
-def test_links_of_a_page_lead_to_pages_and_files_that_exist(pages):
-    # then links to notebooks lead to their pages, links to files to the files, and other links are unchanged
-    text = (pages[0] / "some/pages/a.html").read_text(encoding="utf-8")
+    assert process.returncode == 0, process.stderr
+    text = (tmp_path / "some/pages/a.html").read_text(encoding="utf-8")
+    assert "guides 42" in text
+    assert "from before" not in text
+    assert snapshot(tmp_path / "guides") == before
+    # and links to notebooks lead to their pages, links to files to the files, and other links are unchanged
     found = {label: target for target, label in re.findall(r'<a href="([^"]+)">([a-z]+)</a>', text)[-6:]}
     assert found == {
         "a": "b.html",
@@ -115,7 +87,7 @@ def test_links_of_a_page_lead_to_pages_and_files_that_exist(pages):
 
 
 @pytest.mark.parametrize(("page_time", "is_kept"), [(200, True), (50, False)])
-def test_page_of_a_linked_notebook_is_kept_if_it_is_newer(tool, tmp_path, page_time, is_kept):
+def test_page_of_a_linked_notebook_is_kept_if_it_is_newer(tmp_path, page_time, is_kept):
     # given a chain of notebooks, and a page of the last one
     for name, link in {"a": "[b](b.ipynb)", "b": "[c](c.ipynb)", "c": "[a](a.ipynb)"}.items():
         nbformat.write(new_notebook(cells=[new_markdown_cell(link)]), tmp_path / f"{name}.ipynb")
@@ -145,33 +117,14 @@ def test_half_made_store_is_replaced_before_mlflow_opens_it(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"small.ipynb"} | made
 
 
-@pytest.fixture
-def silent_server():
-    """Give the address of a server that takes connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-
-
-@pytest.mark.extended  # it takes long
-def test_server_that_does_not_answer_is_reported_within_a_minute(tmp_path, silent_server):
-    # given a server that does not answer
-    write(tmp_path / "small.ipynb", Title="import mlflow\n\nmlflow.set_experiment('an experiment')")
-    # when
-    start = time.monotonic()
-    process = run("small.ipynb", folder=tmp_path, MLFLOW_TRACKING_URI=silent_server)
-    # then the error names the server; MLflow by itself would retry for minutes
-    assert process.returncode == 1
-    assert "Read timed out" in process.stderr
-    assert silent_server.removeprefix("http://127.0.0.1:") in process.stderr
-    assert time.monotonic() - start < 60
-
-
-def test_timeouts_of_the_user_are_kept(tool, tmp_path, monkeypatch):
+def test_mlflow_waits_briefly_for_a_server_unless_the_user_says_otherwise(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     variables = tool.kernel_environment(tmp_path / "small.ipynb")
     assert variables["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "30"
     assert variables["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    assert tool.kernel_environment(tmp_path / "small.ipynb")["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "5"
 
 
 FAILS = "raise ValueError('wrong')"
@@ -187,26 +140,22 @@ IS_INTERRUPTED = "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\
     ],
 )
 @pytest.mark.extended  # it takes long
-def test_make_run_ends_with_the_problems_found_after_a_failure(tmp_path, lacking, code, pins, status, expected):
+@pytest.mark.usefixtures("make")
+def test_make_run_ends_with_the_problems_found_after_a_failure(tmp_path, code, pins, status, expected):
     # given a notebook that fails or is interrupted, in a project with or without a problem
-    if shutil.which("make") is None:
-        lacking("make", "apt-get install make (on Debian)")
-    for name in ("Makefile", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "model_requirements.txt").write_text(pins)
-    (tmp_path / "installed.txt").touch()
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     write(tmp_path / "project.ipynb", Title=code)
     # when
-    command = ["make", "run", "INSTALLED=installed.txt", f"BIN={Path(sys.executable).parent}"]
-    process = finished(command, tmp_path, environment(tmp_path), limit=100)
+    process = finished(make_here("run"), tmp_path, environment(tmp_path), limit=300)
     # then the problem is printed, if there is one and the user did not interrupt, and nothing else
     _, _, after = process.stdout.partition("\n")
     assert after.partition("\n")[0].endswith(expected) if expected else after == ""
     assert f"Error {status}\n" in process.stderr
 
 
-def test_headings_in_code_blocks_and_without_code_are_no_sections(tool):
+def test_headings_in_code_blocks_and_without_code_are_no_sections():
     # given a notebook with a comment in a code block that looks like a heading, and an end without code
     cells = [new_code_cell("0"), new_markdown_cell("# Title\n\n```\n## no heading\n```"), new_code_cell("1")]
     cells += [new_markdown_cell("Text\n\n## The `name`\n\n### Below"), new_code_cell("2"), new_markdown_cell("## End")]
@@ -216,25 +165,16 @@ def test_headings_in_code_blocks_and_without_code_are_no_sections(tool):
     assert found == [("Start", [0]), ("Title", [2]), ("The name", [4])]
 
 
-@pytest.fixture(scope="module")
-def failed(tmp_path_factory):
-    """Give the folder where a notebook failed deep down in its second section, and what was said.
-
-    It has a temporary folder when it fails, and an output from before in its third section. Its kernel would have been
-    ended at once if all had gone well.
-    """
-    folder = tmp_path_factory.mktemp("failed")
+def test_failure_names_section_and_reason_and_leaves_the_traceback_to_the_page(tmp_path):
+    # given a notebook that fails deep down in its second section, has a temporary folder then, and an older output
     title = "import tempfile; folder = tempfile.TemporaryDirectory(); print('done before')"
-    path = write(folder / "small.ipynb", Title=title, Data=FAILING, Later="1")
+    path = write(tmp_path / "small.ipynb", Title=title, Data=FAILING, Later="1")
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[5].outputs = [new_output("stream", text="from before")]
     nbformat.write(notebook, path)
-    return folder, run("--shutdown", "immediate", "small.ipynb", folder=folder)
-
-
-def test_failure_names_section_and_reason_and_leaves_the_traceback_to_the_page(failed):
+    # when it is executed in a kernel that would be ended at once if all went well
+    process = run("--shutdown", "immediate", "small.ipynb", folder=tmp_path)
     # then it says in which section, why, and where to look, and no more
-    folder, process = failed
     assert process.returncode == 1
     reason = r"ValueError: invalid literal for int() with base 10: 'x\n\nno number\nat all'"
     assert process.stderr.splitlines() == [
@@ -243,14 +183,12 @@ def test_failure_names_section_and_reason_and_leaves_the_traceback_to_the_page(f
     ]
     assert [name for name, _ in re.findall(r"  (\w+) +(\d+\.\d) s(?:  failed)?\n", process.stdout)] == ["Title", "Data"]
     # and the page has the traceback and what ran before, and no output that is older
-    page = (folder / "build" / "small.html").read_text(encoding="utf-8")
+    page = (tmp_path / "build" / "small.html").read_text(encoding="utf-8")
     assert "Traceback (most recent call last)" in page
     assert "done before" in page
     assert "from before" not in page
-
-
-def test_failed_notebook_can_clean_up_before_its_kernel_ends(failed):
-    assert list((failed[0] / "tmp").iterdir()) == []
+    # and its kernel could clean up
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -261,63 +199,41 @@ def test_failed_notebook_can_clean_up_before_its_kernel_ends(failed):
         ("x" * 5000, "KeyError: " + "x" * 2990 + "..."),
     ],
 )
-def test_reason_is_short_however_long_the_message(tool, message, expected):
+def test_reason_is_short_however_long_the_message(message, expected):
     # given an error with that message, when it is summed up, then the result has few lines and is not too long
     assert tool.summary("KeyError", message) == expected
 
 
 EMPTY = '{"nbformat": 4, "nbformat_minor": 5, "cells": [], "metadata": {"kernelspec": %s}}'
-NO_NOTEBOOKS = {
-    "text.ipynb": ("no JSON", "this is not a notebook: Notebook does not appear to be JSON: 'no JSON'"),
-    "empty.ipynb": ("{}", "this is not a notebook: Notebook could not be converted from version 1"),
-    "part.ipynb": (EMPTY % '{"name": "no"}', "this is not a notebook: 'display_name' is a required property"),
-    "kernel.ipynb": (
-        EMPTY % '{"name": "no", "display_name": "No"}',
-        "the kernel did not start: No such kernel named no",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def several(tmp_path_factory):
-    """Give the folder where several notebooks were executed, of which only the last is sound, and what was said."""
-    folder = tmp_path_factory.mktemp("several")
-    write(folder / "first.ipynb", Title="1", Data="1 / 0")
-    write(folder / "dies.ipynb", Title="1", Data="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    write(folder / "last.ipynb", Title="print(6 * 7)")
-    for name, (content, _) in NO_NOTEBOOKS.items():
-        (folder / name).write_text(content, encoding="utf-8")
-    return folder, run("first.ipynb", "missing.ipynb", *NO_NOTEBOOKS, "dies.ipynb", "last.ipynb", folder=folder)
-
-
-@pytest.mark.extended  # it takes long
-def test_failing_notebooks_of_several_do_not_stop_the_others(several):
-    # then each has its line, the sound one is executed, and the end lists what failed
-    folder, process = several
-    assert process.returncode == 1
-    rows = [re.fullmatch(r"(\w+)\.ipynb +\d+\.\d s(  failed)?", line).groups() for line in process.stdout.splitlines()]
-    bad = ["first", "missing", "text", "empty", "part", "kernel", "dies"]
-    assert rows == [*((name, "  failed") for name in bad), ("last", None)]
-    assert process.stderr.splitlines()[:3] == [
-        'first.ipynb failed in section "Data": ZeroDivisionError: division by zero',
-        "The full traceback is in build/first.html",
-        "missing.ipynb: there is no such file",
-    ]
-    assert "42" in (folder / "build" / "last.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.extended  # it takes long
-@pytest.mark.parametrize("name", NO_NOTEBOOKS)
-def test_notebook_that_cannot_start_is_reported_in_one_line(several, name):
-    (line,) = [line for line in several[1].stderr.splitlines() if line.startswith(name)]
-    assert line.startswith(f"{name}: {NO_NOTEBOOKS[name][1]}")
 
 
 @pytest.mark.extended  # it takes long
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that kills")
-def test_kernel_that_dies_is_reported_in_one_line(several):
-    line = 'dies.ipynb failed in section "Data": the kernel died, perhaps because memory ran out'
-    assert several[1].stderr.splitlines()[-1] == line
+def test_notebooks_that_fail_are_reported_in_a_line_each_and_do_not_stop_the_others(tmp_path):
+    # given notebooks of which only the last is sound
+    write(tmp_path / "first.ipynb", Title="1", Data="1 / 0")
+    (tmp_path / "text.ipynb").write_text("no JSON")
+    (tmp_path / "part.ipynb").write_text(EMPTY % '{"name": "no"}')
+    (tmp_path / "kernel.ipynb").write_text(EMPTY % '{"name": "no", "display_name": "No"}')
+    write(tmp_path / "dies.ipynb", Title="1", Data="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    write(tmp_path / "last.ipynb", Title="print(6 * 7)")
+    names = ["first", "missing", "text", "part", "kernel", "dies", "last"]
+    # when all are executed
+    process = run(*(f"{name}.ipynb" for name in names), folder=tmp_path)
+    # then each has its line, the sound one is executed, and the end says why the others failed
+    assert process.returncode == 1
+    rows = re.findall(r"(?m)^(\w+)\.ipynb +\d+\.\d s(  failed)?$", process.stdout)
+    assert rows == [*((name, "  failed") for name in names[:-1]), ("last", "")]
+    assert "42" in (tmp_path / "build/last.html").read_text(encoding="utf-8")
+    assert process.stderr.splitlines() == [
+        'first.ipynb failed in section "Data": ZeroDivisionError: division by zero',
+        "The full traceback is in build/first.html",
+        "missing.ipynb: there is no such file",
+        "text.ipynb: this is not a notebook: Notebook does not appear to be JSON: 'no JSON'",
+        "part.ipynb: this is not a notebook: 'display_name' is a required property",
+        "kernel.ipynb: the kernel did not start: No such kernel named no",
+        'dies.ipynb failed in section "Data": the kernel died, perhaps because memory ran out',
+    ]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups as terminals use them")
@@ -359,7 +275,7 @@ def test_runs_are_tagged_with_their_source_and_its_commit(tmp_path, empty_store)
     assert finished_run.data.tags["mlflow.source.git.commit"] == git(work, "rev-parse", "HEAD")
 
 
-def test_run_tags_of_the_user_win(tool, tmp_path, monkeypatch):
+def test_run_tags_of_the_user_win(tmp_path, monkeypatch):
     # given run tags that the user has set
     monkeypatch.setenv("MLFLOW_RUN_CONTEXT", '{"team": "a", "mlflow.source.name": "mine"}')
     commit_all(write(tmp_path / "small.ipynb", Title="1").parent)
@@ -371,7 +287,7 @@ def test_run_tags_of_the_user_win(tool, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
-def test_run_tags_that_are_none_stay_for_mlflow_to_report(text, tool, tmp_path, monkeypatch):
+def test_run_tags_that_are_none_stay_for_mlflow_to_report(text, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_CONTEXT", text)
     assert tool.kernel_environment(tmp_path / "small.ipynb")["MLFLOW_RUN_CONTEXT"] == text
 
