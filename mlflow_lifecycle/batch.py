@@ -139,17 +139,17 @@ def score_here(python: Path, data: str, output: str, model: str, key: str) -> tu
     Raises:
         InvalidInputError: rows cannot be scored.
     """
-    part = Path(f"{output}.part")
-    command = [python, "-I", batch_worker.__file__, data, part, model, key]
+    place = Path(output).resolve()
     variables = {name: value for name, value in os.environ.items() if name[:6] != "PYTHON"}
-    try:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=place.parent) as folder:
+        part = Path(folder) / "part"
+        command = [python, "-I", batch_worker.__file__, data, part, model, key]
         child = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
         if child.returncode:
             *_, reason = child.stderr.strip().splitlines() or ["no reason was given"]
             raise InvalidInputError(f"Cannot score {data}: {printable(reason)}")
-        part.rename(output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        part.rename(place)
     digest = hashlib.sha256()
     files = sorted(Path(data).rglob("*.parquet")) or [Path(data)]
     for path in files:

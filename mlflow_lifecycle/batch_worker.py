@@ -36,9 +36,10 @@ def check_columns(schema: pa.Schema, signature: ModelSignature | None, key: str)
     """
     if signature is None or signature.outputs is None or not signature.inputs.has_input_names():
         raise ValueError("the model has no signature with named columns and a prediction")
-    expected = {key: INTEGERS}
+    expected = {}
     for column in signature.inputs:
         expected[column.name] = TYPES.get(column.type.name, ())
+    expected[key] = INTEGERS
     problems = []
     for name, types in expected.items():
         found = "missing"

@@ -59,9 +59,11 @@ def printable(text: str) -> str:
 
 def _secrets() -> list[str]:
     """Return the secrets in MLflow's settings, in each form that a message may have."""
-    address = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")[2]
+    scheme, _, address = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")
     user_info = address.rpartition("@")[0]
-    secrets = [user_info, user_info.partition(":")[2]]
+    secrets = [user_info.partition(":")[2]]
+    if ":" in user_info or scheme.startswith("http"):  # a server takes a token as the user
+        secrets.append(user_info)
     secrets += re.findall(r"(?i)(?:password|token)=([^&#]+)", address)
     secrets.append(os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
     secrets.append(os.environ.get("MLFLOW_TRACKING_TOKEN", ""))

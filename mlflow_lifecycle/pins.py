@@ -98,7 +98,7 @@ def locked(pins: list[str], lock: Path) -> str:
             pin = line.rstrip(" \\").partition(";")[0].strip()
             name, _, version = pin.partition("==")
             lines = [line]
-            blocks[canonicalize_name(name), version] = lines
+            blocks[canonicalize_name(name.partition("[")[0]), version] = lines
         elif line.startswith("    --hash="):
             lines.append(line)
     found = []

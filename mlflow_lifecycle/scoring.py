@@ -22,6 +22,7 @@ ABSOLUTE_ERROR = "absolute error"
 # XGBoost computes in float32. The same limit holds for all models, so that the comparison is fair.
 SMALLEST = float(np.finfo(np.float32).eps)
 TOLERANCE = 1e-6
+FLOATS = {"float": "float32", "double": "float64"}  # by the types of a signature
 # Metrics of mlflow.models.evaluate of which less is better.
 LOWER_IS_BETTER = {
     "log_loss",
@@ -106,7 +107,8 @@ def order_columns(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the columns that the model in ``folder`` takes, in the order of its signature.
 
     XGBoost takes columns by their position: in another order its predictions are wrong, without an
-    error.
+    error. Numbers get the float dtype of the signature: MLflow refuses a column of decimals in
+    which a CSV file has whole numbers only, and float64 in place of float32.
 
     Raises:
         InvalidInputError: a column is missing.
@@ -116,7 +118,12 @@ def order_columns(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
         return rows
     names = schema.input_names()
     check_columns(rows, names)
-    return rows[names]
+    dtypes = {}
+    for column in schema:
+        dtype = rows[column.name].dtype
+        if isinstance(dtype, np.dtype) and dtype.kind in "iuf" and column.type.name in FLOATS:
+            dtypes[column.name] = FLOATS[column.type.name]
+    return rows[names].astype(dtypes)
 
 
 def differences(first: Predictions, second: Predictions) -> np.ndarray:

@@ -64,7 +64,8 @@ def sign(
     if not statement.training_rows:
         command = f"lifecycle sign {address} --training-data FILE"
         lines.append(f"No training data was signed. Add it: {command}")
-    lines.append(f"Next: lifecycle verify {address}")
+    types = "".join(f" --trusted-type {name}" for name in trusted_types)
+    lines.append(f"Next: lifecycle verify {address}{types}")
     print_result(statement, lines, as_json)
 
 

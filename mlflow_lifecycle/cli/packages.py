@@ -16,7 +16,7 @@ from mlflow_lifecycle.cli.options import (
     print_result,
     use_store,
 )
-from mlflow_lifecycle.exceptions import KeyRefusedError
+from mlflow_lifecycle.exceptions import InvalidInputError, KeyRefusedError
 
 if TYPE_CHECKING:
     from mlflow_lifecycle.audit import Audit
@@ -191,6 +191,8 @@ def compare(
     from mlflow_lifecycle.difference import compare_versions, log_difference, summary
     from mlflow_lifecycle.signing.keys import own_public_key
 
+    if target and not data:
+        raise InvalidInputError("--target needs rows: --data FILE")
     use_store()
     difference = compare_versions(
         first,

@@ -193,7 +193,7 @@ def gate(
 @KEY
 @TYPES
 @click.option("--tag", is_flag=True, help="Tag the commit that the version was made from.")
-@click.option("--push", default="", metavar="REMOTE", help="Push that tag.")
+@click.option("--push", default="", metavar="REMOTE", help="Make that tag, and push it.")
 @JSON
 def release(
     uri: str,
@@ -231,7 +231,7 @@ def release(
         limits=limits,
         alias=alias,
         trusted_types=trusted_types,
-        repository=Path.cwd() if tag else None,
+        repository=Path.cwd() if tag or push else None,
         remote=push,
     )
     print_result(made, [describe(made)], as_json)

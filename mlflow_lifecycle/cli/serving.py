@@ -1,5 +1,6 @@
 """The commands about a model in use: serve, watch, score."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,8 +97,12 @@ def serve(
     """
     from mlflow_lifecycle.serving import serve
     from mlflow_lifecycle.signing.keys import own_public_key
+    from mlflow_lifecycle.ui import is_in_use
 
+    if port and is_in_use(port):
+        raise ServingFailedError(f"Port {port} is in use. Choose another one: --port {port + 1}")
     use_store()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # docker stop ends it as Ctrl+C does
     with serve(
         uri,
         public_key or own_public_key(),

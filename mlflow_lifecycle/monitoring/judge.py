@@ -248,10 +248,19 @@ def judge(
 def _copy_unfitted(estimator: BaseEstimator, parameters: dict[str, str]) -> BaseEstimator:
     """Return an unfitted copy.
 
-    XGBoost's own format holds no parameters. Those that the run logged were signed.
+    XGBoost's own format contains no parameters. Those that the run logged were signed.
+
+    Raises:
+        InvalidInputError: the run logged none.
     """
     copy = clone(estimator)
-    for name, value in copy.get_params().items():
+    values = copy.get_params()
+    if values.get("n_estimators", 0) is None and "n_estimators" not in parameters:
+        raise InvalidInputError(
+            "XGBoost's format contains no parameters, and the run logged none. Log them, and "
+            "register the model again: mlflow.log_params(model.get_params())"
+        )
+    for name, value in values.items():
         if value is None and name in parameters:
             logged = parameters[name]
             with contextlib.suppress(SyntaxError, ValueError):  # a text, such as gbtree

@@ -226,7 +226,8 @@ def check_signature(context: GateContext) -> CheckResult:
     MLflow logs none, and says nothing, for some nullable columns.
     """
     signature = mlflow.models.Model.load(str(context.candidate.folder / "MLmodel")).signature
-    names = signature.inputs.input_names() if signature and signature.inputs else []
+    is_named = signature and signature.inputs and signature.inputs.has_input_names()
+    names = signature.inputs.input_names() if is_named else []
     return _result("signature", bool(names), f"{len(names) or 'no'} input columns")
 
 
@@ -443,6 +444,8 @@ def compare_predictions(first: Predictions, second: Predictions) -> tuple[bool, 
 
 def _refuse_unfit(candidate: Verified, rows: pd.DataFrame, target: str) -> None:
     """Refuse test rows in which a column or a value of the target is missing."""
+    if rows.empty:
+        raise InvalidInputError("There are no test rows.")
     needed = [target]
     if candidate.training_rows:
         needed = list(pd.read_parquet(candidate.training_rows).columns)

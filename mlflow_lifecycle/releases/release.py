@@ -354,7 +354,8 @@ def _temporary_run() -> Iterator[None]:
 def _version_before(name: str, alias: str, present: str) -> str:
     """Return the version that had the alias before the present one."""
     for item in history(name, alias):
-        if item.version == present and item.released_at and item.before:
+        is_release = item.kind == "release" and item.version == present and item.released_at
+        if is_release and item.before:
             return item.before
     raise InvalidInputError(
         f"There is no earlier release of {name} to roll back to. See: lifecycle history {name}"

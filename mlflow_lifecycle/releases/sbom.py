@@ -22,7 +22,7 @@ def write_sbom(copy: Verified, facts: dict, path: Path) -> None:
     """
     packages = []
     for block in re.split(r"\n(?=\S)", copy.packages.read_text(encoding="utf-8").strip()):
-        name, version = re.match(r"(\S+?)==([^\s;]+)", block).groups()
+        name, version = re.match(r"([^\s\[]+)\S*?==([^\s;]+)", block).groups()
         identifier = f"pkg:pypi/{name.lower().replace('_', '-')}@{quote(version)}"
         hashes = []
         for digest in re.findall("--hash=sha256:([0-9a-f]{64})", block):

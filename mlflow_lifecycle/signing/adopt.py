@@ -86,7 +86,9 @@ def sign_version(
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="signing-")))
         if is_signed:
             public = public_half(key, scratch)
-            copy = stack.enter_context(verified(uri, public, trusted_types=trusted_types))
+            copy = stack.enter_context(
+                verified(uri, public, purpose="candidate", trusted_types=trusted_types)
+            )
             root = copy.folder.parent
             statement = copy.statement
             if training_data is None:

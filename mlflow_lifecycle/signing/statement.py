@@ -86,7 +86,8 @@ def register_candidate(
         rows_fingerprint = ""
         if training_rows is not None:
             rows_fingerprint = keep_training_rows(training_rows, root)
-        logged = mlflow.initialize_logged_model(name, params=run.data.params)
+        model_name = re.sub(r"[/:.%]", "_", name)  # which MLflow takes in a registered model alone
+        logged = mlflow.initialize_logged_model(model_name, params=run.data.params)
         description = mlflow.models.Model.load(str(Path(folder) / "MLmodel"))
         description.model_id = logged.model_id
         description.run_id = run.info.run_id

@@ -105,7 +105,8 @@ def test_refused_version_leaves_nothing_behind(folder, sign, case):
 def test_second_time_changes_nothing_or_adds_the_training_data(folder, sign):
     first = sign()
     before = snapshot(folder / "mlruns")
-    assert sign() == first
+    mlflow.MlflowClient().set_registered_model_alias("plain", "champion", 1)
+    assert sign() == sign("models:/plain@champion") == first
     assert snapshot(folder / "mlruns") == before
     # when the training data is given later, then it is added once
     assert sign(training_data=iris_rows()).training_rows == fingerprint(iris_rows())
@@ -165,3 +166,9 @@ def test_command_signs_and_says_the_next_one(folder, monkeypatch, tmp_path):
     assert "No training data was signed." in run("verify", PLAIN)
     assert "No training data" not in run("sign", PLAIN, "--lock", str(LOCK), "--training-data", "rows.parquet")
     assert "No training data" not in run("verify", PLAIN)
+
+
+def test_name_of_a_registered_model_may_have_a_dot(folder):
+    register(folder, name="team.iris")
+    with verified("models:/team.iris/1", own_public_key()) as copy:
+        assert copy.statement.registered_model == "team.iris"

@@ -110,6 +110,11 @@ def test_wrong_columns_are_refused_before_a_row_is_read(change, reason):
         batch_worker.check_columns(pa.schema(fields), SIGNATURE, "id")
 
 
+def test_key_must_be_integers_although_the_model_takes_it_as_decimals():
+    with pytest.raises(ValueError, match="a is float, and must be int8"):
+        batch_worker.check_columns(pa.schema(FITTING), SIGNATURE, "a")
+
+
 @pytest.mark.parametrize("inputs", [None, Schema([TensorSpec(np.dtype("float64"), (-1, 4))])], ids=["none", "tensor"])
 def test_model_without_named_columns_is_refused(inputs):
     signature = ModelSignature(inputs, Schema([ColSpec("double")])) if inputs else None
@@ -225,7 +230,8 @@ def test_pyarrow_is_that_of_the_lock():
 
 
 def test_bad_rows_leave_neither_output_nor_part_and_a_failed_run(uri, folder, flowers, tmp_path):
-    # given a value that is missing in the last of the rows
+    # given a value that is missing in the last of the rows, and a folder of somebody else
+    (tmp_path / "output.part").mkdir()
     flowers.assign(**{COLUMNS[3]: flowers[COLUMNS[3]].where(flowers["id"] < 999)}).to_parquet(tmp_path / "bad.parquet")
     mlflow.set_experiment("scoring")
     options = {"public_key": own_public_key(), "own_environment": False}
@@ -235,7 +241,7 @@ def test_bad_rows_leave_neither_output_nor_part_and_a_failed_run(uri, folder, fl
     # then
     reason = "petal width (cm) has 1 values that are missing or not finite"
     assert str(error.value) == f"Cannot score {tmp_path / 'bad.parquet'}: {reason}"
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.parquet"]
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.parquet", "output.part"}
     assert mlflow.search_runs(max_results=1)["status"].tolist() == ["FAILED"]
 
 

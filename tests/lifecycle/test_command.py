@@ -67,6 +67,19 @@ def test_value_from_the_store_forges_no_line_and_no_colour(capsys):
     assert capsys.readouterr().out == "released by a 2026-01-01 release of iris [2K 31m\n"
 
 
+def test_commands_say_in_a_line_what_they_do_and_give_an_example():
+    lines = CliRunner().invoke(main, ["--help"]).stdout.splitlines()
+    for name, command in main.commands.items():
+        (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+        assert line.endswith(command.short_help)
+        assert f"Example: lifecycle {name}" in CliRunner().invoke(main, [name, "--help"]).stdout
+
+
+def test_target_of_a_comparison_needs_rows():
+    answer = CliRunner().invoke(main, ["compare", "models:/iris/1", "models:/iris/2", "--target", "species"])
+    assert (answer.exit_code, answer.stderr) == (1, "Error: --target needs rows: --data FILE\n")
+
+
 READING = {
     "history": ["history", "iris"],
     "verify": ["verify", "models:/iris/1"],

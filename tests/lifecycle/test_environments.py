@@ -20,6 +20,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from asking import inferred
 from execution import ROOT, snapshot
 from packaging.requirements import Requirement
 from sklearn.compose import make_column_transformer
@@ -108,6 +109,19 @@ def test_predictions_equal_those_in_this_process_or_end_with_the_reason(model, p
     # and when a column is missing
     with pytest.raises(PredictionFailedError, match=r"gave no predictions.*second"):
         predict_in(python, folder, rows[["first"]])
+
+
+def test_number_of_every_type_is_predicted(tmp_path):
+    # given a model that learned from columns of these types
+    rows = pd.DataFrame({"kind": ["x", "y"] * 10})
+    for dtype in ("float32", "float64", "int32", "int64", "bool"):
+        rows[dtype] = np.arange(20).astype(dtype)
+    estimator, features = LogisticRegression(), rows.drop(columns="kind")
+    options = {"signature": inferred(features, rows["kind"]), "input_example": None}
+    folder = save(tmp_path / "model", estimator, rows, "kind", **options)
+    # then it predicts the same in another process
+    predictions = predict_in(Path(sys.executable), folder, features)
+    assert predictions.probabilities.tolist() == estimator.predict_proba(features).tolist()
 
 
 def test_gap_in_text_is_the_one_that_the_model_learned(tmp_path):

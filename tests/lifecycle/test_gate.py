@@ -241,6 +241,7 @@ def test_version_without_training_rows_is_checked_as_far_as_that_goes(judge, goo
 
 
 UNFIT = {
+    "no rows": (ROWS_TEST.head(0), "species", "There are no test rows"),
     "no column": (ROWS_TEST.iloc[:, :3], "species", r"These columns are missing: petal width \(cm\), species"),
     "another target": (ROWS_TEST.assign(Y=0), "Y", r"training data has no column 'Y'\. The columns are: .*, species"),
     "no label, beside an unknown class": (

@@ -365,3 +365,6 @@ def test_native_flavor_is_cross_validated_with_the_parameters_of_its_run(tmp_pat
     # then
     assert reference.expected.value == pytest.approx(accuracy, abs=0.001)
     assert judgement.performance.value == (model.predict(features) == target).mean()
+    # and without them it is refused
+    with pytest.raises(ValueError, match=r"the run logged none\. Log them"):
+        load_reference(dataclasses.replace(version, statement=dataclasses.replace(statement, parameters={})))

@@ -83,6 +83,11 @@ def test_locked_lines_are_those_of_the_pins_with_all_their_hashes(tmp_path):
     assert locked(["zipp==4.1"], tmp_path / "lock.txt") == zipp
 
 
+def test_lock_may_name_a_package_with_an_extra(tmp_path):
+    (tmp_path / "lock.txt").write_text("uvicorn[standard]==0.30.0 \\\n    --hash=sha256:00\n")
+    assert "--hash=sha256:00" in locked(["uvicorn==0.30.0"], tmp_path / "lock.txt")
+
+
 def test_pin_that_the_lock_has_at_another_version_is_refused():
     with pytest.raises(ValueError, match=r"has no hash for numpy==0\.1\. Use the lock file that the pins are from"):
         locked(["numpy==0.1"], ROOT / "requirements.txt")

@@ -193,6 +193,13 @@ def test_rollback_goes_to_the_version_before_although_the_present_one_is_broken_
     assert kinds == [("rollback", "FINISHED"), ("release", "FINISHED"), ("release", "FINISHED")]
 
 
+def test_second_rollback_does_not_go_forward_again(twice):
+    rollback("iris", key=own_key())
+    with pytest.raises(ValueError, match="There is no earlier release of iris to roll back to"):
+        rollback("iris", key=own_key())
+    assert production() == "1"
+
+
 def test_rollback_ignores_a_tag_that_was_not_signed(twice):
     """Attack 30."""
     mlflow.MlflowClient().set_model_version_tag("iris", 3, release_tag("production"), "9999-12-31T23:59:59.999999Z")

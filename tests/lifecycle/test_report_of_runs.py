@@ -215,7 +215,9 @@ def test_rows_are_those_that_a_run_did_not_learn_from_or_else_the_training_rows(
 # The order: by means
 
 
-@pytest.mark.parametrize(("metric", "winner"), [("mean_absolute_error", "low"), ("neg_log_loss", "high")])
+@pytest.mark.parametrize(
+    ("metric", "winner"), [("mean_absolute_error", "low"), ("rmse", "low"), ("neg_log_loss", "high")]
+)
 def test_metric_of_which_less_is_better_is_known_by_its_name(store, metric, winner):
     for name, value in (("low", 0.1), ("high", 0.2)):
         store.data(store.run(name, **{metric: value}), "c0ffee00")

@@ -81,6 +81,16 @@ def test_columns_come_in_the_order_of_the_signature(tmp_path):
         order_columns(tmp_path / "model", FEATURES.iloc[:, :3])
 
 
+def test_numbers_get_the_float_types_of_the_signature(tmp_path):
+    # given a model of a float32 and a float64 column, and rows as a CSV file with whole numbers alone gives them
+    learned = FEATURES.astype({FEATURES.columns[0]: "float32"})
+    signature = infer_signature(learned, TARGET)
+    mlflow.sklearn.save_model(LogisticRegression(), tmp_path / "model", signature=signature, pip_requirements=[])
+    rows = FEATURES.round().astype(int)
+    # then
+    assert list(order_columns(tmp_path / "model", rows).dtypes) == list(learned.dtypes)
+
+
 def test_columns_stay_as_they_are_without_a_signature(tmp_path):
     mlflow.sklearn.save_model(LogisticRegression(), tmp_path / "model", pip_requirements=[])
     pd.testing.assert_frame_equal(order_columns(tmp_path / "model", FEATURES), FEATURES)

@@ -158,7 +158,7 @@ BAD = {
     "malformed JSON": (split(THREE)[:-3], "JSON"),
     "other bytes": (b"\xff\xfe\x00{}", "UTF-8"),
     "a byte order mark": (split(THREE).encode("utf-8-sig"), "JSON"),
-    "deep nesting": ("[" * 100_000 + "]" * 100_000, "deeply nested"),
+    "deep nesting": ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
 }
 
 

@@ -20,11 +20,11 @@ def test_very_many_names_are_refused_at_once(iris, form):
     object_of = "{" + ",".join(f'"{name}":[0]' for name in names) + "}"
     table = object_of if form == "inputs" else json.dumps({"columns": names, "data": [[0] * len(names)]})
     # when they are asked, during which nobody else is answered
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(HTTPException, match=r"400: .*'c49999'"):
         predictor_of(iris).answer(f'{{"{form}": {table}}}'.encode(), False)
     # then
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 # --- What the signature says

@@ -17,10 +17,12 @@ import pandas as pd
 import psutil
 import pytest
 from asking import as_verified, ask, split
+from click.testing import CliRunner
 from execution import ROOT, environment, wait_until
 from sklearn.ensemble import RandomForestClassifier
 from versions import iris_rows, register, save, store_in
 
+from mlflow_lifecycle.cli import main
 from mlflow_lifecycle.exceptions import NotVerifiedError, ServingFailedError
 from mlflow_lifecycle.serving import SERVER, read_record, serve, serve_verified, training_limits
 from mlflow_lifecycle.signing.keys import own_key, own_public_key
@@ -176,6 +178,14 @@ def test_port_in_use_is_said(iris):
         pass
 
 
+def test_command_says_that_its_port_is_in_use_before_it_builds_anything():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        answer = CliRunner().invoke(main, ["serve", "models:/iris/1", "--port", str(port)])
+    assert answer.exit_code == 1
+    assert answer.stderr == f"Error: Port {port} is in use. Choose another one: --port {port + 1}\n"
+
+
 def test_limits_come_from_the_training_rows(iris):
     # given the margin of half a range beyond
     limits = training_limits(iris, 0.5)
@@ -247,8 +257,8 @@ def test_command_serves_a_release_in_its_own_environment_until_it_is_interrupted
         assert "petal width (cm)" not in read_record(record)
         assert ask(address[1], split(FEATURES * 10))[0] == 400
         assert [path.name[:8] for path in (tmp_path / "tmp").iterdir()] == ["serving-"]  # nothing of the verification
-        # when it is interrupted as by Ctrl-C
-        child.send_signal(signal.SIGINT)
+        # when it is ended as by `docker stop`
+        child.send_signal(signal.SIGTERM)
         output, errors = child.communicate(timeout=60)
     finally:
         limit.cancel()

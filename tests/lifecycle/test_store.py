@@ -438,6 +438,11 @@ def test_secret_of_the_tracking_address_is_not_printed_in_any_form(address, monk
         assert "space" not in printable(form)
 
 
+def test_user_of_a_database_without_a_password_is_no_secret(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://mlflow@host/mlflow")
+    assert printable("Run: mlflow db upgrade") == "Run: mlflow db upgrade"
+
+
 @pytest.mark.parametrize("name", ["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"])
 def test_secret_in_the_settings_is_not_printed(name, monkeypatch):
     monkeypatch.setenv(name, "hunter2 &x")

@@ -111,8 +111,7 @@ def test_one_flipped_bit_in_any_file_is_refused(folder):
 
 
 def test_an_added_or_a_removed_file_is_refused(folder):
-    for name in (".gitignore", "evil_loader.py"):
-        path = files_of(2) / name
+    for path in (files_of(2) / "evil_loader.py", evidence_of(2)[-1] / ".gitignore"):
         path.write_text("more")
         assert "Extra files found" in refused()
         path.unlink()
@@ -144,6 +143,18 @@ def test_crafted_model_that_was_signed_is_refused(folder):
     register(folder, RandomForestClassifier(n_estimators=2), skops_trusted_types=types)
     assert "nobody has reviewed" in refused("models:/iris/4")
     assert accepted("models:/iris/4", trusted_types=types).version == "4"
+
+
+def test_version_in_production_with_another_loader_is_refused_before_it_is_loaded(folder, tmp_path):
+    # given code in the model, and a loader that runs it
+    (files_of(2) / "code").mkdir()
+    (files_of(2) / "code/evil_loader.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    path = files_of(2) / "MLmodel"
+    text = path.read_text().replace("loader_module: mlflow.sklearn", "loader_module: evil_loader\n    code: code")
+    path.write_text(text)
+    # then
+    refused("models:/iris@production")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_the_store_makes_of_a_model_is_not_signed(folder, monkeypatch):

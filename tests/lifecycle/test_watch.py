@@ -19,10 +19,10 @@ def watched(store, tmp_path, monkeypatch):
     """Give a function that watches rows, with further options, and returns exit status and output."""
     monkeypatch.chdir(store)
 
-    def run(rows: pd.DataFrame, *options: str):
+    def run(rows: pd.DataFrame, *options: str, uri: str = f"models:/{NAME}/1"):
         path = tmp_path / "Monday.csv"
         rows.to_csv(path, index=False)
-        result = CliRunner().invoke(main, ["watch", f"models:/{NAME}/1", "--data", str(path), *options])
+        result = CliRunner().invoke(main, ["watch", uri, "--data", str(path), *options])
         return result.exit_code, result.output
 
     return run

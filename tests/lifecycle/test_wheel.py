@@ -6,13 +6,15 @@ The commands of the extra ``sign`` are those of `test_road.py`.
 import json
 import shutil
 import subprocess
+import tomllib
+import zipfile
 from pathlib import Path
 
 import mlflow
 import optuna
 import pandas as pd
 import pytest
-from execution import environment, free_port, running
+from execution import ROOT, environment, free_port, running
 from releases import ROWS_TEST
 from wheels import build_wheel, install
 
