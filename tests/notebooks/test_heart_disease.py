@@ -127,7 +127,7 @@ def test_neither_secret_nor_address_nor_path_is_printed(folder):
         assert private not in printed
 
 
-def test_registered_model_has_pins_and_trusts_no_more_than_was_reviewed():
+def test_registered_model_has_pins_and_trusts_no_more_than_was_reviewed(client):
     files = Path(mlflow.artifacts.download_artifacts("models:/heart_disease_random_forest/1"))
     flavor = mlflow.models.Model.load(files).flavors["sklearn"]
     assert flavor["serialization_format"] == "skops"
@@ -135,7 +135,7 @@ def test_registered_model_has_pins_and_trusts_no_more_than_was_reviewed():
     assert read_pins(files / "requirements.txt") == read_pins(ROOT / "model_requirements.txt")
 
 
-def test_model_scores_gaps_as_the_middle_patient_and_leaves_out_codes_that_it_never_saw(parts):
+def test_model_scores_gaps_as_the_middle_patient_and_leaves_out_codes_that_it_never_saw(client, parts):
     train, _, test, _ = parts
     model = mlflow.sklearn.load_model("models:/heart_disease_logistic_regression/1")
     # given the row of nobody, then it is scored as the middle patient, with the most frequent codes
