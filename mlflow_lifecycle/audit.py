@@ -252,8 +252,9 @@ def serve_database(archive: Path) -> Iterator[str]:
     by_package = defaultdict(list)
     for advisory in advisories.values():
         for affected in advisory.get("affected", []):
-            name = canonicalize_name(affected.get("package", {}).get("name", ""))
-            by_package[name].append((advisory, affected))
+            package = affected.get("package", {})
+            if package.get("ecosystem") == "PyPI":  # other registries have packages of this name
+                by_package[canonicalize_name(package["name"])].append((advisory, affected))
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -103,6 +103,20 @@ def check_columns(rows: pd.DataFrame, names: Iterable[str]) -> None:
         raise InvalidInputError(f"These columns are missing: {', '.join(missing)}")
 
 
+def check_complete(rows: pd.DataFrame, name: str) -> None:
+    """Refuse rows in which a value of this column is missing.
+
+    Raises:
+        InvalidInputError: with the number of rows.
+    """
+    missing = int(rows[name].isna().sum())
+    if missing:
+        raise InvalidInputError(
+            f"The column {name!r} is missing in {missing} of {len(rows)} rows. "
+            "The text NA counts as missing."
+        )
+
+
 def check_table(
     rows: pd.DataFrame,
     target: str,
@@ -133,12 +147,7 @@ def check_table(
         if name not in rows:
             columns = ", ".join(map(str, rows))
             raise InvalidInputError(f"There is no column {name!r}. The columns are: {columns}")
-        missing = int(rows[name].isna().sum())
-        if missing:
-            raise InvalidInputError(
-                f"The column {name!r} is missing in {missing} of {len(rows)} rows. "
-                "The text NA counts as missing."
-            )
+        check_complete(rows, name)
     numbers = rows.select_dtypes("float")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):

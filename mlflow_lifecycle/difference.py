@@ -14,7 +14,7 @@ import pandas as pd
 from mlflow.entities import Run
 
 from mlflow_lifecycle.comparison import Interval, rows_interval
-from mlflow_lifecycle.datasets import check_columns, in_markdown
+from mlflow_lifecycle.datasets import check_columns, check_complete, in_markdown
 from mlflow_lifecycle.environments import own_environment, predict_in
 from mlflow_lifecycle.experiments import create_experiment
 from mlflow_lifecycle.pins import names_and_versions, read_pins
@@ -79,7 +79,8 @@ def compare_versions(
         NotVerifiedError: a version is not what was signed.
         EnvironmentNotBuiltError: an environment cannot be built.
         PredictionFailedError: a version cannot predict the rows.
-        InvalidInputError: a column is missing, or the tasks of the versions differ.
+        InvalidInputError: a column or a value of the target is missing, or the tasks of the
+            versions differ.
     """
     with (
         tempfile.TemporaryDirectory(prefix="comparing-") as scratch,
@@ -89,7 +90,9 @@ def compare_versions(
         changes = find_changes(describe(one), describe(other))
         if rows is None:
             return Difference(first, second, changes, 0, "", None, pd.DataFrame())
-        check_columns(rows, [target] if target else [])
+        if target:
+            check_columns(rows, [target])
+            check_complete(rows, target)
         cache = cache or Path(scratch)  # versions with equal packages share an environment
         before = predict_in_own(one, rows, cache)
         after = predict_in_own(other, rows, cache)

@@ -188,7 +188,12 @@ def own_environment(folder: Path, packages: Path, cache: Path | None = None) -> 
             part = Path(f"{kept}.{os.getpid()}")  # so that a killed build leaves no incomplete one
             part.parent.mkdir(parents=True, exist_ok=True)
             build_environment(requirements, part, lock=packages, cache=cache)
-            part.rename(kept)
+            try:
+                part.rename(kept)
+            except OSError:
+                if not kept.exists():
+                    raise
+                shutil.rmtree(part)  # another process was faster
         yield python_of(kept)
 
 

@@ -157,8 +157,9 @@ def _check_pins(requirements: Path, packages: Path, flavor: Flavor) -> None:
     lines = packages.read_text(encoding="utf-8").splitlines()
     locked_lines = [line.rstrip("\\") for line in lines if line[:1] != " "]
     if pins != names_and_versions(locked_lines):
-        problem = "its pins differ from those in the signed list of hashes"
-        raise InvalidInputError(f"{problem}. {SAVE_AGAIN}")
+        raise InvalidInputError(
+            f"its pins differ from those in the signed list of hashes. {SAVE_AGAIN}"
+        )
     names = {canonicalize_name(pin.partition("==")[0]) for pin in pins}
     if names.isdisjoint(flavor.packages):
         needed = " or ".join(flavor.packages)

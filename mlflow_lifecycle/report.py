@@ -18,12 +18,12 @@ from mlflow.entities import Run
 from mlflow_lifecycle.comparison import Interval, choose, folds_interval
 from mlflow_lifecycle.datasets import in_markdown
 from mlflow_lifecycle.exceptions import InvalidInputError
-from mlflow_lifecycle.scoring import LOWER_IS_BETTER
 
 CHART = "comparison.png"
 FOLD_SCORES = "fold_scores.json"  # by mlflow.log_table: repeat, fold, and a column per metric
 UNKNOWN = "rows that were not recorded"
-SHORT_NAMES = ("loss", "error", "mae", "mse", "rmse", "mape")  # of metrics of which less is better
+# The ends of the names of metrics of which less is better. The end of rmse is mse.
+LOSSES = ("loss", "error", "mae", "mse", "mape", "false_positives", "false_negatives")
 BY_FOLDS = (
     "a difference counts if its 95 % interval, over the same {folds} folds, excludes 0. The "
     "group that began first is the first choice, and a later one replaces the current choice if it "
@@ -99,7 +99,7 @@ def make_report(experiment: str, metric: str = "", by: str = "mlflow.runName") -
         lowest="min",
         highest="max",
     )
-    is_loss = metric.endswith((*LOWER_IS_BETTER, *SHORT_NAMES)) and "neg_" not in metric
+    is_loss = metric.endswith(LOSSES) and "neg_" not in metric
     # Rounded, so that equal means are tied.
     groups = groups.round(12).sort_values("mean", ascending=is_loss, kind="stable")
     folds = read_folds(known.experiment_id, compared, metric)

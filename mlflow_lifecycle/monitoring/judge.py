@@ -251,14 +251,14 @@ def _copy_unfitted(estimator: BaseEstimator, parameters: dict[str, str]) -> Base
     XGBoost's own format contains no parameters. Those that the run logged were signed.
 
     Raises:
-        InvalidInputError: the run logged none.
+        InvalidInputError: the run did not log the number of trees.
     """
     copy = clone(estimator)
     values = copy.get_params()
     if values.get("n_estimators", 0) is None and "n_estimators" not in parameters:
         raise InvalidInputError(
-            "XGBoost's format contains no parameters, and the run logged none. Log them, and "
-            "register the model again: mlflow.log_params(model.get_params())"
+            "XGBoost's format contains no parameters, and the run did not log n_estimators. Log "
+            "all of them, and register the model again: mlflow.log_params(model.get_params())"
         )
     for name, value in values.items():
         if value is None and name in parameters:

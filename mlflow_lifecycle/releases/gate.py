@@ -6,6 +6,7 @@ model has seen the test rows, or whether its environment can be built.
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from mlflow_lifecycle.comparison import (
     proportion_interval,
     rows_interval,
 )
-from mlflow_lifecycle.datasets import as_classes, check_columns
+from mlflow_lifecycle.datasets import as_classes, check_columns, check_complete
 from mlflow_lifecycle.environments import (
     build_environment,
     own_environment,
@@ -410,14 +411,18 @@ def evaluate(context: GateContext) -> "mlflow.models.EvaluationResult":
     # Loaded before MLflow does it, which would undo what loading it sets.
     plt.switch_backend(plt.get_backend())
     before = set(plt.get_fignums())
+    is_classifier = task_of(context.model) == CLASSIFICATION
     try:
-        return mlflow.models.evaluate(
-            str(context.candidate.folder),
-            context.rows,
-            targets=context.target,
-            model_type="classifier" if task_of(context.model) == CLASSIFICATION else "regressor",
-            evaluator_config={"log_model_explainability": False},  # which would need shap
-        )
+        with warnings.catch_warnings():
+            # It is about columns of whole numbers that may have missing values later.
+            warnings.filterwarnings("ignore", "Hint: Inferred schema contains integer column")
+            return mlflow.models.evaluate(
+                str(context.candidate.folder),
+                context.rows,
+                targets=context.target,
+                model_type="classifier" if is_classifier else "regressor",
+                evaluator_config={"log_model_explainability": False},  # which would need shap
+            )
     finally:
         # MLflow leaves a figure open, which a notebook would show.
         for number in set(plt.get_fignums()) - before:
@@ -455,12 +460,7 @@ def _refuse_unfit(candidate: Verified, rows: pd.DataFrame, target: str) -> None:
             f"The training data has no column {target!r}. The columns are: {columns}"
         )
     check_columns(rows, needed)
-    gaps = int(rows[target].isna().sum())
-    if gaps:
-        raise InvalidInputError(
-            f"The target {target!r} is missing in {gaps} of {len(rows)} test rows. "
-            "The text NA counts as missing."
-        )
+    check_complete(rows, target)
 
 
 def _result(name: str, passed: bool, detail: str) -> CheckResult:

@@ -23,10 +23,10 @@ PINS = [f"scikit-learn=={VERSION}", "typing_extensions==4.15.0", "httpx[http2]==
 PINNED = re.search(r"(?m)^scikit-learn==([\w.]+)", LOCK.read_text())[1]
 
 
-def advisory(package: str, *events: dict, identifier: str = "GHSA-1", **more) -> dict:
+def advisory(package: str, *events: dict, identifier: str = "GHSA-1", ecosystem: str = "PyPI", **more) -> dict:
     """Return an advisory in OSV's format."""
     ranges = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, *events]}]
-    affected = {"package": {"ecosystem": "PyPI", "name": package}, "ranges": ranges}
+    affected = {"package": {"ecosystem": ecosystem, "name": package}, "ranges": ranges}
     return {"id": identifier, "modified": "2026-01-01T00:00:00Z", "affected": [affected], **more}
 
 
@@ -51,11 +51,12 @@ def test_vulnerabilities_are_found_with_the_versions_that_have_them_no_more(tmp_
         advisory("Typing.Extensions", {"fixed": "5"}, identifier="GHSA-2"),
         advisory("httpx", identifier="GHSA-3"),
     ]
-    # and others for older versions, withdrawn, and ignored
+    # and others for older versions, withdrawn, ignored, and of another registry
     known += [
         advisory("scikit-learn", {"fixed": VERSION}, identifier="GHSA-4"),
         advisory("scikit-learn", identifier="GHSA-5", withdrawn="2026-02-01T00:00:00Z"),
         advisory("scikit-learn", identifier="GHSA-6"),
+        advisory("scikit-learn", identifier="GHSA-7", ecosystem="npm"),
     ]
     # then
     found = audit_with(tmp_path, *known, ignored=["GHSA-6"])

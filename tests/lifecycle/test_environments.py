@@ -30,7 +30,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from versions import LOCK, save
 
-from mlflow_lifecycle.environments import build_environment, predict_in, python_note
+from mlflow_lifecycle import environments
+from mlflow_lifecycle.environments import build_environment, own_environment, predict_in, python_note
 from mlflow_lifecycle.exceptions import EnvironmentNotBuiltError, PredictionFailedError
 from mlflow_lifecycle.pins import read_pins
 
@@ -244,6 +245,21 @@ def test_edited_or_lost_file_in_a_named_cache_is_refused(small, damaged):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal for one process")
+def test_environment_that_another_process_has_kept_meanwhile_is_used(model, tmp_path, monkeypatch):
+    # given a process that builds the same environment, and is faster
+    def build(requirements: Path, folder: Path, **options) -> None:
+        for place in (folder, folder.with_suffix("")):
+            place.mkdir()
+            (place / "built").touch()
+
+    monkeypatch.setattr(environments, "build_environment", build)
+    (tmp_path / "packages.txt").write_text("")
+    # when, then
+    with own_environment(model[0], tmp_path / "packages.txt", tmp_path / "cache") as python:
+        (kept,) = (tmp_path / "cache/environments").iterdir()
+        assert python.is_relative_to(kept)
+
+
 def test_interruption_leaves_nothing_behind(model, small):
     # given a build in another process, under way
     before = snapshot(small)

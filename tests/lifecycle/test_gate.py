@@ -2,13 +2,16 @@
 
 import re
 import sys
+import warnings
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import mlflow
 import pytest
+from asking import inferred
 from execution import ROOT
 from kernels import running_kernel
+from mlflow.models import infer_signature
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 from releases import ROWS_TEST, ROWS_TRAIN
@@ -247,7 +250,7 @@ UNFIT = {
     "no label, beside an unknown class": (
         ROWS_TEST.assign(species=[None, None, "unknown", *ROWS_TEST["species"][3:]]),
         "species",
-        "The target 'species' is missing in 2 of 30 test rows",
+        "The column 'species' is missing in 2 of 30 rows",
     ),
 }
 
@@ -273,12 +276,23 @@ def test_classes_learned_as_text_are_known_where_a_csv_has_numbers(judge, versio
     assert check.detail.endswith("it never learned these classes: 3")
 
 
+def test_advice_of_mlflow_on_whole_numbers_is_not_printed(judge, version):
+    rows = ROWS_TRAIN.assign(whole=range(len(ROWS_TRAIN)))
+    candidate = version(rows=rows, signature=inferred(rows.drop(columns="species"), rows["species"]))
+    with warnings.catch_warnings(action="error"):
+        assert results(judge(candidate, rows=ROWS_TEST.assign(whole=7)))["thresholds"] == "passed"
+
+
 def test_model_without_signature_and_input_example_fails(version):
     # given a nullable integer column, for which MLflow drops the signature without a word
     context = context_of(version(signature=None, input_example=None))
     check = check_signature(context)
     assert (check.result, check.detail) == ("failed", "no input columns")
     assert check_input_example(context).result == "failed"
+    # given one whose columns have no names
+    signature = infer_signature(ROWS_TRAIN.iloc[:, :4].to_numpy(), ROWS_TRAIN["species"])
+    check = check_signature(context_of(version(signature=signature, input_example=None)))
+    assert (check.result, check.detail) == ("failed", "no input columns")
 
 
 @pytest.mark.parametrize("line", ["loose>=1", "bare==1.0", ""])

@@ -80,6 +80,11 @@ def test_release_and_rollback_print_a_line_and_are_listed(folder, run):
     assert json.loads(run("history", "iris", "--json"))[0] == made
 
 
+def test_tag_to_push_is_made_although_only_push_is_stated(folder, run):
+    text = run("release", "models:/iris/2", *GATE, *CARD, "--push", "origin", status=1)
+    assert "no tag was made" in text
+
+
 def test_release_that_was_refused_is_listed_as_failed(twice, run):
     run("release", "models:/iris/3", *GATE, *CARD, status=1)
     assert run("history", "iris").startswith("failed: release of iris, version 3 as production\n")

@@ -191,6 +191,13 @@ def test_other_answers_begin_with_the_largest_difference():
     assert list(answers)[:3] == ["first", "second", "difference"]
 
 
+def test_rows_without_a_label_are_refused_before_anything_is_built(project):
+    rows = iris_rows()
+    rows.loc[0, "species"] = None
+    with pytest.raises(InvalidInputError, match="The column 'species' is missing in 1 of 150 rows"):
+        compare_versions(f"models:/{NAME}/1", f"models:/{NAME}/1", own_public_key(), rows=rows, target="species")
+
+
 def test_facts_are_compared_without_an_environment(project):
     register(Path.cwd(), LogisticRegression(C=2.0, max_iter=500))
     difference = compare_versions(f"models:/{NAME}/1", f"models:/{NAME}/2", own_public_key())

@@ -299,7 +299,8 @@ def test_alias_needs_a_release_unless_the_caller_decides_on_a_candidate(folder):
     mlflow.MlflowClient().set_registered_model_alias("iris", "production", 3)
     # then
     message = refused("models:/iris@production")
-    assert "There is no release as production of this version. Release it: lifecycle release" in message
+    assert "There is no release as production of this version." in message
+    assert "Release it: lifecycle release models:/iris/3 --alias production" in message
     assert accepted("models:/iris@production", purpose="candidate").purpose == "candidate"
 
 
