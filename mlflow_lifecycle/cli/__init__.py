@@ -6,6 +6,7 @@ A subcommand imports what it needs itself, so ``--help`` answers at once.
 import os
 import sqlite3
 import sys
+import warnings
 from unittest.mock import patch
 
 import click
@@ -35,7 +36,9 @@ class Commands(click.Group):
     def invoke(self, context: click.Context) -> object:
         """Call the subcommand; with ``--debug`` an expected error keeps its traceback."""
         try:
-            with patch.dict(os.environ, QUIET | os.environ):  # the user's own settings win
+            with patch.dict(os.environ, QUIET | os.environ), warnings.catch_warnings():
+                # The user's own settings win. The warning is for who logs a model.
+                warnings.filterwarnings("ignore", "Hint: Inferred schema contains integer column")
                 return super().invoke(context)
         except (LifecycleError, OSError, sqlite3.Error, *mlflow_errors()) as error:
             if context.params["debug"]:

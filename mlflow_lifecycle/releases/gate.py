@@ -6,7 +6,6 @@ model has seen the test rows, or whether its environment can be built.
 """
 
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -411,18 +410,14 @@ def evaluate(context: GateContext) -> "mlflow.models.EvaluationResult":
     # Loaded before MLflow does it, which would undo what loading it sets.
     plt.switch_backend(plt.get_backend())
     before = set(plt.get_fignums())
-    is_classifier = task_of(context.model) == CLASSIFICATION
     try:
-        with warnings.catch_warnings():
-            # It is about columns of whole numbers that may have missing values later.
-            warnings.filterwarnings("ignore", "Hint: Inferred schema contains integer column")
-            return mlflow.models.evaluate(
-                str(context.candidate.folder),
-                context.rows,
-                targets=context.target,
-                model_type="classifier" if is_classifier else "regressor",
-                evaluator_config={"log_model_explainability": False},  # which would need shap
-            )
+        return mlflow.models.evaluate(
+            str(context.candidate.folder),
+            context.rows,
+            targets=context.target,
+            model_type="classifier" if task_of(context.model) == CLASSIFICATION else "regressor",
+            evaluator_config={"log_model_explainability": False},  # which would need shap
+        )
     finally:
         # MLflow leaves a figure open, which a notebook would show.
         for number in set(plt.get_fignums()) - before:

@@ -1,6 +1,7 @@
 """The command as a whole: how it prints errors and values from the store, and what its help says."""
 
 import sqlite3
+import warnings
 from pathlib import Path
 
 import click
@@ -44,6 +45,16 @@ def test_expected_error_ends_a_command_in_one_line_without_its_secret(error):
     answer = CliRunner().invoke(failing(error), ["fail"])
     assert (answer.exit_code, answer.stdout) == (1, "")
     assert answer.stderr == "Error: cannot reach http://host:5000\n"
+
+
+def test_warning_for_who_logs_a_model_is_not_printed():
+    group = failing(ValueError())
+
+    @group.command()
+    def warn() -> None:
+        warnings.warn("Hint: Inferred schema contains integer column(s).", stacklevel=1)  # an error in pytest
+
+    assert CliRunner().invoke(group, ["warn"]).exception is None
 
 
 def test_debug_shows_the_traceback_of_an_expected_error():

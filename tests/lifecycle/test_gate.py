@@ -2,13 +2,11 @@
 
 import re
 import sys
-import warnings
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import mlflow
 import pytest
-from asking import inferred
 from execution import ROOT
 from kernels import running_kernel
 from mlflow.models import infer_signature
@@ -274,13 +272,6 @@ def test_classes_learned_as_text_are_known_where_a_csv_has_numbers(judge, versio
     assert verdict.metrics["accuracy_score"] > 0.9
     (check,) = [check for check in judge(candidate, rows=rows.replace(2, 3)).checks if check.name == "test rows"]
     assert check.detail.endswith("it never learned these classes: 3")
-
-
-def test_advice_of_mlflow_on_whole_numbers_is_not_printed(judge, version):
-    rows = ROWS_TRAIN.assign(whole=range(len(ROWS_TRAIN)))
-    candidate = version(rows=rows, signature=inferred(rows.drop(columns="species"), rows["species"]))
-    with warnings.catch_warnings(action="error"):
-        assert results(judge(candidate, rows=ROWS_TEST.assign(whole=7)))["thresholds"] == "passed"
 
 
 def test_model_without_signature_and_input_example_fails(version):
