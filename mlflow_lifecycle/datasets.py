@@ -148,6 +148,8 @@ def check_table(
             columns = ", ".join(map(str, rows))
             raise InvalidInputError(f"There is no column {name!r}. The columns are: {columns}")
         check_complete(rows, name)
+    if not 0 < test_share < 1:
+        raise InvalidInputError(f"test_share must be between 0 and 1, got {test_share}.")
     numbers = rows.select_dtypes("float")
     infinite = numbers.columns[np.isinf(numbers).any()]
     if len(infinite):
@@ -212,7 +214,7 @@ def as_classes(known: pd.Series, column: pd.Series) -> pd.Series:
         known: the classes of the training rows, one per row.
         column: the labels. Missing values stay missing.
     """
-    if known.dtype != object:
+    if pd.api.types.is_numeric_dtype(known):
         return column
     classes = known.unique()
     forms = pd.Series(classes, as_text(classes))

@@ -151,8 +151,9 @@ def find_other_answers(before: Predictions, after: Predictions, rows: pd.DataFra
     """Return the rows that two versions answer differently, the largest difference first."""
     answers = pd.DataFrame({"first": before.predicted, "second": after.predicted}, rows.index)
     answers["difference"] = differences(before, after)
-    changed = answers[~equal_rows(before, after)]
-    return changed.sort_values("difference", ascending=False, kind="stable").join(rows)
+    table = pd.concat([answers, rows], axis=1)
+    changed = table[~equal_rows(before, after)]
+    return changed.sort_values("difference", ascending=False, kind="stable")
 
 
 def summary(difference: Difference) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from mlflow_lifecycle.exceptions import InvalidInputError, StoreUnusableError
-from mlflow_lifecycle.experiments import check_store
+from mlflow_lifecycle.experiments import check_store, tracking_uri
 from mlflow_lifecycle.pins import read_pins
 
 
@@ -75,7 +75,7 @@ def check_pins(path: Path) -> Iterator[Problem]:
 def check_store_of(folder: Path) -> Iterator[Problem]:
     """Yield a problem if nothing can be logged in the store of ``folder``."""
     try:
-        check_store(folder)
+        check_store(tracking_uri(folder))
     except StoreUnusableError as error:
         yield Problem(error.problem, error.remedy)
 

@@ -123,8 +123,8 @@ def open_experiment(name: str, description: str, folder: Path) -> "Experiment":
         return mlflow.set_experiment(experiment_id=experiment.experiment_id)
 
 
-def check_store(folder: Path) -> None:
-    """Refuse the store that `tracking_uri` names if nothing can be logged there.
+def check_store(uri: str) -> None:
+    """Refuse the store at ``uri`` if nothing can be logged there.
 
     Nothing is written, and a store that does not exist is not created.
 
@@ -133,7 +133,6 @@ def check_store(folder: Path) -> None:
     """
     import mlflow  # noqa: F401 - a missing MLflow is not a fault of the store
 
-    uri = tracking_uri(folder)
     path = _sqlite_path(uri)
     with _refusing(uri):
         if path and not path.exists():

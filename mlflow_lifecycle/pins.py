@@ -56,18 +56,26 @@ def read_pins(path: Path) -> list[str]:
         InvalidInputError: the file cannot be read, has a byte order mark, or is not a list of exact
             pins.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InvalidInputError(f"There is no file {path}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path} cannot be read: {error}.") from None
+    text = _read(path)
     if text.startswith("\ufeff"):
         raise InvalidInputError(
             f"{path} begins with a byte order mark, which MLflow would record. Save it without."
         )
     return parse_pins(text, str(path))
+
+
+def _read(path: Path) -> str:
+    """Return the text in a file.
+
+    Raises:
+        InvalidInputError: there is no such file, or it is not text in UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InvalidInputError(f"There is no file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{path} cannot be read: {error}.") from None
 
 
 def names_and_versions(pins: list[str]) -> list[str]:
@@ -93,7 +101,7 @@ def locked(pins: list[str], lock: Path) -> str:
         )
     blocks = {}
     lines = []
-    for line in lock.read_text(encoding="utf-8").splitlines():
+    for line in _read(lock).splitlines():
         if line[:1].isalnum():
             pin = line.rstrip(" \\").partition(";")[0].strip()
             name, _, version = pin.partition("==")

@@ -37,7 +37,8 @@ def run_search(
     Args:
         objective: takes an Optuna trial and returns its score.
         dataset: the rows that the objective learns from and is scored on.
-        name: of the search. Searches with the same name, dataset and seed are the same.
+        name: of the search. Searches with the same name, metric, dataset and seed are
+            the same.
         metric: the name of the score in the runs.
         experiment_id: where the run of the search and those of its trials are logged.
         trials: the number of trials in the end, including those before an interruption.
@@ -58,7 +59,7 @@ def run_search(
     tags = tags or {}
     own_tags = {
         "mlflow.runName": f"search {name}",
-        "search": f"{name}, TPE, seed {seed}, data {fingerprint(dataset.df)}",
+        "search": f"{name}, {metric}, TPE, seed {seed}, data {fingerprint(dataset.df)}",
         "process": process_name(),
     }
     data = dataset_input(dataset)
@@ -162,7 +163,7 @@ def find_interrupted(search: str, experiment_id: str) -> Run | None:
     another machine, or if it failed: then the objective has to be corrected first.
 
     Args:
-        search: the tag ``search`` of its run: data, model, sampler, seed.
+        search: the tag ``search`` of its run: name, metric, sampler, seed, data.
         experiment_id: where to look.
     """
     filter_string = f"tags.search = {search!r} and status != 'FINISHED' and status != 'FAILED'"

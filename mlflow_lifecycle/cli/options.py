@@ -47,12 +47,11 @@ def use_store() -> None:
     from mlflow_lifecycle.exceptions import StoreUnusableError
     from mlflow_lifecycle.experiments import check_store, tracking_uri
 
-    folder = Path.cwd()
-    uri = tracking_uri(folder)
+    uri = tracking_uri(Path.cwd())
     if uri.startswith("sqlite") and not Path(uri.partition(":///")[2]).is_file():
         remedy = "Log a model in this folder, or set MLFLOW_TRACKING_URI."
         raise StoreUnusableError(f"There is no store at {uri}.", remedy)
-    check_store(folder)
+    check_store(uri)
     mlflow.set_tracking_uri(uri)
 
 

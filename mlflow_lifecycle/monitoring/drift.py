@@ -126,7 +126,8 @@ def compare(
     for name, column in reference.items():
         if pd.api.types.is_datetime64_any_dtype(column):
             continue
-        if pd.api.types.is_numeric_dtype(column) and column.dtype != bool:
+        is_number = pd.api.types.is_numeric_dtype(column)
+        if is_number and not pd.api.types.is_bool_dtype(column):
             tests += _compare_numbers(name, column, rows[name], limits)
         else:
             tests += _compare_texts(name, column, rows[name], limits)

@@ -241,7 +241,7 @@ def judge(
         metric=metric,
         performance=performance,
         expected=reference.expected,
-        accepted=accepted,
+        accepted=accepted if verdict is Verdict.ACCEPTED else "",
     )
 
 

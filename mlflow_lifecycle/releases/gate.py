@@ -398,7 +398,8 @@ def gate(context: GateContext) -> Verdict:
         try:
             result = check(context)
         except Exception as error:  # whatever a model raises
-            name = check.__name__.removeprefix("check_").replace("_", " ")
+            name = getattr(check, "__name__", type(check).__name__)
+            name = name.removeprefix("check_").replace("_", " ")
             detail = " ".join(str(error).split())[:300]
             result = CheckResult(name, FAILED, f"{type(error).__name__}: {detail}")
         context.results.append(result)

@@ -13,7 +13,8 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 
-from mlflow_lifecycle.experiments import create_experiment, printable
+from mlflow_lifecycle.exceptions import InvalidInputError
+from mlflow_lifecycle.experiments import check_store, create_experiment, printable
 from mlflow_lifecycle.releases.card import check_sentences
 from mlflow_lifecycle.releases.gate import GateSettings
 from mlflow_lifecycle.releases.release import Release, release
@@ -59,8 +60,13 @@ def promote(
         NotVerifiedError: the version is not what was signed.
         GateClosedError: it did not pass the gate there.
         KeyRefusedError: the key cannot be used.
+        StoreUnusableError: the other server does not answer, or cannot be used.
+        InvalidInputError: a run is active, or a sentence or the test rows cannot be used.
     """
     check_sentences(intended_use=intended_use, limits=limits)
+    if mlflow.active_run():
+        raise InvalidInputError("A run is active here. End it before: mlflow.end_run()")
+    check_store(to)
     here = mlflow.get_tracking_uri()
     with tempfile.TemporaryDirectory() as scratch:
         public = public_half(key, Path(scratch))

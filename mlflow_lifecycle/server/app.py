@@ -136,7 +136,7 @@ class Predictor:
             raise HTTPException(422, f"the model cannot predict these rows: {error}") from None
         text = json.dumps(answer, allow_nan=False)
         if self.record:
-            for name in self.settings.leave_out:
+            for name in set(self.settings.leave_out):
                 del table[name]
             self.record.add({**self.settings.version, **answer, "inputs": table})
         self.metrics.rows += len(rows)

@@ -39,6 +39,7 @@ RULES = {
     "string": Annotated[str, Field(min_length=0)],
     "datetime": Annotated[str, AfterValidator(check_time)],
 }
+NUMBERS = ("double", "float", "long", "integer")
 OPTIONAL_DTYPES = {"long": "Int64", "integer": "Int32", "boolean": "boolean"}
 
 
@@ -58,6 +59,7 @@ class Columns:
         self.limits = limits
         self.dtypes = {}
         fields = {}
+        numbers = set()
         for spec in getattr(signature, "inputs", None) or []:
             kind = getattr(spec.type, "name", "")
             if not isinstance(spec.name, str) or kind not in RULES:
@@ -71,15 +73,17 @@ class Columns:
                 field = NotRequired[Annotated[list[rule | None], FailFast()]]
             self.dtypes[spec.name] = dtype
             fields[spec.name] = field
+            if kind in NUMBERS:
+                numbers.add(spec.name)
         if not fields:
             raise ValueError(
                 "The model has no signature of named columns with numbers, strings, booleans or "
                 "times. Log it with signature=infer_signature(rows, predictions)."
             )
         for name, (low, high) in limits.items():
-            if name not in fields or not low <= high:  # NaN fails this comparison
+            if name not in numbers or not low <= high:  # NaN fails this comparison
                 raise ValueError(
-                    "limits must be low <= high for columns of the signature, "
+                    "limits must be low <= high for columns of the signature with numbers, "
                     f"got {(low, high)} for {name!r}"
                 )
         self.rules = TypeAdapter(TypedDict("Table", fields))

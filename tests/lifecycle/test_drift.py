@@ -157,7 +157,7 @@ def test_caller_states_what_counts():
     assert drift(reference, rows, Limits(shift=0.3))[0].alarm
 
 
-@pytest.mark.parametrize("kind", [str, bool, "category"])
+@pytest.mark.parametrize("kind", [str, bool, "boolean", "category"])
 def test_other_shares_of_categories_are_an_alarm(kind):
     def made(first, second):
         return pd.DataFrame({"kind": pd.Series([1] * first + [0] * second).astype(kind)})

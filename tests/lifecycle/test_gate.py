@@ -3,6 +3,7 @@
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 
 import matplotlib.pyplot as plt
 import mlflow
@@ -226,9 +227,12 @@ def test_team_adds_a_check_of_its_own_and_one_that_raises_an_error_has_failed(ju
     def check_the_weather(context):
         raise KeyError("rain")
 
-    verdict = judge(good, checks=[check_size, check_the_weather])
-    expected = CheckResult("size", "passed", "30 test rows"), CheckResult("the weather", "failed", "KeyError: 'rain'")
-    assert verdict.checks == [*expected]
+    verdict = judge(good, checks=[check_size, check_the_weather, partial(check_the_weather)])
+    assert verdict.checks == [
+        CheckResult("size", "passed", "30 test rows"),
+        CheckResult("the weather", "failed", "KeyError: 'rain'"),
+        CheckResult("partial", "failed", "KeyError: 'rain'"),
+    ]
 
 
 def test_version_without_training_rows_is_checked_as_far_as_that_goes(judge, good, cautious):
@@ -259,10 +263,11 @@ def test_rows_that_do_not_fit_the_version_are_refused(good, rows, target, refusa
         context_of(good, rows=rows, target=target)
 
 
-def test_classes_learned_as_text_are_known_where_a_csv_has_numbers(judge, version, tmp_path):
+@pytest.mark.parametrize("dtype", ["object", "string"])
+def test_classes_learned_as_text_are_known_where_a_csv_has_numbers(judge, version, tmp_path, dtype):
     # given a version that learned the classes "0", "1" and "2" as text, and test rows in a file
     codes = {"setosa": "0", "versicolor": "1", "virginica": "2"}
-    candidate = version(rows=ROWS_TRAIN.replace({"species": codes}))
+    candidate = version(rows=ROWS_TRAIN.replace({"species": codes}).astype({"species": dtype}))
     ROWS_TEST.replace({"species": codes}).to_csv(tmp_path / "test.csv", index=False)
     rows = read_table(tmp_path / "test.csv")
     assert rows["species"].dtype == int

@@ -259,8 +259,9 @@ def test_accepted_change_is_a_verdict_of_its_own_and_keeps_its_reasons(known, us
 
 
 def test_nothing_is_accepted_where_nothing_changed_or_the_model_cannot_take_the_rows(known, usual):
-    assert judge(known, usual, accepted="another garden").verdict == Verdict.QUIET
-    assert judge(known, usual.drop(columns=FEATURES[0]), accepted="no ruler").verdict == Verdict.BROKEN
+    for rows, verdict in ((usual, Verdict.QUIET), (usual.drop(columns=FEATURES[0]), Verdict.BROKEN)):
+        judgement = judge(known, rows, accepted="another garden")
+        assert (judgement.verdict, judgement.accepted) == (verdict, "")
 
 
 # Regression

@@ -70,7 +70,7 @@ def test_everything_is_found_again_once_it_is_repaired_and_a_copy_is_kept(moved)
     copy = change_folders(moved)
     # then
     assert find_moved_folders(moved) == set()
-    check_store(moved.parent)
+    check_store(tracking_uri(moved.parent))
     mlflow.set_tracking_uri(tracking_uri(moved.parent))
     for version in (1, 2):
         assert mlflow.pyfunc.load_model(f"models:/echo/{version}").predict(["again"]) == ["again"]

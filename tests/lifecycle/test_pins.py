@@ -88,6 +88,12 @@ def test_lock_may_name_a_package_with_an_extra(tmp_path):
     assert "--hash=sha256:00" in locked(["uvicorn==0.30.0"], tmp_path / "lock.txt")
 
 
+def test_lock_in_utf_16_is_refused_by_its_name(tmp_path):
+    (tmp_path / "lock.txt").write_text("numpy==2.4 --hash=sha256:00\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"lock\.txt cannot be read: 'utf-8' codec"):
+        locked(["numpy==2.4"], tmp_path / "lock.txt")
+
+
 def test_pin_that_the_lock_has_at_another_version_is_refused():
     with pytest.raises(ValueError, match=r"has no hash for numpy==0\.1\. Use the lock file that the pins are from"):
         locked(["numpy==0.1"], ROOT / "requirements.txt")

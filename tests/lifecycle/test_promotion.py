@@ -1,16 +1,17 @@
 """Promotion from one store to another: between two files, and between two real tracking servers."""
 
+import time
 from dataclasses import replace
 
 import mlflow
 import pytest
-from execution import tracking_server
+from execution import free_port, tracking_server
 from releases import ROWS_TEST, ROWS_TRAIN, SENTENCES, SETTINGS, released
 from sklearn.linear_model import LogisticRegression
 from versions import register
 
 import mlflow_lifecycle.signing.adopt
-from mlflow_lifecycle.exceptions import GateClosedError
+from mlflow_lifecycle.exceptions import GateClosedError, InvalidInputError, StoreUnusableError
 from mlflow_lifecycle.releases.promote import promote
 from mlflow_lifecycle.releases.release import Release
 from mlflow_lifecycle.signing.keys import own_key, own_public_key
@@ -22,6 +23,15 @@ TOO_HIGH = replace(SETTINGS, thresholds={"accuracy_score": 0.999})
 
 def promoted(to: str, uri: str = "models:/iris@production", settings=SETTINGS) -> Release:
     return promote(uri, to, ROWS_TEST, "species", settings, key=own_key(), **SENTENCES)
+
+
+def test_promotion_within_a_run_or_to_a_server_that_is_down_is_refused_at_once(folder):
+    began = time.monotonic()
+    with pytest.raises(StoreUnusableError, match="Start the server"):
+        promoted(f"http://127.0.0.1:{free_port()}")
+    assert time.monotonic() - began < 60  # MLflow itself tries for four minutes
+    with mlflow.start_run(), pytest.raises(InvalidInputError, match="A run is active here"):
+        promoted("sqlite:///other.db")
 
 
 @pytest.mark.extended  # it takes long

@@ -185,7 +185,7 @@ def test_only_facts_that_differ_are_changes():
 
 
 def test_other_answers_begin_with_the_largest_difference():
-    rows = pd.DataFrame({"a": [1, 2, 3]})
+    rows = pd.DataFrame({"a": [1, 2, 3]}, index=[0, 1, 1])
     answers = find_other_answers(predictions(1.0, 2.0, 3.0), predictions(1.0, 2.1, 4.0), rows)
     assert answers["a"].tolist() == [3, 2]
     assert list(answers)[:3] == ["first", "second", "difference"]

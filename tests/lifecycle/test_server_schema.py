@@ -139,6 +139,7 @@ def test_limits_hold_for_their_columns_and_include_their_ends():
         (KINDS, {"double": (0, math.nan)}, "limits must .*double"),
         (KINDS, {"long": (1, 0)}, "limits must .*long"),
         (KINDS, {"colour": (0, 1)}, "limits must .*colour"),
+        (KINDS, {"string": (0, 1)}, "limits must .*string"),
     ],
 )
 def test_signature_or_limits_that_do_not_fit_are_refused_at_once(rows, limits, told):

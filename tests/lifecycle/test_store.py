@@ -181,7 +181,7 @@ def test_half_made_store_is_moved_aside_and_replaced(statements, tmp_path):
     # then
     assert names(tmp_path) == ["mlflow.db", "mlflow.db.incomplete-1"]
     assert (tmp_path / "mlflow.db.incomplete-1").read_bytes() == before
-    check_store(tmp_path)
+    check_store(tracking_uri(tmp_path))
 
 
 @pytest.mark.extended  # it takes long
@@ -264,7 +264,7 @@ def test_moved_store_without_models_and_files_is_used(store):
     # given a folder that was moved after a run without files
     _, there = open_and_move(store)
     # then
-    check_store(there)
+    check_store(tracking_uri(there))
     assert open_experiment("an experiment", "What it is for.", there).experiment_id == "1"
 
 
@@ -279,7 +279,7 @@ def test_store_elsewhere_than_the_working_directory_is_used(store, tmp_path, mon
         mlflow.log_text("text", "notes.txt")
     assert run.info.artifact_uri.startswith(f"{work}/mlruns/")
     # then
-    check_store(work)
+    check_store(tracking_uri(work))
     for name in ("an experiment", "a new experiment"):
         assert open_experiment(name, "What it is for.", work).name == name
 
@@ -290,7 +290,7 @@ def test_experiment_that_a_server_made_is_no_sign_of_a_moved_store(store, tmp_pa
     client.create_experiment("a server's", "mlflow-artifacts:/1")
     client.create_experiment("in a cloud", "s3://bucket/1")
     # then the store can be used, and only the server's experiment cannot, without that server
-    check_store(tmp_path)
+    check_store(tracking_uri(tmp_path))
     assert open_experiment("in a cloud", "What it is for.", tmp_path).name == "in a cloud"
     mlflow.set_tracking_uri(None)
     with pytest.raises(StoreUnusableError, match="made by a server, which keeps its files"):
@@ -564,11 +564,11 @@ def test_filter_in_the_settings_of_the_user_is_applied(tmp_path, monkeypatch):
 
 
 def test_check_makes_no_store_and_says_that_one_was_left_half_made(tmp_path):
-    check_store(tmp_path)
+    check_store(tracking_uri(tmp_path))
     assert names(tmp_path) == []
     change(tmp_path / "mlflow.db", "CREATE TABLE experiments (experiment_id INTEGER)")
     with pytest.raises(StoreUnusableError, match="MLflow was interrupted while it made the tables"):
-        check_store(tmp_path)
+        check_store(tracking_uri(tmp_path))
 
 
 def test_secrets_are_looked_for_in_time_that_grows_with_the_text_alone():

@@ -63,6 +63,11 @@ def test_regression_takes_enough_rows_with_numbers():
         check_table(rows.head(5), "kind", task="regression")
 
 
+def test_share_of_test_rows_is_between_0_and_1():
+    with pytest.raises(ValueError, match="test_share must be between 0 and 1, got 20"):
+        check_table(with_values(), "kind", test_share=20)
+
+
 def test_few_groups_are_refused():
     with pytest.raises(ValueError, match="has 2 groups, too few for 5 folds"):
         check_table(with_values(who=[1, 2, 3, 4] * 10), "kind", group="who")

@@ -209,6 +209,7 @@ def test_interrupted_search_goes_on(experiment_id):
 
 DIFFERENT = {
     "name": {"name": "another"},
+    "metric": {"metric": "another"},
     "seed": {"seed": 2},
     "rows": {"rows": ROWS.assign(y=1.0)},
 }
