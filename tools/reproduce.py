@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -347,14 +348,20 @@ def compare(notebooks: list[str], work: Path) -> bool:
     print(f"\n| notebook | the first clone, and | {' | '.join(COMPARED)} |\n|{'---|' * (len(COMPARED) + 2)}")
     equal = True
     for notebook in notebooks:
-        first = executed(work / FIRST.folder, notebook, FIRST, work)
+        everywhere = [FIRST]
+        for situation in others:
+            everywhere.append(replace(situation, network=situation.network or notebook in WITH_NETWORK))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            executions = [pool.submit(executed, work / one.folder, notebook, one, work) for one in everywhere]
+        first, *results = [execution.result() for execution in executions]
         found = differences(first, outputs(nbformat.read(work / FIRST.folder / notebook, as_version=4)))
         report(notebook, "what is committed", found, first)
         equal &= not any(found.values())
-        for situation in others if "failure" not in first else ():
-            situation = replace(situation, network=situation.network or notebook in WITH_NETWORK)
-            found = differences(first, executed(work / situation.folder, notebook, situation, work))
-            report(notebook, label(situation), found, first)
+        if "failure" in first:
+            continue
+        for situation, result in zip(everywhere[1:], results, strict=True):
+            found = differences(first, result)
+            report(notebook, label(situation), found, result)
             if any(found.values()):
                 print(f"    {cause(notebook, situation, first, found, work)}", flush=True)
                 equal = False
