@@ -348,18 +348,19 @@ def compare(notebooks: list[str], work: Path) -> bool:
     print(f"\n| notebook | the first clone, and | {' | '.join(COMPARED)} |\n|{'---|' * (len(COMPARED) + 2)}")
     equal = True
     for notebook in notebooks:
-        everywhere = [FIRST]
-        for situation in others:
-            everywhere.append(replace(situation, network=situation.network or notebook in WITH_NETWORK))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            executions = [pool.submit(executed, work / one.folder, notebook, one, work) for one in everywhere]
-        first, *results = [execution.result() for execution in executions]
+        first = executed(work / FIRST.folder, notebook, FIRST, work)  # alone: it fills the cache of packages
         found = differences(first, outputs(nbformat.read(work / FIRST.folder / notebook, as_version=4)))
         report(notebook, "what is committed", found, first)
         equal &= not any(found.values())
         if "failure" in first:
             continue
-        for situation, result in zip(everywhere[1:], results, strict=True):
+        executions = {}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for situation in others:
+                situation = replace(situation, network=situation.network or notebook in WITH_NETWORK)
+                executions[situation] = pool.submit(executed, work / situation.folder, notebook, situation, work)
+        for situation, execution in executions.items():
+            result = execution.result()
             found = differences(first, result)
             report(notebook, label(situation), found, result)
             if any(found.values()):
