@@ -37,8 +37,8 @@ def run_search(
     Args:
         objective: takes an Optuna trial and returns its score.
         dataset: the rows that the objective learns from and is scored on.
-        name: of the search. Searches with the same name, metric, dataset and seed are
-            the same.
+        name: of the search. Two searches are the same if their name, metric, dataset and seed are
+            equal.
         metric: the name of the score in the runs.
         experiment_id: where the run of the search and those of its trials are logged.
         trials: the number of trials in the end, including those before an interruption.
