@@ -72,7 +72,8 @@ PARTS = {  # title, arguments, and those of a quick run
 HEAD = """# Results
 
 Each part compares this project with a named peer, in one run on one machine. Ratios say more than times, which another
-machine changes. `make bench` measures all parts, and writes this file. Nobody edits it.
+machine changes. `make bench` measures the speed, `make reliability` and `make reproduce` measure the rest. Each writes
+its parts of this file. Nobody edits it.
 
 ![The ratios below as points, with their ranges, and the seconds of each section of the quickstart as bars](results.png)
 """

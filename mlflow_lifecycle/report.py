@@ -129,6 +129,8 @@ def choose_metric(runs: list[Run]) -> str:
     names = set()
     for run in runs:
         names.update(run.data.metrics)
+    if not names:
+        raise InvalidInputError("There is no run with a metric to compare.")
     pattern = re.compile("(?!train).*(log_loss|absolute_error)$")
     proper = list(filter(pattern.match, names))
     if len(proper) != 1:

@@ -437,6 +437,12 @@ def test_experiment_with_nothing_to_compare_is_refused_with_the_reasons(store):
         make_report(EXPERIMENT, METRIC)
 
 
+def test_experiment_without_metrics_is_refused(store):
+    store.run(WINNER)
+    with pytest.raises(InvalidInputError, match="There is no run with a metric to compare"):
+        make_report(EXPERIMENT)
+
+
 @pytest.mark.parametrize("name", ["iris", EXPERIMENT])
 def test_unknown_or_deleted_experiment_is_refused(store, name):
     store.client.delete_experiment(store.experiment)
