@@ -3,9 +3,9 @@
 `basic-auth` lets every user choose where an experiment's files go, which may be another user's folder; it lets every
 user list all users; and it verifies as many wrong passwords as somebody sends, faster for a name that does not exist.
 A user who makes an experiment or a registered model gets the permission for it a moment later. In that moment MLflow
-refuses the user's other programs. If two programs log the same dataset, or set the same new alias or tag of a
-registered model, at the same moment, one fails. The limits are in limits.py, protected aliases in aliases.py, and what
-Prometheus reads in figures.py.
+refuses the user's other programs. If two programs log the same dataset, or set the same new tag of an experiment, or
+the same new alias or tag of a registered model, at the same moment, one fails. The limits are in limits.py, protected
+aliases in aliases.py, and what Prometheus reads in figures.py.
 `mlflow server --app-name=team` starts this app; the name is known to MLflow by `server_app-1.dist-info`, beside this
 file.
 """
@@ -37,6 +37,7 @@ WAIT = 60  # seconds
 # has looked that it is not there.
 IN_TURN = (
     "/mlflow/experiments/create",
+    "/mlflow/experiments/set-experiment-tag",
     "/mlflow/registered-models/create",
     "/mlflow/registered-models/alias",
     "/mlflow/registered-models/set-tag",

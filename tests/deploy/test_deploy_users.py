@@ -259,10 +259,12 @@ def begin(team, name: str) -> list[int]:
     for kind in ("experiments", "registered-models"):
         answer = team.send("ana", "POST", f"api/2.0/mlflow/{kind}/create", json={"name": name})
         assert answer.ok or answer.json()["error_code"] == "RESOURCE_ALREADY_EXISTS", answer.text
-    tag = {"name": name, "key": "begun", "value": "yes"}
+    answer = team.send("ana", "GET", f"api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")
+    assert answer.ok, answer.text
+    tag = {"name": name, "key": "begun", "value": "yes", "experiment_id": answer.json()["experiment"]["experiment_id"]}
     return [
-        team.send("ana", "GET", f"api/2.0/mlflow/experiments/get-by-name?experiment_name={name}").status_code,
-        team.send("ana", "POST", "api/2.0/mlflow/registered-models/set-tag", json=tag).status_code,
+        team.send("ana", "POST", f"api/2.0/mlflow/{path}", json=tag).status_code
+        for path in ("experiments/set-experiment-tag", "registered-models/set-tag")
     ]
 
 
