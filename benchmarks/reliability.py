@@ -14,8 +14,10 @@ Usage: python benchmarks/reliability.py [--moments 30] [--changes 100] [--only k
 - kill-tables: a process that makes a store is killed at seeded moments. It survives if the store opens afterwards;
   beside it, a store that MLflow makes.
 - crowd: six processes open a store that is not there yet, at the same moment; beside it, six that do so as MLflow does.
-- server: eight executions of the quickstart at the same moment on the team's server, as deploy/compose.yaml starts it.
-  They survive if all finish, and each of the 16 versions answers. It needs: make postgresql
+- server: eight executions of the quickstart at the same moment on the team's server, as deploy/compose.yaml starts it,
+  in an experiment that exists. Those that finish survive, if each of their versions answers and nothing else was
+  registered. Beside it, eight in a new experiment, which `mlflow.set_experiment` does not make active for all of them.
+  It needs: make postgresql
 - bytes: one random byte of a signed version's files is changed in the store. It survives if the version is refused;
   beside it, what `mlflow.pyfunc.load_model` does: it refuses as well, or predicts the same, or differs without a word.
 - database: one random byte of the SQLite file is changed. It survives if that is noticed, or the version in production
@@ -236,7 +238,7 @@ def meet_faults(scratch: Path) -> dict[str, Counter]:
         said = (scratch / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         finished = said[-1] == "ended with 0"
         reasons = [line.strip() for line in said if re.search(r"failed in section|\[Errno", line)]
-        reason = reasons[-1][:200] if reasons else ""
+        reason = reasons[-1].replace(f"{place}/", "")[:200] if reasons else ""
         print(f"  {title}: {'it finished' if finished else reason}", flush=True)
         kept = later and last_json(scratch / "before.json").items() <= last_json(scratch / "after.json").items()
         table[title] = Counter(["survived" if kept and (finished or reason) else "lost"])
@@ -281,22 +283,29 @@ def kill_making(way: str, moments: int, scratch: Path) -> Counter:
     return outcomes
 
 
-def crowd_on_server(executions: int, scratch: Path) -> Counter:
-    """Execute the quickstart many times at once on the team's server, and count those that lost nothing."""
+def crowd_on_server(executions: int, scratch: Path) -> dict[str, Counter]:
+    """Execute the quickstart many times at once on the team's server, and count those that lost nothing.
+
+    First in a new experiment, and then in the same one.
+    """
     from deployment import deployed
 
-    folders = [scratch / f"execution-{number}" for number in range(executions)]
+    outcomes, versions = {}, 0
     (scratch / "server").mkdir()
     with deployed(scratch / "server") as team:
-        for folder in folders:
-            folder.mkdir()
-        processes = [started(program("quickstart", folder), folder, **team.as_user("ana")) for folder in folders]
-        finished = [process.wait() == 0 for process in processes]
-        found = answers(scratch, **team.as_user("ana"))
-    whole = found.pop("empty runs") == [] and all(isinstance(said, list) for said in found.values())
-    if not whole or len(found) != 2 * sum(finished):
-        return Counter(lost=executions)
-    return Counter(survived=sum(finished), lost=executions - sum(finished))
+        for experiment in ("new", "known"):
+            folders = [scratch / f"{experiment}-{number}" for number in range(executions)]
+            for folder in folders:
+                folder.mkdir()
+            processes = [started(program("quickstart", folder), folder, **team.as_user("ana")) for folder in folders]
+            finished = sum(process.wait() == 0 for process in processes)
+            versions += 2 * finished
+            found = answers(scratch, **team.as_user("ana"))
+            whole = found.pop("empty runs") == [] and all(isinstance(said, list) for said in found.values())
+            if not whole or len(found) != versions:
+                finished = 0
+            outcomes[experiment] = Counter(survived=finished, lost=executions - finished)
+    return outcomes
 
 
 def change_bytes(changes: int, scratch: Path) -> tuple[Counter, Counter]:
@@ -390,7 +399,9 @@ def main() -> None:
             table["six at once, no store yet"] = crowd("ours", 5, scratch)
             table["the same as MLflow does it (peer)"] = crowd("mlflow", 5, scratch)
         if "server" in settings.only:
-            table["eight at once, on the team's server"] = crowd_on_server(8, scratch)
+            outcomes = crowd_on_server(8, scratch)
+            table["eight at once, on the team's server"] = outcomes["known"]
+            table["the same in a new experiment (peer)"] = outcomes["new"]
         if "bytes" in settings.only:
             ours, plain = change_bytes(settings.changes, scratch)
             table |= {"a byte changed, verified": ours, "a byte changed, loaded plainly (peer)": plain}
