@@ -16,7 +16,7 @@ pytestmark = pytest.mark.extended  # it takes long
 def test_pins_are_the_direct_ones_that_a_notebook_needs():
     stated = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     pins = upgrades.pins()
-    assert {"mlflow", "pandas", "scikit-learn", "optuna"} <= set(pins)
+    assert {"mlflow", "pandas", "scikit-learn", "optuna", "uv"} <= set(pins)
     assert "mlflow-skinny" not in pins  # it goes with mlflow
     assert "ruff" not in pins  # no notebook imports it
     assert [name for name, version in pins.items() if not re.search(rf'"{name}=={re.escape(version)}"', stated)] == []
