@@ -130,7 +130,7 @@ def choose_metric(runs: list[Run]) -> str:
     for run in runs:
         names.update(run.data.metrics)
     if not names:
-        raise InvalidInputError("There is no run with a metric to compare.")
+        raise InvalidInputError("No run has logged a metric. Log one: mlflow.log_metric")
     pattern = re.compile("(?!train).*(log_loss|absolute_error)$")
     proper = list(filter(pattern.match, names))
     if len(proper) != 1:

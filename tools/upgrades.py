@@ -18,6 +18,7 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+from packaging.dependency_groups import resolve_dependency_groups
 from packaging.requirements import Requirement
 from reproduce import ROOT, differences, outputs
 
@@ -30,18 +31,10 @@ TOGETHER = {"mlflow": ["mlflow-skinny"]}  # what has to be of the same release
 def pins() -> dict[str, str]:
     """Return the version of each package that the group of the notebooks pins, by its name."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
-    stated = map(Requirement, lines_of(groups, "notebook"))
+    stated = map(Requirement, resolve_dependency_groups(groups, "notebook"))
     found = {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in stated}
     followers = {name for names in TOGETHER.values() for name in names}
     return {name: version for name, version in found.items() if name not in followers}
-
-
-def lines_of(groups: dict, group: str) -> list[str]:
-    """Return the requirements of a group, and of those that it includes."""
-    lines = []
-    for line in groups[group]:
-        lines += [line] if isinstance(line, str) else lines_of(groups, line["include-group"])
-    return lines
 
 
 def newest(name: str) -> str:

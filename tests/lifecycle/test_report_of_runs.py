@@ -439,7 +439,7 @@ def test_experiment_with_nothing_to_compare_is_refused_with_the_reasons(store):
 
 def test_experiment_without_metrics_is_refused(store):
     store.run(WINNER)
-    with pytest.raises(InvalidInputError, match="There is no run with a metric to compare"):
+    with pytest.raises(InvalidInputError, match="No run has logged a metric"):
         make_report(EXPERIMENT)
 
 
