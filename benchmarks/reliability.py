@@ -15,9 +15,9 @@ Usage: python benchmarks/reliability.py [--moments 30] [--changes 100] [--only k
   beside it, a store that MLflow makes.
 - crowd: six processes open a store that is not there yet, at the same moment; beside it, six that do so as MLflow does.
 - server: eight executions of the quickstart at the same moment on the team's server, as deploy/compose.yaml starts it,
-  in an experiment that exists. Those that finish survive, if each of their versions answers and nothing else was
-  registered. Beside it, eight in a new experiment, which `mlflow.set_experiment` does not make active for all of them.
-  It needs: make postgresql
+  in an experiment that exists; and eight in a new one, which `mlflow.set_experiment` does not make active for all of
+  them. Those that finish survive, if each of their versions answers and nothing else was registered. It needs:
+  make postgresql
 - bytes: one random byte of a signed version's files is changed in the store. It survives if the version is refused;
   beside it, what `mlflow.pyfunc.load_model` does: it refuses as well, or predicts the same, or differs without a word.
 - database: one random byte of the SQLite file is changed. It survives if that is noticed, or the version in production
@@ -401,7 +401,7 @@ def main() -> None:
         if "server" in settings.only:
             outcomes = crowd_on_server(8, scratch)
             table["eight at once, on the team's server"] = outcomes["known"]
-            table["the same in a new experiment (peer)"] = outcomes["new"]
+            table["the same in a new experiment"] = outcomes["new"]
         if "bytes" in settings.only:
             ours, plain = change_bytes(settings.changes, scratch)
             table |= {"a byte changed, verified": ours, "a byte changed, loaded plainly (peer)": plain}
